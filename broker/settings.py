@@ -1,0 +1,176 @@
+"""One frozen settings object: flags, then FLEET_* variables, ./fleet.toml, the user's file.
+
+Built once, passed down; nothing else reads the environment. The only module that knows
+pydantic.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from broker.errors import ConfigError
+
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WorkerSettings(_Frozen):
+    """What every worker of the fleet agrees on."""
+
+    #: seconds between two heartbeats
+    heartbeat_seconds: Seconds = 10.0
+    #: seconds after the last heartbeat when a worker is lost; also the length of a lease
+    lease_seconds: Seconds = 30.0
+    #: times a job may be lost with its worker before it fails as WorkerLost
+    losses_limit: Annotated[int, Field(ge=0)] = 3
+    #: seconds running jobs get to end when a worker stops, then they are handed back
+    stop_grace_seconds: Annotated[float, Field(ge=0)] = 30.0
+    #: seconds between SIGTERM and SIGKILL for a job that ran out of time or was stopped
+    kill_grace_seconds: Annotated[float, Field(ge=0)] = 10.0
+    #: bytes of output of a job kept in Redis, for each of stdout and stderr
+    output_tail_bytes: Annotated[int, Field(ge=0)] = 65536
+    #: seconds the result of a job is kept, unless its producer said otherwise
+    result_ttl_seconds: Count = 7 * 86400
+    #: bytes that must be free where output is written, or the worker takes no jobs
+    min_free_disk_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
+    #: jobs an executor runs before it is replaced by a fresh one
+    executor_max_jobs: Count = 1000
+    #: resident bytes of an executor above which it is replaced after its job
+    executor_max_rss_bytes: Count = 2 * 1024**3
+
+    @model_validator(mode="after")
+    def _a_lease_outlives_a_missed_beat(self) -> WorkerSettings:
+        if self.lease_seconds < 2 * self.heartbeat_seconds:
+            raise ValueError("lease_seconds must be at least twice heartbeat_seconds")
+        return self
+
+
+class SshSettings(_Frozen):
+    """How hosts are reached."""
+
+    #: connections and bootstraps under way at once
+    max_parallel: Count = 10
+    #: seconds to connect
+    connect_timeout_seconds: Seconds = 30.0
+    #: seconds any one remote command may take; an install gets ten times as long
+    command_timeout_seconds: Seconds = 30.0
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Frozen; see the field comments for units."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix="FLEET_", env_nested_delimiter="__"
+    )
+
+    #: redis://, rediss:// or unix:// ; none: the embedded broker of this user
+    redis_url: str | None = None
+    #: file whose first line is the password of Redis, for a URL without one
+    redis_password_file: Path | None = None
+    worker: WorkerSettings = WorkerSettings()
+    ssh: SshSettings = SshSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, environment, project file, user's file: the first that knows a field wins."""
+        del env_settings, dotenv_settings, file_secret_settings
+        flags = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
+        return tuple(source for _, source in _sources(flags))
+
+
+def user_config_file(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the user's own settings are: $XDG_CONFIG_HOME or ~/.config, fleet/config.toml."""
+    home = environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(home).expanduser() / "fleet" / "config.toml"
+
+
+class _FleetEnvironment(EnvSettingsSource):
+    """The FLEET_* variables that are settings; those a job is given (FLEET_JOB_ID) are not."""
+
+    def __call__(self) -> dict[str, Any]:
+        known = set(Settings.model_fields)
+        return {name: value for name, value in super().__call__().items() if name in known}
+
+
+def _sources(flags: Mapping[str, Any]) -> Iterator[tuple[str, PydanticBaseSettingsSource]]:
+    """(where, source) in order of precedence."""
+    yield "flag", InitSettingsSource(Settings, init_kwargs=dict(flags))
+    yield "environment", _FleetEnvironment(Settings, env_prefix="FLEET_", env_nested_delimiter="__")
+    for path in (Path("fleet.toml"), user_config_file()):
+        yield str(path), TomlConfigSettingsSource(Settings, path)
+
+
+def load(flags: Mapping[str, Any] | None = None) -> Settings:
+    """Build the settings in force.
+
+    `flags` holds what the command line set, nested like the settings themselves.
+    Raises ConfigError, which names the setting, its value's fault and where it came from.
+    """
+    flags = flags or {}
+    try:
+        return Settings(**flags)
+    except ValidationError as exc:
+        raise _explained(exc, flags) from exc
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"fleet.toml or {user_config_file()}: {exc}", "Mend the TOML file.") from exc
+
+
+def origins(flags: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Where each setting in force came from, by dotted name; those left out are defaults."""
+    found: dict[str, str] = {}
+    for where, source in _sources(flags or {}):
+        for name in _dotted(source()):
+            found.setdefault(name, where)
+    return found
+
+
+def flattened(settings: Settings) -> dict[str, Any]:
+    """The settings by dotted name, as JSON values."""
+    return dict(_leaves(settings.model_dump(mode="json")))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _dotted(tree: Mapping[str, Any]) -> Iterator[str]:
+    return (name for name, _ in _leaves(tree))
+
+
+def _explained(exc: ValidationError, flags: Mapping[str, Any]) -> ConfigError:
+    """The first fault of `exc`, with the setting and where its value came from."""
+    fault = exc.errors()[0]
+    name = ".".join(str(part) for part in fault["loc"])
+    where = origins(flags).get(name, "unknown")
+    return ConfigError(
+        f"setting {name} ({where}): {fault['msg']}, got {fault['input']!r}",
+        "'fleet config show --origin' lists every setting; docs/cli.md explains them.",
+    )

@@ -1,0 +1,114 @@
+"""What every verb needs: the settings, a connection, and ways to print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import redis
+    from rich.console import Console
+
+    from broker.settings import Settings
+
+SCHEMA = 1
+
+
+@dataclass
+class Context:
+    """The options before the verb, and what is built from them when first needed."""
+
+    redis_url: str | None = None
+    no_color: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings in force, flags before the verb included."""
+        from broker import settings
+
+        return settings.load({"redis_url": self.redis_url} if self.redis_url else {})
+
+    def redis(self, *, start: bool = False) -> redis.Redis:
+        """A connected client: `--redis`, FLEET_REDIS_URL, the files, or the embedded broker.
+
+        `start` lets the embedded broker be started where nothing is configured (and says
+        so). Raises RedisUnreachable or RedisDenied when it does not answer.
+        """
+        from broker.connection import address, connect, translated
+
+        client = connect(self.url(start=start))
+        with translated(address(client)):
+            client.ping()
+        return client
+
+    def url(self, *, start: bool = False) -> str:
+        """The URL of Redis, its password included. Never print it."""
+        from broker.connection import password_from, with_password
+        from fleet.embedded import embedded_url
+
+        if self.settings.redis_url:
+            return with_password(self.settings.redis_url, password_from(self.settings))
+        return embedded_url(start=start, say=self.say)
+
+    @cached_property
+    def console(self) -> Console:
+        """stdout for people: colour only on a terminal, NO_COLOR honoured."""
+        from rich.console import Console
+
+        return Console(no_color=self.no_color or None, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+    @cached_property
+    def messages(self) -> Console:
+        """stderr for people: progress and messages; silent with --quiet."""
+        from rich.console import Console
+
+        return Console(stderr=True, no_color=self.no_color or None, highlight=False, quiet=self.quiet)
+
+    def say(self, message: str) -> None:
+        """One line of progress on stderr, unless --quiet."""
+        if not self.quiet:
+            click.echo(message, err=True)
+
+
+pass_context = click.make_pass_decorator(Context)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One document on stdout, `"schema"` at its top; times as ISO-8601 UTC."""
+    click.echo(json.dumps({"schema": SCHEMA, **document}, default=_json_value, ensure_ascii=False))
+
+
+def fail(message: str, *, code: str, exit_code: int, as_json: bool, hint: str = "") -> int:
+    """Print an error on stderr as docs/cli.md has it; returns `exit_code`."""
+    if as_json:
+        error = {"code": code, "message": message, "hint": hint}
+        click.echo(json.dumps({"schema": SCHEMA, "error": error}, ensure_ascii=False), err=True)
+    else:
+        click.echo(f"fleet: {message}", err=True)
+        if hint:
+            click.echo(f"  {hint}", err=True)
+    return exit_code
+
+
+def coloured() -> bool:
+    """Whether people see colour: a terminal, and NO_COLOR unset."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"no JSON for {type(value).__name__}")

@@ -1,0 +1,1 @@
+"""Machines and processes: the worker, its executors, launchers, the embedded Redis."""

@@ -1,0 +1,1 @@
+"""The ways in which a fleet gets its machines: SSH, this machine; later Slurm, Kubernetes."""
