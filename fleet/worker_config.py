@@ -1,0 +1,88 @@
+"""What a worker is told when it starts: one frozen record, carried as a 0600 JSON file.
+
+Every launcher writes this file and starts `python -I -m fleet.worker --config FILE`, so a
+worker is the same however it came to be started, and no secret is in a command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from broker import names
+from broker.errors import UsageError
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """One worker: who it is, what it listens to, where it writes.
+
+    `host` is the host's name in the hosts file, not gethostname; `output_dir` is absolute
+    and shared by the workers of a host; `settings` are those of `broker.settings.WorkerSettings`.
+    """
+
+    name: str
+    host: str
+    redis_url: str
+    output_dir: str
+    queues: tuple[str, ...] = ("default",)
+    slots: int = 1
+    labels: Mapping[str, str] = field(default_factory=dict)
+    #: "warm": a Python process kept for many jobs; "fork": a fresh process for each
+    executor: str = "warm"
+    executor_python: str = sys.executable
+    #: put first on sys.path of executors
+    paths: tuple[str, ...] = ()
+    #: leave when the queues are empty
+    burst: bool = False
+    max_jobs: int | None = None
+    idle_timeout_seconds: float | None = None
+    startup_delay_seconds: float = 0.0
+    ephemeral: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def checked(self) -> WorkerConfig:
+        """Return itself, or raise UsageError for the first thing that cannot be."""
+        names.worker_name(self.name)
+        if not self.queues:
+            raise UsageError("a worker needs at least one queue", "Use --queues default.")
+        for queue in self.queues:
+            names.queue_name(queue)
+        if self.slots < 1:
+            raise UsageError(f"--slots must be at least 1, got {self.slots}")
+        if self.executor not in ("warm", "fork"):
+            raise UsageError(f"--executor must be warm or fork, got {self.executor!r}")
+        return self
+
+    def to_json(self) -> str:
+        """The file's text; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> WorkerConfig:
+        """Read what `to_json` wrote. Raises UsageError for anything else."""
+        try:
+            fields = json.loads(text)
+            fields |= {name: tuple(fields.get(name, ())) for name in ("queues", "paths")}
+            return cls(**fields).checked()
+        except (ValueError, TypeError) as exc:
+            raise UsageError(f"cannot read the worker's configuration: {exc}") from exc
+
+
+def default_output_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where workers of this user write: $XDG_STATE_HOME or ~/.local/state, rq-fleet/work."""
+    home = environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(home).expanduser() / "rq-fleet" / "work"
+
+
+def this_host() -> str:
+    """This machine's name as a worker's host: the first label of gethostname, made safe."""
+    name = socket.gethostname().partition(".")[0]
+    return "".join(c if c.isalnum() or c in "_-" else "-" for c in name).strip("-_") or "localhost"
