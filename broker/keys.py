@@ -1,0 +1,146 @@
+"""Every key of Redis that this system reads or writes: its type, its TTL, who writes it.
+
+Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templates from
+`LUA_TEMPLATES` (see `broker.scripts`), so no key is spelled anywhere else.
+
+    RQ's key                      type    written by
+    rq:queues                     set     producers: keys of all queues
+    rq:queue:Q                    list    producers push right; claims pop left; lost jobs return left
+    rq:job:ID                     hash    producers; our scripts move its state (fields below)
+    rq:job:ID:dependents          set     producers of dependents
+    rq:job::ID:dependencies       set     producers of dependents
+    rq:results:ID                 stream  the end of an attempt, at most 10
+    rq:wip:Q                      zset    JOB:EXECUTION, mirror of our leases for RQ's tools
+    rq:execution:JOB:EXECUTION    hash    the same
+    rq:executions:JOB             zset    the same
+    rq:finished|failed|deferred|scheduled|canceled:Q   zset   jobs of that state
+    rq:group:G                    set     ids of the jobs of a group
+    rq:workers, rq:workers:Q      set     keys of workers
+    rq:worker:NAME                hash    the worker as RQ knows it; TTL of two leases
+    rq:pubsub:NAME                channel RQ's commands to a worker
+    rq:suspended                  string  `rq suspend`
+
+    our key                       type    TTL        written by
+    fleet:fence                   string  -          claims: the last fence given out
+    fleet:leases                  zset    -          claims, beats, ends: job -> expiry, ms of Redis's clock
+    fleet:worker:NAME:record      string  week/hour  the worker: JSON of what it is
+    fleet:worker:NAME:beat        string  lease      the worker: its incarnation
+    fleet:worker:NAME:leases      hash    -          scripts: job -> "LEASE SEQ", what the server holds for it
+    fleet:worker:NAME:signals     list    lease      messages that wake it
+    fleet:worker:NAME:drain       string  -          operators: take nothing new
+    fleet:workers                 set     -          names of all workers with a record
+    fleet:wake:Q                  list    -          producers and claims: tokens, at most one is needed
+    fleet:paused                  set     -          operators: queues that give out nothing
+    fleet:chores                  string  3 s        the worker that does the chores
+    fleet:chores:seen             string  -          when chores last ran, ms of Redis's clock
+    fleet:recovery:not-before     string  -          recovery pauses until then, ms of Redis's clock
+    fleet:output:JOB              hash    as result  tails of stdout and stderr and how far they reach
+    fleet:counters                hash    -          totals: claims, lost, stale, handed_back ...
+    fleet:hosts                   hash    -          operators: hosts kept for `up`, name -> JSON
+
+    our fields in rq:job:ID
+    fleet_lease      FENCE:EXECUTION of the attempt that holds the job; gone when it ended
+    fleet_losses     times lost with a worker since it was submitted; gone when it ended
+    fleet_stop       an operator's wish to stop it while it runs; gone when it ended
+    fleet_attempts   one JSON object a line for each attempt that ended, the last 20
+    fleet_exit_code, fleet_reason   how a command ended; why a job failed
+"""
+
+from __future__ import annotations
+
+QUEUES = "rq:queues"
+WORKERS = "rq:workers"
+SUSPENDED = "rq:suspended"
+
+FENCE = "fleet:fence"
+LEASES = "fleet:leases"
+FLEET_WORKERS = "fleet:workers"
+PAUSED = "fleet:paused"
+CHORES = "fleet:chores"
+CHORES_SEEN = "fleet:chores:seen"
+RECOVERY_NOT_BEFORE = "fleet:recovery:not-before"
+COUNTERS = "fleet:counters"
+HOSTS = "fleet:hosts"
+
+#: templates for keys that name something; the same ones build keys in Lua
+LUA_TEMPLATES = {
+    "queue": "rq:queue:%s",
+    "job": "rq:job:%s",
+    "dependents": "rq:job:%s:dependents",
+    "dependencies": "rq:job::%s:dependencies",
+    "results": "rq:results:%s",
+    "wip": "rq:wip:%s",
+    "execution": "rq:execution:%s:%s",
+    "executions": "rq:executions:%s",
+    "finished": "rq:finished:%s",
+    "failed": "rq:failed:%s",
+    "deferred": "rq:deferred:%s",
+    "scheduled": "rq:scheduled:%s",
+    "canceled": "rq:canceled:%s",
+    "group": "rq:group:%s",
+    "queue_workers": "rq:workers:%s",
+    "rq_worker": "rq:worker:%s",
+    "pubsub": "rq:pubsub:%s",
+    "worker_record": "fleet:worker:%s:record",
+    "worker_beat": "fleet:worker:%s:beat",
+    "worker_leases": "fleet:worker:%s:leases",
+    "worker_signals": "fleet:worker:%s:signals",
+    "worker_drain": "fleet:worker:%s:drain",
+    "wake": "fleet:wake:%s",
+    "output": "fleet:output:%s",
+}
+_QUEUE_PREFIX = LUA_TEMPLATES["queue"] % ""
+
+
+def of(kind: str, *names: str) -> str:
+    """The key of that kind (a name in LUA_TEMPLATES) for `names`."""
+    return LUA_TEMPLATES[kind] % names
+
+
+def queue(name: str) -> str:
+    return of("queue", name)
+
+
+def queue_of(key: str) -> str:
+    """The queue's name in a member of QUEUES."""
+    return key.removeprefix(_QUEUE_PREFIX)
+
+
+def job(job_id: str) -> str:
+    return of("job", job_id)
+
+
+def output(job_id: str) -> str:
+    return of("output", job_id)
+
+
+def wake(queue_name: str) -> str:
+    return of("wake", queue_name)
+
+
+def rq_worker(name: str) -> str:
+    return of("rq_worker", name)
+
+
+def pubsub(name: str) -> str:
+    return of("pubsub", name)
+
+
+def worker_record(name: str) -> str:
+    return of("worker_record", name)
+
+
+def worker_beat(name: str) -> str:
+    return of("worker_beat", name)
+
+
+def worker_leases(name: str) -> str:
+    return of("worker_leases", name)
+
+
+def worker_signals(name: str) -> str:
+    return of("worker_signals", name)
+
+
+def worker_drain(name: str) -> str:
+    return of("worker_drain", name)
