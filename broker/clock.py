@@ -1,0 +1,32 @@
+"""Three clocks by their names: what is stored, what is measured, and what runs on in suspend."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+
+
+def wall() -> datetime:
+    """Now, for what is stored and shown; never for deadlines."""
+    return datetime.now(UTC)
+
+
+def monotonic() -> float:
+    """Seconds for deadlines and durations within a process."""
+    return time.monotonic()
+
+
+def boottime() -> float:
+    """Seconds on a clock that runs on while the machine is suspended: the one leases are watched by."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
+def from_iso(text: str | bytes | None) -> datetime | None:
+    """A time as RQ and our scripts write it, or None for nothing or nonsense."""
+    if not text:
+        return None
+    try:
+        return datetime.fromisoformat(text.decode() if isinstance(text, bytes) else text)
+    except (ValueError, UnicodeDecodeError):
+        return None

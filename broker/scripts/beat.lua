@@ -1,0 +1,63 @@
+-- A heartbeat: the worker lives, these leases go on, and what the server thinks otherwise.
+--
+-- KEYS  1 fleet:worker:W:beat  2 fleet:worker:W:record  3 rq:worker:W  4 fleet:worker:W:leases
+--       5 fleet:worker:W:drain
+-- ARGV  1 worker  2 incarnation  3 lease ms  4 record as JSON  5 ttl of the record s
+--       6 number of the last claim whose reply arrived or will never arrive
+--       then for each lease it knows: job, lease
+-- Returns {'ok' | 'gone' | 'taken', {jobs whose lease is not ours}, {jobs to be stopped},
+--          {{job, lease} held under this name by an earlier life}, 1 if draining,
+--          1 if suspended, ms of Redis's clock}
+--
+-- 'gone': the keys lapsed (a pause, a flushed Redis): register again. 'taken': another life has
+-- the name: stop. Both renew nothing. A lease that the server holds and the worker does not know,
+-- from a claim whose reply it no longer waits for, was never started: back to the queue.
+local incarnation, settled = ARGV[2], tonumber(ARGV[6])
+local current = redis.call('GET', KEYS[1])
+if current ~= incarnation then
+  return {current and 'taken' or 'gone', {}, {}, {}, 0, 0, NOW_MS}
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5])
+redis.call('HSET', KEYS[3], 'last_heartbeat', NOW)
+redis.call('PEXPIRE', KEYS[3], 2 * ARGV[3])
+
+local known, lost, stopped, foreign = {}, {}, {}, {}
+local seconds = string.format('%.3f', NOW_MS / 1000)
+for i = 7, #ARGV, 2 do
+  local id, lease = ARGV[i], ARGV[i + 1]
+  local f = job_fields(id)
+  known[id] = lease
+  if f and f.status == 'started' and f.fleet_lease == lease then
+    redis.call('ZADD', K.LEASES, NOW_MS + ARGV[3], id)
+    redis.call('HSET', key('job', id), 'last_heartbeat', NOW)
+    redis.call('HSET', key('execution', id, execution_of(lease)), 'last_heartbeat', seconds)
+    if f.fleet_stop then
+      table.insert(stopped, id)
+    end
+  else
+    table.insert(lost, id)
+  end
+end
+
+-- Judge one lease that the server has under this name and the worker did not speak of.
+local function reconcile(id, lease, number_of_claim)
+  local f = job_fields(id)
+  if not f or f.status ~= 'started' or f.fleet_lease ~= lease then
+    redis.call('HDEL', KEYS[4], id)
+  elseif string.sub(execution_of(lease), 1, #incarnation) ~= incarnation then
+    table.insert(foreign, {id, lease})
+  elseif number_of_claim <= settled then
+    count('handed_back')
+    give_back(id, f, 'handed-back', {reason = 'the reply to the claim was lost'}, true)
+  end
+end
+
+local held = redis.call('HGETALL', KEYS[4])
+for i = 1, #held, 2 do
+  local lease, claim = string.match(held[i + 1], '^(%S+) (%d+)$')
+  if known[held[i]] ~= lease then
+    reconcile(held[i], lease or '', tonumber(claim or 0))
+  end
+end
+return {'ok', lost, stopped, foreign, redis.call('EXISTS', KEYS[5]), redis.call('EXISTS', K.SUSPENDED), NOW_MS}

@@ -1,0 +1,20 @@
+-- A worker leaves for good: nothing of it stays behind but an operator's wish to drain its name.
+--
+-- KEYS  1 fleet:worker:W:beat  2 fleet:worker:W:record  3 rq:worker:W  4 fleet:worker:W:signals
+--       5 fleet:worker:W:leases
+-- ARGV  1 worker  2 incarnation, or '' for whoever is offline  then the names of its queues
+-- Returns 1 if it left, 0 if the name is another's by now or still holds leases.
+local current = redis.call('GET', KEYS[1])
+if current and current ~= ARGV[2] then
+  return 0
+end
+if redis.call('HLEN', KEYS[5]) > 0 then
+  return 0
+end
+redis.call('DEL', unpack(KEYS))
+redis.call('SREM', K.FLEET_WORKERS, ARGV[1])
+redis.call('SREM', K.WORKERS, KEYS[3])
+for i = 3, #ARGV do
+  redis.call('SREM', key('queue_workers', ARGV[i]), KEYS[3])
+end
+return 1

@@ -1,0 +1,16 @@
+-- Ring for queues that have jobs and no token: for producers that know nothing of tokens.
+--
+-- KEYS  for each queue: rq:queue:Q
+-- ARGV  for each queue: its name
+-- Returns how many jobs each queue has; -1 where the key is no list.
+local lengths = {}
+for i, jobs in ipairs(KEYS) do
+  local length = redis.pcall('LLEN', jobs)
+  if type(length) == 'table' then
+    length = -1
+  elseif length > 0 then
+    ring(ARGV[i])
+  end
+  table.insert(lengths, length)
+end
+return lengths
