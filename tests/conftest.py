@@ -41,12 +41,12 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-#: programs a test may need -> the Debian package that has them; tools/test-prerequisites installs these
-PACKAGES = {
-    "promtool": "prometheus",
-    "redis-server": "redis-server",
-    "sshd": "openssh-server",
-}
+#: programs a test may need -> the Debian package that has them
+PACKAGES = dict(
+    line.split()
+    for line in (REPOSITORY / "tools" / "test-packages").read_text().splitlines()
+    if line and not line.startswith("#")
+)
 #: carried by every process that tests start; how those that outlive them are found
 SESSION_MARK = "RQ_FLEET_TEST_SESSION"
 #: seconds that processes get to end by themselves after the last test

@@ -1,0 +1,59 @@
+"""Write constraints.txt: the newest versions that the ranges of pyproject.toml allow, one list.
+
+    python tools/pin.py [PYTHON...]
+
+Each PYTHON (default: the one that runs this) gets a fresh environment with the project and its
+test extra; what they resolve to is merged, so name the oldest and the newest that are supported:
+some packages are needed by old ones alone. Where they differ in a version, the lowest is
+taken, which is the only one that all of them can use.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from packaging.version import Version
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONSTRAINTS = REPOSITORY / "constraints.txt"
+HEADER = """\
+# What the project is developed and tested with. Not what it needs: that is in pyproject.toml.
+# Written by `make pins`; no addresses, no hashes: any index that has these versions will do.
+"""
+
+
+def main(pythons: list[str]) -> None:
+    """Resolve with each of `pythons`, merge, write."""
+    found = [resolved(python) for python in pythons or [sys.executable]]
+    CONSTRAINTS.write_text(HEADER + "".join(f"{line}\n" for line in merged(found)))
+
+
+def resolved(python: str) -> dict[str, str]:
+    """Name and version of everything that `python` installs for the project and its tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([python, "-m", "venv", folder], check=True)
+        pip = [f"{folder}/bin/python", "-m", "pip", "-qq", "--disable-pip-version-check"]
+        # an old list must not hold back the new one
+        env = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+        subprocess.run([*pip, "install", "hatchling", f"{REPOSITORY}[test]"], check=True, env=env)
+        listed = subprocess.run([*pip, "freeze"], check=True, env=env, capture_output=True, text=True)
+    lines = (line.partition("==") for line in listed.stdout.splitlines())
+    return {name: version for name, sep, version in lines if sep}
+
+
+def merged(lists: Iterable[dict[str, str]]) -> list[str]:
+    """`name==version` lines, sorted, the lowest version where `lists` differ."""
+    versions: dict[str, str] = {}
+    for found in lists:
+        for name, version in found.items():
+            versions[name] = min(version, versions.get(name, version), key=Version)
+    return [f"{name}=={versions[name]}" for name in sorted(versions, key=str.lower)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
