@@ -41,7 +41,7 @@ class Identity:
         return EPHEMERAL_RECORD_TTL if self.ephemeral else RECORD_TTL
 
     def rq_fields(self, address: str) -> dict[str, str | int]:
-        """The fields of rq:worker:NAME that never change."""
+        """The fields of rq:worker:NAME that stay the same."""
         return {
             "queues": ",".join(self.queues),
             "pid": self.pid,
@@ -66,6 +66,9 @@ class Session:
         #: claims sent so far; the beat says up to which of them replies are in
         self.claims_sent = 0
         self.claims_settled = 0
+        #: attempts of this life that were accepted as finished, and as failed or stopped
+        self.finished = 0
+        self.failed = 0
         name = identity.name
         self._round_keys = [
             keys.worker_beat(name),
@@ -76,13 +79,15 @@ class Session:
         for queue in identity.queues:
             self._round_keys += [keys.queue(queue), keys.wake(queue)]
 
-    def register(self, client: redis.Redis, record: str, *, address: str = "", replaces: str = "") -> str:
+    def register(self, client: redis.Redis, record: str, *, replaces: str = "") -> str:
         """Enter the registry. Returns '' or the JSON record of the live worker that has the name.
 
         `replaces` is the incarnation of an earlier life that is known to be over.
         """
         who = self.identity
-        flat = [part for row in who.rq_fields(address).items() for part in row]
+        counts = {"successful_job_count": self.finished, "failed_job_count": self.failed}
+        fields = who.rq_fields(_own_address(client)) | counts
+        flat = [part for row in fields.items() for part in row]
         reply: bytes = scripts.REGISTER(
             client,
             [
@@ -101,16 +106,22 @@ class Session:
         return retire(client, self.identity.name, self.identity.queues, self.identity.incarnation)
 
     def round(self, client: redis.Redis, ends: Sequence[End], wanted: int) -> Round:
-        """Report `ends` and claim up to `wanted` jobs, in one round trip."""
+        """Report `ends` and claim up to `wanted` jobs, in one round trip.
+
+        Call `settle` once the claims are where a beat will see them.
+        """
         self.claims_sent += 1
         number = self.claims_sent
         try:
             reply = scripts.ROUND(client, self._round_keys, self._round_arguments(ends, wanted, number))
-        finally:
-            # without a reply: it will never come, and the next beat may give back what it held
+        except BaseException:
+            # the reply will never come: the next beat may give back what the claim took
             self.claims_settled = number
+            raise
         outcomes, claims, registered, draining, suspended = reply
+        self._tally(ends, outcomes)
         return Round(
+            number,
             tuple(outcome == 1 for outcome in outcomes),
             tuple(_claim(row) for row in claims),
             registered == 1,
@@ -127,17 +138,25 @@ class Session:
             arguments += end.arguments()
         return arguments
 
-    def beat(self, client: redis.Redis, record: str, leases: Mapping[str, str]) -> Beat:
-        """Say that this worker lives and renew `leases` (job -> lease), in one round trip.
+    def _tally(self, ends: Sequence[End], outcomes: Sequence[int]) -> None:
+        kinds = [end.outcome for end, outcome in zip(ends, outcomes, strict=True) if outcome == 1]
+        self.finished += kinds.count("finished")
+        self.failed += kinds.count("failed") + kinds.count("stopped")
 
-        `leases` must have been taken after `claims_settled` was read: see `Beater`.
+    def settle(self, done: Round) -> None:
+        """The claims of `done` are known to the worker: a beat may give back what it does not name."""
+        self.claims_settled = done.number
+
+    def beat(
+        self, client: redis.Redis, record: str, leases: Mapping[str, str], settled: int
+    ) -> Beat:
+        """Say that this worker lives and renew `leases` (lease -> job), in one round trip.
+
+        `settled` is `claims_settled`, read before `leases` were: a claim under way is not an orphan.
         """
-        return self._beat(client, record, leases, self.claims_settled)
-
-    def _beat(self, client: redis.Redis, record: str, leases: Mapping[str, str], settled: int) -> Beat:
         who = self.identity
-        flat = [part for row in leases.items() for part in row]
-        state, lost, stop, foreign, draining, suspended, _ = scripts.BEAT(
+        flat = [part for lease, job in leases.items() for part in (job, lease)]
+        state, lost, stop, foreign, draining, suspended, workers = scripts.BEAT(
             client,
             [
                 keys.worker_beat(who.name),
@@ -150,11 +169,12 @@ class Session:
         )
         return Beat(
             state.decode(),
-            frozenset(job.decode() for job in lost),
-            frozenset(job.decode() for job in stop),
+            frozenset(lease.decode() for lease in lost),
+            frozenset(lease.decode() for lease in stop),
             tuple((job.decode(), lease.decode()) for job, lease in foreign),
             draining == 1,
             suspended == 1,
+            workers,
         )
 
     def lose_foreign(self, client: redis.Redis, leases: Iterable[tuple[str, str]]) -> int:
@@ -181,6 +201,15 @@ def retire(client: redis.Redis, name: str, queues: Iterable[str], incarnation: s
     return bool(scripts.RETIRE(client, names, [name, incarnation, *queues]) == 1)
 
 
+def _own_address(client: redis.Redis) -> str:
+    """ip:port by which Redis knows this connection, as RQ shows it."""
+    try:
+        return str(client.client_info()["addr"])
+    except (redis.ResponseError, KeyError):
+        return "unknown"  # an ACL without CLIENT INFO
+
+
 def _claim(row: Any) -> Claim:
     queue, job_id, lease, flat = row
-    return Claim(job_id.decode(), queue.decode(), lease.decode(), dict(zip(flat[::2], flat[1::2], strict=True)))
+    fields = dict(zip(flat[::2], flat[1::2], strict=True))
+    return Claim(job_id.decode(), queue.decode(), lease.decode(), fields)

@@ -88,8 +88,9 @@ class End:
 
 @dataclass(frozen=True)
 class Round:
-    """What came of one round trip: which ends were accepted, and what to run next."""
+    """What came of round trip `number`: which ends were accepted, and what to run next."""
 
+    number: int
     accepted: tuple[bool, ...]
     claims: tuple[Claim, ...]
     registered: bool
@@ -101,8 +102,9 @@ class Round:
 class Beat:
     """What a heartbeat brought back.
 
-    `lost`: jobs whose lease is no longer ours; `stop`: jobs an operator wants stopped;
-    `foreign`: (job, lease) that an earlier life of this name left behind.
+    `lost`: leases that are no longer ours; `stop`: leases of jobs that an operator wants stopped;
+    `foreign`: (job, lease) that an earlier life of this name left behind; `workers`: how many
+    there are in the fleet.
     """
 
     state: Literal["ok", "gone", "taken"]
@@ -111,3 +113,4 @@ class Beat:
     foreign: tuple[tuple[str, str], ...] = ()
     draining: bool = False
     suspended: bool = False
+    workers: int = 1

@@ -37,7 +37,7 @@ class Script:
         return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
     def __call__(self, client: redis.Redis, script_keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """Run it; raises what redis-py raises. NOSCRIPT means that nothing was run, so it is safe to repeat."""
+        """Run it; raises what redis-py raises. After NOSCRIPT it is safe to repeat: nothing was run."""
         try:
             return client.evalsha(self.sha, len(script_keys), *script_keys, *args)
         except NoScriptError:

@@ -5,9 +5,9 @@
 -- ARGV  1 worker  2 incarnation  3 lease ms  4 record as JSON  5 ttl of the record s
 --       6 number of the last claim whose reply arrived or will never arrive
 --       then for each lease it knows: job, lease
--- Returns {'ok' | 'gone' | 'taken', {jobs whose lease is not ours}, {jobs to be stopped},
+-- Returns {'ok' | 'gone' | 'taken', {leases that are no longer ours}, {leases to be stopped},
 --          {{job, lease} held under this name by an earlier life}, 1 if draining,
---          1 if suspended, ms of Redis's clock}
+--          1 if suspended, workers registered}
 --
 -- 'gone': the keys lapsed (a pause, a flushed Redis): register again. 'taken': another life has
 -- the name: stop. Both renew nothing. A lease that the server holds and the worker does not know,
@@ -15,7 +15,7 @@
 local incarnation, settled = ARGV[2], tonumber(ARGV[6])
 local current = redis.call('GET', KEYS[1])
 if current ~= incarnation then
-  return {current and 'taken' or 'gone', {}, {}, {}, 0, 0, NOW_MS}
+  return {current and 'taken' or 'gone', {}, {}, {}, 0, 0, 0}
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5])
@@ -27,16 +27,16 @@ local seconds = string.format('%.3f', NOW_MS / 1000)
 for i = 7, #ARGV, 2 do
   local id, lease = ARGV[i], ARGV[i + 1]
   local f = job_fields(id)
-  known[id] = lease
+  known[lease] = true
   if f and f.status == 'started' and f.fleet_lease == lease then
     redis.call('ZADD', K.LEASES, NOW_MS + ARGV[3], id)
     redis.call('HSET', key('job', id), 'last_heartbeat', NOW)
     redis.call('HSET', key('execution', id, execution_of(lease)), 'last_heartbeat', seconds)
     if f.fleet_stop then
-      table.insert(stopped, id)
+      table.insert(stopped, lease)
     end
   else
-    table.insert(lost, id)
+    table.insert(lost, lease)
   end
 end
 
@@ -56,8 +56,9 @@ end
 local held = redis.call('HGETALL', KEYS[4])
 for i = 1, #held, 2 do
   local lease, claim = string.match(held[i + 1], '^(%S+) (%d+)$')
-  if known[held[i]] ~= lease then
+  if not known[lease or ''] then
     reconcile(held[i], lease or '', tonumber(claim or 0))
   end
 end
-return {'ok', lost, stopped, foreign, redis.call('EXISTS', KEYS[5]), redis.call('EXISTS', K.SUSPENDED), NOW_MS}
+return {'ok', lost, stopped, foreign, redis.call('EXISTS', KEYS[5]), redis.call('EXISTS', K.SUSPENDED),
+  redis.call('SCARD', K.FLEET_WORKERS)}

@@ -1,0 +1,155 @@
+"""The thread that does the fleet's chores when this worker is elected to.
+
+It also watches the plain queues: a producer that knows only RQ pushes a job and rings no
+bell, so the elected worker peeks at each queue with a blocking BLMOVE of the list onto itself,
+left to left, which changes nothing, and rings when one has a job.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import threading
+from contextlib import suppress
+from typing import Any
+
+import redis
+
+from broker import chores, clock, keys, scripts
+from broker.session import Session
+
+log = logging.getLogger("fleet.chores")
+
+#: seconds between looks at a queue that stays full: its workers are busy, or awake by now
+_PEEK_PAUSE_SECONDS = 0.02
+_PEEK_BLOCK_SECONDS = 30
+
+
+class ChoreThread:
+    """Asks once a second to be elected; while it is, runs what is due and listens to the queues."""
+
+    def __init__(self, session: Session, client: redis.Redis) -> None:
+        self._session = session
+        self._client = client
+        self._table = chores.table(session.settings)
+        self._due = dict.fromkeys(range(len(self._table)), 0.0)
+        self._peeks = _Peeks(client)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="chores", daemon=True)
+        #: how many workers the fleet has: the more, the more rarely each asks
+        self.fleet_size = 1
+
+    def start(self) -> None:
+        """Take part in elections from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and let another be elected at once."""
+        self._stop.set()
+        self._thread.join(timeout=20)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._turn()
+            except (redis.RedisError, OSError) as exc:
+                log.debug("chores: %s", exc)
+                self._peeks.close()
+                self._stop.wait(1.0)
+        self._peeks.close()
+        with suppress(redis.RedisError):
+            self._resign()
+
+    def _turn(self) -> None:
+        if not chores.elected(self._client, self._session.identity.incarnation):
+            self._peeks.close()
+            self._stop.wait(max(1.0, self.fleet_size / 50))
+            return
+        until = clock.monotonic() + 1.0
+        while clock.monotonic() < until and not self._stop.is_set():
+            self._run_due()
+            self._peeks.listen_and_ring(self._next_due(until) - clock.monotonic())
+
+    def _run_due(self) -> None:
+        for index, chore in enumerate(self._table):
+            if clock.monotonic() >= self._due[index]:
+                self._due[index] = clock.monotonic() + chore.interval_seconds
+                done = chore.run(self._client)
+                if done and isinstance(chore, chores.Recovery):
+                    log.warning("recovered %d jobs of workers that died", done)
+
+    def _next_due(self, until: float) -> float:
+        return min(until, *self._due.values())
+
+    def _resign(self) -> None:
+        if self._client.get(keys.CHORES) == self._session.identity.incarnation.encode():
+            self._client.delete(keys.CHORES)
+
+
+class _Peeks:
+    """One blocked connection for each queue: BLMOVE takes one list, and must not take a job."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self._selector = selectors.DefaultSelector()
+        self._connections: dict[str, Any] = {}
+        #: queues that had jobs a moment ago, and when to peek again
+        self._paused: dict[str, float] = {}
+        self._listed_at = 0.0
+
+    def listen_and_ring(self, seconds: float) -> None:
+        """Wait up to `seconds` for a plain producer, and ring for the queues that have jobs."""
+        self._follow_queues()
+        pause = min((at - clock.monotonic() for at in self._paused.values()), default=seconds)
+        ready = self._selector.select(max(0.0, min(seconds, pause)))
+        full = [key.data for key, _ in ready if self._has_job(key.data)]
+        if full:
+            scripts.RING(self._client, [keys.queue(queue) for queue in full], full)
+        self._resume()
+
+    def close(self) -> None:
+        """Drop all connections; they come back when it listens again."""
+        for connection in self._connections.values():
+            with suppress(KeyError, ValueError):
+                self._selector.unregister(connection._sock)
+            connection.disconnect()
+        self._connections.clear()
+        self._paused.clear()
+        self._listed_at = 0.0
+
+    def _follow_queues(self) -> None:
+        if clock.monotonic() - self._listed_at < 1.0:
+            return
+        self._listed_at = clock.monotonic()
+        for queue in chores.known_queues(self._client):
+            if queue not in self._connections:
+                self._open(queue)
+
+    def _open(self, queue: str) -> None:
+        connection: Any = self._client.connection_pool.make_connection()
+        connection.connect()
+        self._connections[queue] = connection
+        self._selector.register(connection._sock, selectors.EVENT_READ, queue)
+        self._peek(queue)
+
+    def _peek(self, queue: str) -> None:
+        name = keys.queue(queue)
+        self._connections[queue].send_command("BLMOVE", name, name, "LEFT", "LEFT", _PEEK_BLOCK_SECONDS)
+
+    def _has_job(self, queue: str) -> bool:
+        try:
+            job = self._connections[queue].read_response()
+        except redis.ResponseError:  # somebody keeps something else under that name
+            self._paused[queue] = clock.monotonic() + 5.0
+            return False
+        if job is None:
+            self._peek(queue)
+            return False
+        self._paused[queue] = clock.monotonic() + _PEEK_PAUSE_SECONDS
+        return True
+
+    def _resume(self) -> None:
+        now = clock.monotonic()
+        for queue in [queue for queue, at in self._paused.items() if at <= now]:
+            del self._paused[queue]
+            self._peek(queue)

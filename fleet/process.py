@@ -1,0 +1,135 @@
+"""Start a command as a process group of its own, watch it end, and end it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+#: errors that are the host's fault, not the job's: another host may well run it
+_HOST_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+}
+_DEFAULT_PATH = os.defpath
+
+
+class CannotStart(Exception):
+    """A command did not start. `host_fault`: nothing is wrong with the job, this host cannot run any."""
+
+    def __init__(self, reason: str, *, host_fault: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.host_fault = host_fault
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a process ended: exit code or signal number, and what it used (seconds, bytes)."""
+
+    code: int | None
+    signal: int | None
+    cpu_seconds: float = 0.0
+    max_rss_bytes: int = 0
+
+
+def host_error(exc: OSError, doing: str) -> CannotStart:
+    """`exc` as a reason not to start, told apart by whose fault it is."""
+    return CannotStart(f"{doing}: {exc.strerror or exc}", host_fault=exc.errno in _HOST_ERRORS)
+
+
+def spawn(
+    argv: Sequence[str], env: Mapping[str, str], cwd: str, files: tuple[int, int, int], home: int
+) -> int:
+    """Start `argv` in a session of its own and return its process id, which is its group's too.
+
+    `files` become stdin, stdout and stderr; `home` is the directory (a file number) that this
+    process returns to: posix_spawn, unlike fork, has no way to set the child's directory, and
+    fork would cost milliseconds in a process of our size. Only the main thread may call this.
+    Raises CannotStart.
+    """
+    try:
+        os.chdir(cwd)
+    except (OSError, ValueError) as exc:
+        raise CannotStart(f"working directory {cwd}: {getattr(exc, 'strerror', exc)}") from exc
+    try:
+        return os.posix_spawn(
+            resolve(argv[0], env.get("PATH", _DEFAULT_PATH)),
+            argv,
+            env,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(files)],
+            setsid=True,
+            setsigmask=(),
+            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+        )
+    except OSError as exc:
+        raise _explained(argv[0], exc) from exc
+    finally:
+        os.fchdir(home)
+
+
+def resolve(program: str, path: str) -> str:
+    """The file that `program` names on `path`, as execvp finds it. Raises CannotStart."""
+    if "/" in program:
+        return program
+    blocked = False
+    for folder in path.split(":"):
+        candidate = f"{folder or '.'}/{program}"
+        if os.access(candidate, os.X_OK) and not Path(candidate).is_dir():
+            return candidate
+        blocked = blocked or Path(candidate).is_file()
+    if blocked:
+        raise CannotStart(f"not executable: {program}")
+    raise CannotStart(f"command not found: {program}")
+
+
+def _explained(program: str, exc: OSError) -> CannotStart:
+    if exc.errno == errno.ENOENT:
+        # a script whose #! names no program gives ENOENT too
+        missing = Path(program).exists()
+        return CannotStart(
+            f"the interpreter named by {program} was not found" if missing else f"command not found: {program}"
+        )
+    if exc.errno == errno.EACCES:
+        return CannotStart(f"not executable: {program}")
+    if exc.errno == errno.ENOEXEC:
+        return CannotStart(f"not executable: {program} is no program and has no #! line")
+    return host_error(exc, program)
+
+
+def has_exited(pid: int) -> bool:
+    """Whether the child `pid` ended; it stays a zombie, so its number cannot be another's yet."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def reap(pid: int) -> Exit:
+    """Collect the child `pid`, which has ended."""
+    _, status, usage = os.wait4(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    cpu, rss = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return Exit(code, None, cpu, rss) if code >= 0 else Exit(None, -code, cpu, rss)
+
+
+def signal_group(pgid: int, signum: int) -> None:
+    """Send a signal to a process group; no matter if it is gone."""
+    try:
+        os.killpg(pgid, signum)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def signal_name(signum: int) -> str:
+    """`SIGKILL` for 9."""
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return f"signal {signum}"
