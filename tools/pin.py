@@ -21,6 +21,8 @@ from packaging.version import Version
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONSTRAINTS = REPOSITORY / "constraints.txt"
+#: the build backend, and what it needs for an editable install; tools/set-up installs them too
+BUILD = ("hatchling", "editables")
 HEADER = """\
 # What the project is developed and tested with. Not what it needs: that is in pyproject.toml.
 # Written by `make pins`; no addresses, no hashes: any index that has these versions will do.
@@ -40,7 +42,7 @@ def resolved(python: str) -> dict[str, str]:
         pip = [f"{folder}/bin/python", "-m", "pip", "-qq", "--disable-pip-version-check"]
         # an old list must not hold back the new one
         env = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
-        subprocess.run([*pip, "install", "hatchling", f"{REPOSITORY}[test]"], check=True, env=env)
+        subprocess.run([*pip, "install", *BUILD, f"{REPOSITORY}[test]"], check=True, env=env)
         listed = subprocess.run([*pip, "freeze"], check=True, env=env, capture_output=True, text=True)
     lines = (line.partition("==") for line in listed.stdout.splitlines())
     return {name: version for name, sep, version in lines if sep}
