@@ -425,6 +425,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs root")
     for marker in item.iter_markers("needs"):
         for program in marker.args:
+            assert program in PACKAGES, f"say in tools/test-packages where {program} comes from"
             if not find_program(program):
                 pytest.skip(f"needs {program} (Debian package {PACKAGES[program]})")
 
