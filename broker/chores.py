@@ -45,7 +45,12 @@ def elected(client: redis.Redis, incarnation: str) -> bool:
 
 def known_queues(client: redis.Redis) -> list[str]:
     """The names of all queues that ever had a job, those alone that can be ours."""
-    found = (key.decode("utf-8", "replace") for key in client.smembers(keys.QUEUES))
+    return queue_names(client.smembers(keys.QUEUES))
+
+
+def queue_names(members: Iterable[bytes]) -> list[str]:
+    """The names in rq:queues that our rules let in, sorted."""
+    found = (key.decode("utf-8", "replace") for key in members)
     return sorted(name for name in map(keys.queue_of, found) if _is_name(name))
 
 

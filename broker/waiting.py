@@ -32,6 +32,7 @@ class Waiter:
         #: whether the BLPOP under way would return a token
         self.wants_jobs = False
         self._outstanding = False
+        self._nudged = False
 
     def connect(self) -> None:
         """Open the connection; raises what redis-py raises."""
@@ -52,12 +53,14 @@ class Waiter:
             return
         lists = [self._signals, *(self._bells if wants_jobs else [])]
         self._connection.send_command("BLPOP", *lists, self._block_seconds)
-        self._outstanding, self.wants_jobs = True, wants_jobs
+        self._outstanding, self._nudged, self.wants_jobs = True, False, wants_jobs
 
     def nudge(self, client: redis.Redis) -> None:
         """Make a BLPOP that would return no token return, so that the next one does."""
-        if self._outstanding and not self.wants_jobs:
+        if self._outstanding and not self.wants_jobs and not self._nudged:
+            self._nudged = True
             client.lpush(self._signals, "{}")
+            client.expire(self._signals, 60)
 
     def receive(self) -> dict[str, Any] | bool:
         """What woke it: a message to this worker, True for a token, False for nothing at all."""
@@ -70,8 +73,11 @@ class Waiter:
 
     def pass_on(self, client: redis.Redis) -> None:
         """Ring for others: this worker took a token that it has no slot for."""
-        for bell in self._bells:
-            client.lpush(bell, "1")
+        with client.pipeline(transaction=False) as pipe:
+            for bell in self._bells:
+                pipe.lpush(bell, "1")
+                pipe.ltrim(bell, 0, 0)
+            pipe.execute()
 
     def close(self) -> None:
         self._connection.disconnect()

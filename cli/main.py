@@ -18,6 +18,7 @@ from cli.context import Context, fail
 
 #: verb -> (module, attribute, one line of help)
 VERBS: dict[str, tuple[str, str, str]] = {
+    "worker": ("cli.worker", "worker", "Run one worker here, in the foreground."),
     "config": ("cli.config", "config", "Show the settings in force and where each came from."),
 }
 

@@ -65,22 +65,25 @@ def _prune_entry(entry: os.DirEntry[str], limit: float) -> int:
 class OutputFiles:
     """The two files of an attempt, open for as long as it runs."""
 
-    stdout_path: str
-    stderr_path: str
+    stdout_path: Path
+    stderr_path: Path
     stdout: int
     stderr: int
 
     @classmethod
     def create(cls, folders: Folders, claim: Claim) -> OutputFiles:
         """Open both; raises fleet.process.CannotStart."""
-        stem = f"{folders.output}/{claim.job_id}.{claim.fence}"
+        paths = output_paths(folders, claim)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         opened: list[int] = []
         try:
-            opened += [os.open(stem + ending, flags, 0o644) for ending in (".out", ".err")]
+            for path in paths:
+                opened.append(os.open(path, flags, 0o644))
         except OSError as exc:
+            for fd in opened:
+                os.close(fd)
             raise host_error(exc, f"cannot write output to {folders.output}") from exc
-        return cls(stem + ".out", stem + ".err", *opened)
+        return cls(*paths, *opened)
 
     def tails(self, limit: int) -> Tails:
         """The last `limit` bytes of each, and how long they are."""
@@ -95,8 +98,34 @@ class OutputFiles:
         """Close both, and remove those that nothing was written to: most jobs say nothing."""
         for fd, path in ((self.stdout, self.stdout_path), (self.stderr, self.stderr_path)):
             if os.fstat(fd).st_size == 0:
-                Path(path).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             os.close(fd)
+
+
+def output_paths(folders: Folders, claim: Claim) -> tuple[Path, Path]:
+    """Where stdout and stderr of an attempt go: each attempt has files of its own."""
+    stem = f"{claim.job_id}.{claim.fence}"
+    return folders.output / f"{stem}.out", folders.output / f"{stem}.err"
+
+
+def file_end(path: Path) -> int:
+    """How many bytes a file has; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def tail_of(path: Path, limit: int) -> tuple[bytes, int]:
+    """The last `limit` bytes of a file and its size; nothing where there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b"", 0
+    try:
+        return _tail(fd, limit)
+    finally:
+        os.close(fd)
 
 
 def _tail(fd: int, limit: int) -> tuple[bytes, int]:

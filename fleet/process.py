@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 #: errors that are the host's fault, not the job's: another host may well run it
 _HOST_ERRORS = {
     errno.ENOSPC,
@@ -108,7 +110,9 @@ def _explained(program: str, exc: OSError) -> CannotStart:
 
 def has_exited(pid: int) -> bool:
     """Whether the child `pid` ended; it stays a zombie, so its number cannot be another's yet."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    if hasattr(os, "waitid"):
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # macOS before Python 3.13
 
 
 def reap(pid: int) -> Exit:

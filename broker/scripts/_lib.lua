@@ -99,7 +99,7 @@ end
 
 local function schedule(id, queue, delay_seconds, ttl)
   redis.call('HSET', key('job', id), 'status', 'scheduled')
-  redis.call('ZADD', key('scheduled', queue), math.floor(NOW_MS / 1000) + delay_seconds, id)
+  redis.call('ZADD', key('scheduled', queue), string.format('%.3f', NOW_MS / 1000 + delay_seconds), id)
   redis.call('SADD', K.QUEUES, key('queue', queue))
   if number(ttl, 0) > 0 then
     redis.call('EXPIRE', key('job', id), ttl)

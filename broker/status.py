@@ -1,0 +1,206 @@
+"""What `fleet status` shows: workers and queues, in a constant number of round trips.
+
+One call lists names, a second fetches everything about them, a third the first job of each
+queue, however many there are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import redis
+
+from broker import chores, clock, keys
+from broker.clock import from_iso
+
+WorkerState = Literal["idle", "busy", "draining", "connecting", "offline"]
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """One worker. Memory in bytes, age in seconds; `finished` and `failed` count since its start."""
+
+    name: str
+    host: str
+    pid: int
+    state: WorkerState
+    queues: tuple[str, ...]
+    slots: int
+    running: tuple[str, ...]
+    labels: Mapping[str, str]
+    version: str
+    cpus: int
+    memory_bytes: int
+    gpus: Sequence[Mapping[str, Any]]
+    started_at: datetime | None
+    last_heartbeat: datetime | None
+    heartbeat_age_seconds: float | None
+    finished: int
+    failed: int
+    notice: str = ""
+
+
+@dataclass(frozen=True)
+class QueueStatus:
+    """One queue. `oldest_age_seconds` is how long its first job waits; None for an empty queue."""
+
+    name: str
+    queued: int
+    running: int
+    finished: int
+    failed: int
+    scheduled: int
+    deferred: int
+    oldest_age_seconds: float | None
+    paused: bool
+
+
+@dataclass(frozen=True)
+class FleetStatus:
+    """The whole fleet at one moment of Redis's clock."""
+
+    at: datetime
+    redis_version: str
+    workers: tuple[WorkerStatus, ...]
+    queues: tuple[QueueStatus, ...]
+
+
+def read(client: redis.Redis) -> FleetStatus:
+    """Ask Redis; raises what redis-py raises."""
+    worker_names, queue_names, paused, now, version = _names(client)
+    with client.pipeline(transaction=False) as pipe:
+        for name in worker_names:
+            _ask_worker(pipe, name)
+        for name in queue_names:
+            _ask_queue(pipe, name)
+        replies = pipe.execute(raise_on_error=False)
+    rows = iter(replies)
+    workers = [_worker(name, [next(rows) for _ in range(_WORKER_PARTS)], now) for name in worker_names]
+    parts = {name: [next(rows) for _ in range(_QUEUE_PARTS)] for name in queue_names}
+    since = _oldest(client, {name: part[-1] for name, part in parts.items()})
+    queues = [_queue(name, part, _age(now, since[name]), name in paused) for name, part in parts.items()]
+    return FleetStatus(now, version, tuple(worker for worker in workers if worker), tuple(queues))
+
+
+def _oldest(client: redis.Redis, firsts: Mapping[str, Any]) -> dict[str, datetime | None]:
+    """Since when the first job of each queue waits; None where there is none."""
+    with client.pipeline(transaction=False) as pipe:
+        for job in firsts.values():
+            pipe.hget(keys.job(job.decode("utf-8", "replace") if isinstance(job, bytes) else ""), "enqueued_at")
+        replies = pipe.execute(raise_on_error=False)
+    times = (reply if isinstance(reply, bytes) else None for reply in replies)
+    return dict(zip(firsts, map(from_iso, times), strict=True))
+
+
+def _age(now: datetime, since: datetime | None) -> float | None:
+    return max(0.0, (now - since).total_seconds()) if since else None
+
+
+def _names(client: redis.Redis) -> tuple[list[str], list[str], set[str], datetime, str]:
+    with client.pipeline(transaction=False) as pipe:
+        pipe.smembers(keys.FLEET_WORKERS)
+        pipe.smembers(keys.QUEUES)
+        pipe.smembers(keys.PAUSED)
+        pipe.time()
+        pipe.info("server")
+        workers, queues, paused, (seconds, micros), info = pipe.execute()
+    at = datetime.fromtimestamp(seconds + micros / 1e6, clock.wall().tzinfo)
+    return (
+        sorted(name.decode() for name in workers),
+        chores.queue_names(queues),
+        {name.decode() for name in paused},
+        at,
+        server_version(info),
+    )
+
+
+def server_version(info: Mapping[str, Any]) -> str:
+    """Redis's own version; Valkey's, which says 7.2.4 for compatibility, as `valkey 9.1.2`."""
+    valkey = info.get("valkey_version")
+    return f"valkey {valkey}" if valkey else str(info.get("redis_version", "unknown"))
+
+
+_WORKER_PARTS = 5
+
+
+def _ask_worker(pipe: Any, name: str) -> None:
+    pipe.get(keys.worker_record(name))
+    pipe.exists(keys.worker_beat(name))
+    pipe.hkeys(keys.worker_leases(name))
+    pipe.hmget(
+        keys.rq_worker(name), "last_heartbeat", "successful_job_count", "failed_job_count"
+    )
+    pipe.exists(keys.worker_drain(name))
+
+
+def _worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus | None:
+    record, alive, running, counts, draining = parts
+    fields = _document(record)
+    if not fields:
+        return None
+    beat = from_iso(counts[0]) or from_iso(fields.get("at"))
+    age = _age(now, beat)
+    late = age is not None and age > 1.5 * float(fields.get("heartbeat_seconds", 10))
+    return WorkerStatus(
+        name=name,
+        host=str(fields.get("host", "")),
+        pid=int(fields.get("pid", 0)),
+        state=_state(bool(alive), late, bool(draining), bool(running)),
+        queues=tuple(fields.get("queues", ())),
+        slots=int(fields.get("slots", 1)),
+        running=tuple(sorted(job.decode() for job in running)),
+        labels=fields.get("labels", {}),
+        version=str(fields.get("version", "")),
+        cpus=int(fields.get("cpus", 0)),
+        memory_bytes=int(fields.get("memory_bytes", 0)),
+        gpus=fields.get("gpus", ()),
+        started_at=from_iso(fields.get("started_at")),
+        last_heartbeat=beat,
+        heartbeat_age_seconds=age,
+        finished=int(counts[1] or 0),
+        failed=int(counts[2] or 0),
+        notice=str(fields.get("notice", "")),
+    )
+
+
+def _state(alive: bool, late: bool, draining: bool, busy: bool) -> WorkerState:
+    """`connecting`: its lease still holds, but a beat is overdue."""
+    if not alive:
+        return "offline"
+    if late:
+        return "connecting"
+    if draining:
+        return "draining"
+    return "busy" if busy else "idle"
+
+
+_QUEUE_PARTS = 7
+
+
+def _ask_queue(pipe: Any, name: str) -> None:
+    pipe.llen(keys.queue(name))
+    for registry in ("wip", "finished", "failed", "scheduled", "deferred"):
+        pipe.zcard(keys.of(registry, name))
+    pipe.lindex(keys.queue(name), 0)
+
+
+def _queue(name: str, parts: Sequence[Any], age: float | None, paused: bool) -> QueueStatus:
+    queued, running, finished, failed, scheduled, deferred = (_count(part) for part in parts[:6])
+    return QueueStatus(name, queued, running, finished, failed, scheduled, deferred, age, paused)
+
+
+def _count(reply: Any) -> int:
+    """A count, or 0 where somebody keeps something else under the key."""
+    return reply if isinstance(reply, int) else 0
+
+
+def _document(text: bytes | None) -> dict[str, Any]:
+    try:
+        document = json.loads(text or b"{}")
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}

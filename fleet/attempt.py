@@ -1,0 +1,201 @@
+"""One attempt at a job while it runs here: a command's process, or a function in an executor.
+
+The loop starts it, watches it, may interrupt it, and in the end collects an `End` from it.
+"""
+
+from __future__ import annotations
+
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from broker import clock, failures
+from broker.command import Command
+from broker.work import Claim, End, Outcome, Tails
+from fleet import process
+from fleet.outputs import Folders, OutputFiles, job_folder, leave_folder
+
+#: why an attempt was interrupted: its time ran out, an operator or RQ's stop-job, RQ's kill-horse,
+#: its lease is gone, or this worker leaves
+Cause = Literal["timeout", "stop", "kill", "lost", "hand-back"]
+
+_OUTCOMES: Mapping[Cause, Outcome] = {
+    "timeout": "failed",
+    "stop": "stopped",
+    "kill": "failed",
+    "lost": "lost",
+    "hand-back": "handed-back",
+}
+#: bytes of output shown with a failure
+_SHOWN_BYTES = 2000
+
+
+@dataclass
+class Attempt(ABC):
+    """What both kinds have in common. Times are seconds on the monotonic clock."""
+
+    claim: Claim
+    pgid: int
+    timeout_seconds: float | None
+    started: float = field(default_factory=clock.monotonic)
+    cause: Cause | None = None
+    kill_at: float | None = None
+    #: lost while Redis was away: nobody's fault
+    uncounted: bool = False
+
+    @property
+    def timeout_at(self) -> float | None:
+        """When it has run for too long, unless it is being ended already."""
+        if self.timeout_seconds is None or self.cause:
+            return None
+        return self.started + self.timeout_seconds
+
+    def interrupt(self, cause: Cause, grace_seconds: float) -> None:
+        """Ask it to end: SIGTERM to all of its processes, SIGKILL after the grace."""
+        if self.cause is None:
+            self.cause = cause
+            self.kill_at = clock.monotonic() + grace_seconds
+            process.signal_group(self.pgid, signal.SIGTERM)
+
+    def kill(self, cause: Cause | None = None) -> None:
+        """End it now. A cause given before stays, but for a lease that is gone: that outranks all."""
+        if cause == "lost" or self.cause is None:
+            self.cause = cause or self.cause
+        self.kill_at = None
+        process.signal_group(self.pgid, signal.SIGKILL)
+
+    def duration(self) -> float:
+        """Seconds since it started."""
+        return clock.monotonic() - self.started
+
+    def interrupted_end(self, cause: Cause, tails: Tails) -> End:
+        """The end of an attempt that was interrupted."""
+        reason = self._reason(cause)
+        text = failures.encoded(reason) if cause != "hand-back" else None
+        return End(
+            self.claim,
+            _OUTCOMES[cause],
+            reason,
+            self.duration(),
+            exc_string=text,
+            uncounted=self.uncounted,
+            tails=tails,
+        )
+
+    def _reason(self, cause: Cause) -> str:
+        return {
+            "timeout": f"Timeout: ran longer than {self.timeout_seconds or 0:g} s",
+            "stop": "Job stopped by user, work-horse terminated.",  # rq's own words
+            "kill": "Killed: rq's kill-horse command",
+            "lost": "WorkerLost: the worker was paused or cut off for longer than its lease",
+            "hand-back": "the worker stopped before the job ended",
+        }[cause]
+
+    @abstractmethod
+    def has_ended(self) -> bool:
+        """Whether its process is gone; cheap, asked whenever a child ended."""
+
+    @abstractmethod
+    def collect(self, tail_bytes: int) -> End:
+        """Reap what is left, close its files, and say how it ended. Once, after `has_ended`."""
+
+    @abstractmethod
+    def output_ends(self) -> tuple[int, int]:
+        """How many bytes it has written to stdout and stderr."""
+
+    @abstractmethod
+    def tails(self, limit: int) -> Tails:
+        """The last bytes of its output so far."""
+
+
+@dataclass(frozen=True)
+class CommandContext:
+    """What all commands of a worker share: folders, environment, and two open files."""
+
+    folders: Folders
+    environ: Mapping[str, str]
+    #: /dev/null, and the directory this process lives in
+    null: int
+    home: int
+
+
+@dataclass
+class CommandAttempt(Attempt):
+    """A command, as a process group of its own."""
+
+    files: OutputFiles = field(kw_only=True)
+    folder: str | None = field(kw_only=True)
+
+    @classmethod
+    def start(cls, claim: Claim, command: Command, context: CommandContext) -> CommandAttempt:
+        """Start it. Raises fleet.process.CannotStart."""
+        folder = None if command.cwd else job_folder(context.folders, claim.job_id)
+        files = OutputFiles.create(context.folders, claim)
+        env = {**context.environ, **job_variables(claim), **command.env}
+        where = command.cwd or folder or ""
+        try:
+            stdio = (context.null, files.stdout, files.stderr)
+            pid = process.spawn(command.argv, env, where, stdio, context.home)
+        except BaseException:
+            files.close()
+            leave_folder(folder or "")
+            raise
+        return cls(claim, pid, timeout_of(claim), files=files, folder=folder)
+
+    def has_ended(self) -> bool:
+        return process.has_exited(self.pgid)
+
+    def collect(self, tail_bytes: int) -> End:
+        # what it left in the background goes with it; the zombie keeps the group's number ours
+        process.signal_group(self.pgid, signal.SIGKILL)
+        duration, ended = self.duration(), process.reap(self.pgid)
+        tails = self.files.tails(tail_bytes)
+        self.files.close()
+        if self.folder:
+            leave_folder(self.folder)
+        if self.cause:
+            return self.interrupted_end(self.cause, tails)
+        if ended.code == 0:
+            return End(self.claim, "finished", "", duration, 0, tails=tails)
+        return self._failure(ended, duration, tails)
+
+    def _failure(self, ended: process.Exit, duration: float, tails: Tails) -> End:
+        if ended.signal is None:
+            reason = f"exit code {ended.code}"
+        else:
+            reason = f"killed by {process.signal_name(ended.signal)}"
+        text = failures.encoded(_with_output(reason, tails))
+        code = ended.code if ended.signal is None else 128 + ended.signal
+        return End(self.claim, "failed", reason, duration, code, exc_string=text, tails=tails)
+
+    def output_ends(self) -> tuple[int, int]:
+        return self.files.ends()
+
+    def tails(self, limit: int) -> Tails:
+        return self.files.tails(limit)
+
+
+def timeout_of(claim: Claim) -> float | None:
+    """Seconds the job may run; RQ writes -1 for no limit, and anything else is somebody's damage."""
+    try:
+        seconds = float(claim.fields.get(b"timeout", b"180"))
+    except ValueError:
+        return None
+    return seconds if seconds > 0 else None
+
+
+def job_variables(claim: Claim) -> dict[str, str]:
+    """What a job finds about itself in its environment."""
+    return {"FLEET_JOB_ID": claim.job_id, "FLEET_QUEUE": claim.queue, "FLEET_FENCE": claim.fence}
+
+
+def never_started(claim: Claim, reason: str, *, outcome: Outcome = "failed") -> End:
+    """The end of an attempt that could not be begun."""
+    return End(claim, outcome, reason, exc_string=failures.encoded(reason))
+
+
+def _with_output(reason: str, tails: Tails) -> str:
+    shown = (tails.stderr or tails.stdout)[-_SHOWN_BYTES:].decode("utf-8", "replace").strip()
+    return f"{reason}\n\nIts last output:\n{shown}" if shown else reason

@@ -1,0 +1,82 @@
+"""The sidecar as the worker's threads use it: always there, replaced when it dies."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from fleet.sidecar import Sidecar, SidecarGone
+
+log = logging.getLogger("fleet.worker")
+
+
+class Guard:
+    """Keeps one sidecar; the loop adds and removes groups, the heartbeat renews."""
+
+    def __init__(self, incarnation: str, lock_fd: int) -> None:
+        """Raises OSError."""
+        self._sidecar = Sidecar.start(incarnation, lock_fd)
+        self._lock = threading.Lock()
+        self._selector: selectors.BaseSelector | None = None
+        self._handler: Callable[[], None] = lambda: None
+        self._killed: set[int] = set()
+
+    def watch(self, selector: selectors.BaseSelector, handler: Callable[[], None]) -> None:
+        """Call `handler` when there may be something in `killed`, or the sidecar died."""
+        self._selector, self._handler = selector, handler
+        selector.register(self._sidecar, selectors.EVENT_READ, handler)
+
+    def add(self, pgid: int) -> None:
+        """Have a group killed should this worker die or lose its leases."""
+        self._tell(lambda sidecar: sidecar.add(pgid))
+
+    def remove(self, pgid: int) -> None:
+        """A group is gone; called before its leader is reaped."""
+        self._tell(lambda sidecar: sidecar.remove(pgid))
+
+    def renew(self, deadline: float) -> None:
+        """Leases hold until `deadline`, seconds on the boot clock. Called by the heartbeat's thread."""
+        self._tell(lambda sidecar: sidecar.renew(deadline))
+
+    def is_late(self) -> bool:
+        """Whether the leases may be gone: nothing must be started before they are renewed."""
+        return self._sidecar.is_late()
+
+    def killed(self) -> set[int]:
+        """Groups that were killed since the last call because the leases were about to end."""
+        with self._lock:
+            killed, self._killed = self._killed | self._sidecar.killed(), set()
+        return killed
+
+    def keep_alive(self) -> None:
+        """Replace a sidecar that died. Called by the loop, which alone may change its selector."""
+        if not self._sidecar.alive():
+            self._replace()
+
+    def close(self) -> None:
+        """End it, and with it whatever is left of this worker's jobs."""
+        self._unwatch()
+        self._sidecar.close()
+
+    def _tell(self, message: Callable[[Sidecar], None]) -> None:
+        # a message that does not arrive is remembered by the sidecar's own books, which its
+        # successor is given: the loop starts that one in its next turn
+        with self._lock, suppress(SidecarGone):
+            message(self._sidecar)
+
+    def _replace(self) -> None:
+        log.warning("the sidecar died: starting another")
+        self._unwatch()
+        with self._lock, suppress(SidecarGone):
+            self._killed |= self._sidecar.killed()
+            self._sidecar = self._sidecar.successor()
+        if self._selector:
+            self._selector.register(self._sidecar, selectors.EVENT_READ, self._handler)
+
+    def _unwatch(self) -> None:
+        if self._selector:
+            with suppress(KeyError, ValueError):
+                self._selector.unregister(self._sidecar)

@@ -1,0 +1,131 @@
+"""A worker's claim to its name: on this host by a lock, in the fleet by its record.
+
+The lock is held by the worker and by its sidecar, so whoever gets it knows that the worker
+before it is gone and that its jobs' processes are too. Only then may its leases be taken over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import redis
+
+from broker import __version__, clock, keys
+from broker.errors import Conflict, UsageError
+from broker.session import Session
+from fleet.outputs import Folders
+
+log = logging.getLogger("fleet.worker")
+
+#: seconds to wait for a worker of this name that is just leaving
+_LOCK_WAIT_SECONDS = 5.0
+
+
+class NameLock:
+    """An exclusive lock on NAME.lock; `fd` is handed to the sidecar too."""
+
+    def __init__(self, folders: Folders, name: str) -> None:
+        self._path = folders.run / f"{name}.lock"
+        self._name = name
+        self.fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def acquire(self) -> None:
+        """Take it, waiting a little. Raises Conflict where another worker has it."""
+        deadline = clock.monotonic() + _LOCK_WAIT_SECONDS
+        while not self._try():
+            if clock.monotonic() > deadline:
+                raise Conflict(
+                    f"a worker named {self._name} runs here already (it holds {self._path})",
+                    "Give this one another --name, or stop that one first.",
+                )
+            time.sleep(0.05)
+
+    def identity(self) -> str:
+        """What two processes share only if they would contend for this very file."""
+        status = os.fstat(self.fd)
+        return f"{_boot_id()}:{status.st_dev}:{status.st_ino}"
+
+    def release(self) -> None:
+        """Let go; a sidecar at work still holds it."""
+        os.close(self.fd)
+
+    def _try(self) -> bool:
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return str(int(psutil.boot_time()))
+
+
+def prepare(folders: Folders) -> None:
+    """Make the worker's folders. Raises UsageError."""
+    try:
+        folders.create()
+    except OSError as exc:
+        raise UsageError(
+            f"cannot write to {folders.root}: {exc.strerror}", "Name another folder with --output-dir."
+        ) from exc
+
+
+def write_run_file(folders: Folders, name: str, incarnation: str) -> Path:
+    """Leave a note of this process for `fleet down`: it is ours if pid and start time agree."""
+    path = folders.run / f"{name}.json"
+    started = psutil.Process().create_time()
+    note = {"pid": os.getpid(), "start_time": started, "incarnation": incarnation, "version": __version__}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(note))
+    temporary.replace(path)
+    return path
+
+
+def enter(session: Session, client: redis.Redis, record: str, lock: NameLock) -> None:
+    """Register in the fleet, in place of an earlier life where that is surely over.
+
+    Raises Conflict where a live worker elsewhere has the name, and what redis-py raises.
+    """
+    taken = session.register(client, record)
+    if not taken:
+        return
+    other = _fields(taken)
+    if other.get("lock") == lock.identity():
+        log.info("taking over from pid %s, which is gone", other.get("pid"))
+        session.register(client, record, replaces=str(other.get("incarnation")))
+        return
+    _outwait(session, client, record, other)
+
+
+def _outwait(session: Session, client: redis.Redis, record: str, other: dict[str, Any]) -> None:
+    """A worker we cannot see has the name: dead ones stop beating, live ones do not."""
+    name = session.identity.name
+    log.info("a worker named %s was on host %s: waiting whether it still beats", name, other.get("host"))
+    while taken := session.register(client, record):
+        now = _fields(taken)
+        if (now.get("incarnation"), now.get("at")) != (other.get("incarnation"), other.get("at")):
+            raise Conflict(
+                f"a worker named {name} is alive on host {now.get('host')} (pid {now.get('pid')})",
+                "Give this one another --name, or stop that one first.",
+            )
+        ttl = client.pttl(keys.worker_beat(name))
+        time.sleep(min(0.5, max(ttl, 50) / 1000))
+
+
+def _fields(record: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(record)
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) else {}

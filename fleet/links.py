@@ -1,0 +1,72 @@
+"""The loop's connections to Redis: up and down together, and back after a spread-out pause."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+
+import redis
+
+from broker import clock
+from broker.session import Session
+from broker.waiting import RqCommands, Waiter
+
+log = logging.getLogger("fleet.worker")
+
+#: seconds between attempts to reach Redis after the first
+_RETRY_SECONDS = 1.0
+#: workers that may come back in one second
+_RETURNS_PER_SECOND = 50
+
+
+class Links:
+    """One connection for scripts, one that waits, one for RQ's commands."""
+
+    def __init__(self, session: Session, client: redis.Redis, selector: selectors.BaseSelector) -> None:
+        self.client = client
+        block = max(1, int(session.settings.lease_seconds))
+        self.waiter = Waiter(client, session.identity, block)
+        self.rq = RqCommands(client, session.identity)
+        self._session = session
+        self._selector = selector
+        self._watched: list[int] = []
+        self.up = False
+        self.retry_at = 0.0
+
+    def connect(self, on_wake: Callable[[], None], on_rq: Callable[[], None]) -> None:
+        """Open the two that wait and watch them. Raises what redis-py raises."""
+        self.waiter.connect()
+        self.rq.connect()
+        for link, handler in ((self.waiter, on_wake), (self.rq, on_rq)):
+            self._selector.register(link.fileno(), selectors.EVENT_READ, handler)
+            self._watched.append(link.fileno())
+        self.up = True
+
+    def lost(self, exc: Exception, fleet_size: int) -> None:
+        """Drop all and set the time of the next attempt; not for all workers the same."""
+        if self.up:
+            log.warning("Redis does not answer: %s", exc)
+            self.retry_at = clock.monotonic() + self._spread(fleet_size)
+        else:
+            self.retry_at = clock.monotonic() + _RETRY_SECONDS
+        self.close()
+
+    def close(self) -> None:
+        """Drop all."""
+        for fd in self._watched:
+            with suppress(KeyError, ValueError):
+                self._selector.unregister(fd)
+        self._watched.clear()
+        self.up = False
+        with suppress(redis.RedisError, OSError):
+            self.waiter.close()
+            self.rq.close()
+            self.client.connection_pool.disconnect()
+
+    def _spread(self, fleet_size: int) -> float:
+        """Seconds to wait, by the worker's name: at most a quarter of the lease, less in a small fleet."""
+        window = min(self._session.settings.lease_seconds / 4, fleet_size / _RETURNS_PER_SECOND)
+        return window * (zlib.crc32(self._session.identity.name.encode()) % 1000) / 1000

@@ -1,0 +1,222 @@
+"""One worker in the foreground: `python -I -m fleet.worker --config FILE`, or `fleet worker`.
+
+Puts the parts together, registers, runs the loop, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import selectors
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import redis
+
+from broker import __version__, clock
+from broker.connection import address, connect, translated
+from broker.errors import FleetError, UsageError
+from broker.session import Identity, Session
+from broker.settings import WorkerSettings
+from fleet import lifecycle, resources
+from fleet.attempt import CommandContext
+from fleet.beater import Beater
+from fleet.chores import ChoreThread
+from fleet.executors import ExecutorConfig, ExecutorPool
+from fleet.guard import Guard
+from fleet.links import Links
+from fleet.loop import Mailbox, WorkerLoop, install_signals
+from fleet.outputs import Folders
+from fleet.worker_config import WorkerConfig
+
+log = logging.getLogger("fleet.worker")
+
+#: variables that jobs must not see: they may carry a secret
+_SECRETS = ("FLEET_REDIS_URL", "FLEET_REDIS_PASSWORD_FILE", "REDIS_URL", "RQ_REDIS_URL")
+
+
+def run(config: WorkerConfig, settings: WorkerSettings) -> int:
+    """Run one worker until it is told to stop or has nothing left to do; returns the exit code.
+
+    Raises UsageError for a folder or an interpreter that cannot be used, Conflict for a name
+    that is taken, RedisUnreachable or RedisDenied where it cannot begin.
+    """
+    config.checked()
+    time.sleep(config.startup_delay_seconds)
+    folders = Folders(config.output_dir)
+    lifecycle.prepare(folders)
+    lock = lifecycle.NameLock(folders, config.name)
+    try:
+        lock.acquire()
+        return _run_locked(config, settings, folders, lock)
+    finally:
+        lock.release()
+
+
+def _run_locked(
+    config: WorkerConfig, settings: WorkerSettings, folders: Folders, lock: lifecycle.NameLock
+) -> int:
+    who = Identity(
+        config.name,
+        config.host,
+        config.queues,
+        os.getpid(),
+        platform.python_version(),
+        ephemeral=config.ephemeral,
+    )
+    session = Session(who, settings)
+    client = connect(config.redis_url)
+    describe = _Description(config, session, lock.identity())
+    with translated(address(client)):
+        lifecycle.enter(session, client, describe(), lock)
+    log.info("worker %s registered at Redis %s", config.name, address(client))
+    try:
+        return _work(config, session, client, folders, lock, describe)
+    finally:
+        _leave(session, client)
+
+
+def _work(
+    config: WorkerConfig,
+    session: Session,
+    client: redis.Redis,
+    folders: Folders,
+    lock: lifecycle.NameLock,
+    describe: _Description,
+) -> int:
+    """Build the parts round the loop, run it, and take them down in the opposite order."""
+    with ExitStack() as stack:
+        note = lifecycle.write_run_file(folders, config.name, session.identity.incarnation)
+        stack.callback(partial(note.unlink, missing_ok=True))
+        guard = Guard(session.identity.incarnation, lock.fd)
+        stack.callback(guard.close)
+        environ = job_environ(os.environ, config, session.identity.incarnation)
+        pool = ExecutorPool(
+            _executor_config(config, session.settings, folders, environ),
+            on_spawn=guard.add,
+            on_exit=guard.remove,
+        )
+        stack.callback(pool.close)
+        selector = stack.enter_context(selectors.DefaultSelector())
+        links = Links(session, client, selector)
+        stack.callback(links.close)
+        context = CommandContext(folders, environ, os.open(os.devnull, os.O_RDONLY), os.open(".", os.O_RDONLY))
+        mail = Mailbox()
+        loop = WorkerLoop(config, session, links, selector, context, pool, guard, mail)
+        describe.loop = loop
+        loop.beater = Beater(
+            session,
+            connect(config.redis_url),
+            leases=loop.leases,
+            record=describe,
+            renewed=guard.renew,
+            post=mail.post,
+        )
+        loop.chores = ChoreThread(session, connect(config.redis_url))
+        install_signals(mail, loop.request_stop)
+        for thread in (loop.beater, loop.chores):
+            thread.start()
+            stack.callback(thread.stop)
+        return loop.run()
+
+
+def _executor_config(
+    config: WorkerConfig, settings: WorkerSettings, folders: Folders, environ: Mapping[str, str]
+) -> ExecutorConfig:
+    return ExecutorConfig(
+        python=config.executor_python,
+        redis_url=config.redis_url,
+        worker_name=config.name,
+        environ=environ,
+        work_dir=str(Path.cwd()),
+        live_dir=folders.run / "live",
+        mode="fork" if config.executor == "fork" else "warm",
+        paths=config.paths,
+        max_jobs=settings.executor_max_jobs,
+        max_rss_bytes=settings.executor_max_rss_bytes,
+        max_idle=config.slots,
+    )
+
+
+def job_environ(environ: Mapping[str, str], config: WorkerConfig, incarnation: str) -> dict[str, str]:
+    """What every job finds in its environment: the worker's own, less what may be secret."""
+    kept = {name: value for name, value in environ.items() if name not in _SECRETS}
+    ours = {"FLEET_WORKER": config.name, "FLEET_HOST": config.host, "FLEET_INCARNATION": incarnation}
+    return kept | ours
+
+
+def _leave(session: Session, client: redis.Redis) -> None:
+    """Take the record out of the registry, if Redis can be reached; else it lapses by itself."""
+    try:
+        if not session.retire(client):
+            log.warning("leases are left; others recover them when they have run out")
+    except redis.RedisError as exc:
+        log.warning("could not sign off: %s", exc)
+
+
+class _Description:
+    """The record of a worker that `fleet status` reads: JSON, made anew with each beat."""
+
+    def __init__(self, config: WorkerConfig, session: Session, lock: str) -> None:
+        found, who = resources.detect(), session.identity
+        self._fixed = {
+            "name": who.name,
+            "host": who.host,
+            "pid": who.pid,
+            "incarnation": who.incarnation,
+            "lock": lock,
+            "queues": list(who.queues),
+            "slots": config.slots,
+            "labels": dict(config.labels),
+            "version": __version__,
+            "cpus": found.cpus,
+            "memory_bytes": found.memory_bytes,
+            "gpus": [],
+            "ephemeral": who.ephemeral,
+            "heartbeat_seconds": session.settings.heartbeat_seconds,
+            "started_at": clock.wall().isoformat(),
+        }
+        self.loop: WorkerLoop | None = None
+
+    def __call__(self) -> str:
+        notice = self.loop.notice if self.loop else ""
+        return json.dumps(self._fixed | {"at": clock.wall().isoformat(), "notice": notice})
+
+
+def set_up_logging() -> None:
+    """To stderr, one line an event; times in UTC."""
+    logging.Formatter.converter = time.gmtime
+    form = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, datefmt="%Y-%m-%dT%H:%M:%S", stream=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Start from a file that a launcher wrote; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -I -m fleet.worker", description=__doc__)
+    parser.add_argument("--config", required=True, type=Path, help="the worker's configuration, JSON")
+    arguments = parser.parse_args(argv)
+    set_up_logging()
+    try:
+        config = WorkerConfig.from_json(_read(arguments.config))
+        return run(config, WorkerSettings(**config.settings))
+    except FleetError as exc:
+        log.error("%s %s", exc.message, exc.hint)  # noqa: TRY400  # a message, not a traceback
+        return exc.exit_code
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise UsageError(f"cannot read {path}: {exc}") from exc
+
+
+if __name__ == "__main__":
+    sys.exit(main())
