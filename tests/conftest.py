@@ -10,6 +10,7 @@ returns what it returned. Tests wait with it and never sleep a fixed time.
 `fleet_redis_url`: `redis_url`, and FLEET_REDIS_URL says so to every command that the test runs.
 `run_fleet(*arguments)`: the `fleet` command as a subprocess, to its end.
 `spawn(argv)`: a process that runs beside the test, killed with its group at the test's end.
+`is_alive(pid)`: whether it runs; a zombie does not.
 `free_port()`: a TCP port of loopback that nobody listens on.
 
 Markers: `@pytest.mark.root` needs root; `@pytest.mark.needs("sshd", "promtool")` needs programs that
@@ -50,7 +51,7 @@ PACKAGES = dict(
 #: carried by every process that tests start; how those that outlive them are found
 SESSION_MARK = "RQ_FLEET_TEST_SESSION"
 #: seconds that processes get to end by themselves after the last test
-LEAK_GRACE_SECONDS = 5.0
+LEAK_GRACE_SECONDS = 3.0
 #: of Python's own, ends with the interpreter that started it
 _HELPERS_OF_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
@@ -331,6 +332,19 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen[Any]]]:
     yield start
     for process in started:
         _kill_group(process)
+
+
+@pytest.fixture(scope="session")
+def is_alive() -> Callable[[int], bool]:
+    """`is_alive(pid)`: whether it runs. A zombie does not: in a container nobody may reap an orphan."""
+
+    def alive(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    return alive
 
 
 def _kill_group(process: subprocess.Popen[Any]) -> None:
