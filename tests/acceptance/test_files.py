@@ -205,20 +205,20 @@ def test_the_redis_of_compose_asks_for_a_password_that_no_command_line_shows(
     port = free_port()
     run, environ = _stand_in_for_the_image(tmp_path, "hush")
     script = services["redis"]["command"][2].replace("$$", "$").replace("/run/", f"{run}/")
-    script = script.replace("--appendonly", f"--port {port} --dir {tmp_path} --appendonly")
+    script = script.replace("--appendonly", f"--bind 127.0.0.1 --port {port} --dir {tmp_path} --appendonly")
     process = spawn(["sh", "-ec", script], env=environ, stdout=subprocess.DEVNULL)
-    with redis.Redis(port=port, password="hush", decode_responses=True) as client:
+    with redis.Redis(host="127.0.0.1", port=port, password="hush", decode_responses=True) as client:
         eventually(lambda: _pings(client), message="a ping with the password")
         config = client.config_get("maxmemory-policy", "appendonly")
         assert config == {"maxmemory-policy": "noeviction", "appendonly": "yes"}
     with (
-        redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as stranger,
+        redis.Redis(host="127.0.0.1", port=port, retry=Retry(NoBackoff(), 0)) as stranger,
         pytest.raises(redis.AuthenticationError),
     ):
         stranger.ping()
     assert "hush" not in " ".join(psutil.Process(process.pid).cmdline())
     health = services["redis"]["healthcheck"]["test"][1].replace("$$", "$").replace("/run/", f"{run}/")
-    health = health.replace("redis-cli", f"redis-cli -p {port}")
+    health = health.replace("redis-cli", f"redis-cli -h 127.0.0.1 -p {port}")
     assert subprocess.run(["sh", "-c", health], env=environ, check=False).returncode == 0
 
 
