@@ -1,0 +1,524 @@
+"""What runs at a host: one file of Python's standard library, sent over stdin.
+
+It imports nothing of ours, so it works before anything is installed, and beside any version
+of it. `program(REQUEST)` is its whole text with a request; it answers with one line of JSON
+after `MARK`, so whatever a login shell prints before it does no harm. ASCII only: the
+host's locale is not ours. Python 3.11 or newer, started with -I -S.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+#: what a line that answers begins with
+MARK = "rq-fleet: "
+#: seconds by which the start time of a process may be off: clocks are stepped, `ps` rounds
+START_TIME_SLACK_SECONDS = 2.0
+#: seconds a worker gets after the second SIGTERM, which hurries it, to hand back its jobs
+HURRY_SECONDS = 5.0
+#: seconds the children of a worker get to go when it has gone; its sidecar needs less
+CHILDREN_SECONDS = 3.0
+#: seconds for a process to vanish after SIGKILL
+KILL_SECONDS = 5.0
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Failed(Exception):
+    """A step failed; `kind` is for the launcher, `details` for people."""
+
+    def __init__(self, kind: str, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.answer = {"kind": kind, "message": message, "details": details}
+
+
+def program(request: Json) -> str:
+    """This file with a request: to be fed to `python -I -S -` on stdin.
+
+    The request is a statement of its own, so no traceback shows what it holds.
+    """
+    source = Path(__file__).read_text(encoding="ascii")
+    return f"{source}\nREQUEST = {json.dumps(request)!r}\nsys.exit(main(REQUEST))\n"
+
+
+def answer_in(output: str) -> Json | None:
+    """The answer in what the program printed, or None."""
+    for line in reversed(output.splitlines()):
+        if line.startswith(MARK):
+            found: Json = json.loads(line.removeprefix(MARK))
+            return found
+    return None
+
+
+def main(text: str) -> int:
+    """Do what the request says and print the answer."""
+    request = json.loads(text)
+    try:
+        answer = VERBS[request["verb"]](request)
+    except Failed as exc:
+        answer = {"error": exc.answer}
+    except OSError as exc:
+        kind = "no_space" if exc.errno in _NO_SPACE else "os"
+        answer = {"error": {"kind": kind, "message": str(exc), "details": ""}}
+    sys.stdout.write(f"\n{MARK}{json.dumps(answer)}\n")
+    return 0
+
+
+# --- probe -----------------------------------------------------------------------------------------
+
+
+def probe(_request: Json) -> Json:
+    """What this host is, and what of ours is installed. Sizes in bytes."""
+    import importlib.util
+    import shutil
+
+    data = data_dir()
+    return {
+        "system": os.uname().sysname,
+        "machine": os.uname().machine,
+        "python": sys.executable,
+        "python_version": ".".join(map(str, sys.version_info[:3])),
+        "can_make_venvs": all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")),
+        "cpus": cpus(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "free_disk_bytes": shutil.disk_usage(existing(data)).free,
+        "gpus": gpus(),
+        "time": time.time(),
+        "home": str(Path.home()),
+        "data_dir": str(data),
+        "output_dir": str(state_dir() / "work"),
+        "venvs": list(venvs(data)),
+    }
+
+
+def data_dir() -> Path:
+    """Where the bundle is installed."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "rq-fleet"
+
+
+def state_dir() -> Path:
+    """What `fleet.worker_config.default_output_dir` has, at this host."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "rq-fleet"
+
+
+def existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def cpus() -> int:
+    """CPUs that we may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def gpus() -> list[Json]:
+    """The GPUs that nvidia-smi knows; none where there is no nvidia-smi, or it fails."""
+    import shutil
+    import subprocess
+
+    if not shutil.which("nvidia-smi"):
+        return []
+    argv = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=True)
+        rows = [line.rsplit(",", 1) for line in done.stdout.splitlines()]
+        return [{"name": name.strip(), "memory_bytes": int(size) * 2**20} for name, size in rows]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def venvs(data: Path) -> Iterator[Json]:
+    """The installs that were completed, newest last."""
+    found = [json.loads(path.read_text()) for path in (data / "venvs").glob("*/.complete")]
+    yield from sorted(found, key=lambda venv: float(venv["completed_at"]))
+
+
+# --- install ---------------------------------------------------------------------------------------
+
+
+def install(request: Json) -> Json:
+    """Make the environment of a bundle from the wheel that was brought.
+
+    Virtual environments cannot be moved, so it is made in its place and counts from when
+    `.complete` is there. One install at a time; what an install that was cut off left is
+    removed. No other environment is touched.
+    """
+    venv = data_dir() / "venvs" / f"{request['key']}-{sys.implementation.cache_tag}"
+    mark = venv / ".complete"
+    with lock(data_dir() / "install.lock", request["time_limit_seconds"]):
+        if not mark.exists():
+            remove(venv)
+            build(venv, request)
+            complete(mark, {"key": request["key"], "version": request["version"]})
+    Path(request["wheel"]).unlink(missing_ok=True)
+    return {"python": str(venv / "bin/python")}
+
+
+def build(venv: Path, request: Json) -> None:
+    """Make the environment, install the wheel and its dependencies, and try it."""
+    python = str(venv / "bin" / "python")
+    wheel, deadline = request["wheel"], time.monotonic() + request["time_limit_seconds"]
+    for what, argv in (
+        ("make a virtual environment", [sys.executable, "-I", "-m", "venv", str(venv)]),
+        ("install", [python, "-I", "-m", "pip", "install", "--no-input", "--quiet", wheel]),
+        ("import", [python, "-I", "-c", "import fleet.worker, fleet.detach"]),
+    ):
+        run(what, argv, deadline)
+
+
+def run(what: str, argv: list[str], deadline: float) -> None:
+    """Run `argv` until `deadline`; its last lines go into the error."""
+    import subprocess
+
+    environ = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_COLOR": "1"}
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=max(1.0, deadline - time.monotonic()),
+            env=environ,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as exc:
+        raise Failed("install", f"could not {what} in time", tail_of(exc.stdout or b"", 10)) from None
+    if done.returncode:
+        full = b"No space left on device" in done.stdout or b"Disk quota exceeded" in done.stdout
+        raise Failed("no_space" if full else "install", f"could not {what}", tail_of(done.stdout, 10))
+
+
+def complete(mark: Path, facts: Json) -> None:
+    """Declare the environment complete, at once or not at all."""
+    part = mark.with_name(".complete.part")
+    python = str(mark.parent / "bin" / "python")
+    part.write_text(json.dumps({**facts, "python": python, "completed_at": time.time()}))
+    part.rename(mark)
+
+
+def remove(folder: Path) -> None:
+    """Remove what an install that was cut off left."""
+    import shutil
+
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def lock(path: Path, limit_seconds: float) -> Iterator[None]:
+    """Hold the lock file `path`; waits for another holder, but not for ever."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + limit_seconds
+    with path.open("a") as file:
+        while not taken(file.fileno()):
+            if time.monotonic() > deadline:
+                raise Failed("busy", f"another 'fleet up' or 'fleet down' is at work here and holds {path}")
+            time.sleep(0.1)
+        yield
+
+
+def taken(descriptor: int) -> bool:
+    """Whether the lock is ours now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+# --- start -----------------------------------------------------------------------------------------
+
+
+def start(request: Json) -> Json:
+    """Start each worker that does not live, one caller at a time."""
+    run_dir = Path(request["output_dir"]) / "run"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with lock(run_dir / ".start.lock", request["time_limit_seconds"]):
+        return {"workers": [start_one(run_dir, request["python"], order) for order in request["orders"]]}
+
+
+def start_one(run_dir: Path, python: str, order: Json) -> Json:
+    """The worker of `order`: the one that lives, or a fresh one."""
+    name = order["name"]
+    found = living(run_dir, name)
+    if found:
+        return {"name": name, "pid": found["pid"], "fresh": False, "version": found.get("version")}
+    config = run_dir / f"{name}.config.json"
+    write_secret(config, json.dumps(order))
+    log = run_dir.parent / "log" / f"{name}.log"
+    offset = log.stat().st_size if log.exists() else 0
+    process = {**detached(python, config), "log_offset": offset}
+    write_secret(run_dir / f"{name}.started.json", json.dumps(process))
+    return {"name": name, "fresh": True, "pid": process["pid"], "version": process.get("version")}
+
+
+def detached(python: str, config: Path) -> Json:
+    """Run fleet.detach and read its line."""
+    import subprocess
+
+    argv = [python, "-I", "-m", "fleet.detach", "--config", str(config)]
+    try:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
+        if done.returncode == 0:
+            process: Json = json.loads(done.stdout)
+            return process
+    except (OSError, ValueError, subprocess.TimeoutExpired) as exc:
+        raise Failed("start", f"{python} could not start the worker: {exc}") from exc
+    if b"No module named" in done.stderr:
+        raise Failed("not_installed", f"rq-fleet is not installed for {python}", tail_of(done.stderr, 1))
+    raise Failed("start", f"{python} could not start the worker", tail_of(done.stderr, 10))
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, at once or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+    part.rename(path)
+
+
+# --- inspect ---------------------------------------------------------------------------------------
+
+
+def inspect(request: Json) -> Json:
+    """The workers of a base name that left a trace, and whether their processes live."""
+    run_dir = Path(request["output_dir"]) / "run"
+    return {
+        "workers": [seen(run_dir, name, request["log_lines"]) for name in traces(run_dir, request["base"])]
+    }
+
+
+def seen(run_dir: Path, name: str, log_lines: int) -> Json:
+    """One worker, as base.Seen has it."""
+    found = living(run_dir, name)
+    last = found or record(run_dir / f"{name}.started.json") or record(run_dir / f"{name}.json") or {}
+    return {
+        "name": name,
+        "alive": found is not None,
+        "pid": last.get("pid"),
+        "version": last.get("version"),
+        "log": log_tail(run_dir, name, log_lines) if log_lines else "",
+    }
+
+
+def log_tail(run_dir: Path, name: str, lines: int) -> str:
+    """The last lines that the worker logged since it was last started."""
+    offset = int((record(run_dir / f"{name}.started.json") or {}).get("log_offset", 0))
+    try:
+        with (run_dir.parent / "log" / f"{name}.log").open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(offset if offset <= end else 0, end - 16384))
+            return tail_of(file.read(), lines)
+    except FileNotFoundError:
+        return ""
+
+
+def tail_of(data: bytes, lines: int) -> str:
+    """The last lines of some output."""
+    return "\n".join(data.decode("utf-8", "replace").rstrip().splitlines()[-lines:])
+
+
+def traces(run_dir: Path, base: str) -> list[str]:
+    """The names BASE-0, BASE-1 ... for which there are files. A folder may be shared by hosts."""
+    pattern = re.compile(rf"({re.escape(base)}-(\d+))(?:\.started|\.config)?\.json")
+    found = {
+        match[1]: int(match[2]) for path in run_dir.glob("*.json") if (match := pattern.fullmatch(path.name))
+    }
+    return sorted(found, key=lambda name: found[name])
+
+
+def living(run_dir: Path, name: str) -> Json | None:
+    """What is written of worker `name`, if that very process lives: by itself, or by its starter."""
+    for path in (run_dir / f"{name}.json", run_dir / f"{name}.started.json"):
+        found = record(path)
+        if found and lives(found):
+            return found
+    return None
+
+
+def record(path: Path) -> Json | None:
+    """What a file says of a process; None where there is none or it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+        return {**found, "pid": int(found["pid"]), "start_time": float(found["start_time"])}
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+
+
+# --- processes -------------------------------------------------------------------------------------
+
+
+def lives(process: Json) -> bool:
+    """Whether that very process lives: its PID, started when it was."""
+    began = started_at(process["pid"])
+    return began is not None and abs(began - process["start_time"]) < START_TIME_SLACK_SECONDS
+
+
+def started_at(pid: int) -> float | None:
+    """When process `pid` started, seconds since the epoch as psutil counts them; None: no such process."""
+    if sys.platform != "linux":
+        return started_at_by_ps(pid)
+    fields = stat_of(pid)
+    if fields is None or fields[0] in ("Z", "X"):
+        return None
+    return boot_time() + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def stat_of(pid: int) -> list[str] | None:
+    """/proc/PID/stat from the third field on (proc(5)): the second may hold anything."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def boot_time() -> float:
+    """When the machine booted, seconds since the epoch."""
+    lines = Path("/proc/stat").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith("btime ")))
+
+
+def started_at_by_ps(pid: int) -> float | None:
+    """The same where there is no /proc."""
+    import subprocess
+
+    argv = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]
+    done = subprocess.run(
+        argv, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}, check=False
+    )
+    state, _, began = done.stdout.strip().partition(" ")
+    if not began or state.startswith("Z"):
+        return None
+    return time.mktime(time.strptime(began.strip(), "%a %b %d %H:%M:%S %Y"))
+
+
+def tree_of(root: int) -> list[Json]:
+    """The descendants of a process, each with its start time."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in parents():
+        children.setdefault(parent, []).append(pid)
+    found, todo = [], list(children.get(root, ()))
+    while todo:
+        pid = todo.pop()
+        found.append({"pid": pid, "start_time": started_at(pid) or 0.0})
+        todo += children.get(pid, ())
+    return found
+
+
+def parents() -> Iterator[tuple[int, int]]:
+    """(process, its parent) of all processes."""
+    if sys.platform != "linux":
+        import subprocess
+
+        done = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True, check=True)
+        yield from ((int(pid), int(parent)) for pid, parent in map(str.split, done.stdout.splitlines()))
+        return
+    for name in os.listdir("/proc"):  # noqa: PTH208 - thousands of names
+        fields = stat_of(int(name)) if name.isdigit() else None
+        if fields:
+            yield int(name), int(fields[1])
+
+
+# --- stop ------------------------------------------------------------------------------------------
+
+
+def stop(request: Json) -> Json:
+    """End the workers of a base name and look whether they ended."""
+    run_dir = Path(request["output_dir"]) / "run"
+    if not run_dir.is_dir():
+        return {"workers": []}
+    with lock(run_dir / ".start.lock", request["time_limit_seconds"]):
+        return {"workers": stop_all(run_dir, traces(run_dir, request["base"]), request)}
+
+
+def stop_all(run_dir: Path, names: list[str], request: Json) -> list[Json]:
+    """What became of each of the workers `names`."""
+    found = {name: worker for name in names if (worker := living(run_dir, name))}
+    trees = {name: tree_of(worker["pid"]) for name, worker in found.items()}
+    ends = dict.fromkeys(names, "not running")
+    ends |= dict.fromkeys(found, "stopped")
+    for name in end_all(found, 0.0 if request["force"] else request["grace_seconds"], request["force"]):
+        trees[name] += tree_of(found[name]["pid"])
+        ends[name] = kill_group(found[name])
+    for name, tree in trees.items():
+        ends[name] = ends[name] if gone(tree) else "remains"
+    return [forgotten(run_dir, name, found.get(name), ends[name]) for name in names]
+
+
+def end_all(workers: dict[str, Json], grace_seconds: float, force: bool) -> list[str]:
+    """SIGTERM, the grace, SIGTERM again to hurry; the names of those that live on."""
+    for wait_seconds in () if force else (grace_seconds, HURRY_SECONDS):
+        for worker in workers.values():
+            send(worker, signal.SIGTERM)
+        workers = still(workers, wait_seconds)
+    return list(workers)
+
+
+def still(workers: dict[str, Json], seconds: float) -> dict[str, Json]:
+    """Those of `workers` that live after at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    while left := {name: worker for name, worker in workers.items() if lives(worker)}:
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.05)
+    return left
+
+
+def send(process: Json, number: int) -> None:
+    """Signal that very process, never another that has its PID."""
+    if lives(process):
+        try:
+            os.kill(process["pid"], number)
+        except ProcessLookupError:
+            pass
+
+
+def kill_group(worker: Json) -> str:
+    """SIGKILL to the group that the worker leads; its sidecar sees to its jobs' groups."""
+    if not lives(worker):
+        return "stopped"
+    try:
+        os.killpg(worker["pid"], signal.SIGKILL)
+    except ProcessLookupError:
+        send(worker, signal.SIGKILL)
+    return "remains" if still({"": worker}, KILL_SECONDS) else "killed"
+
+
+def gone(tree: list[Json]) -> bool:
+    """Whether a worker's children have gone; those that have not are killed."""
+    left = still({str(process["pid"]): process for process in tree}, CHILDREN_SECONDS)
+    for process in left.values():
+        send(process, signal.SIGKILL)
+    return not still(left, KILL_SECONDS) if left else True
+
+
+def forgotten(run_dir: Path, name: str, worker: Json | None, how: str) -> Json:
+    """The worker's end, as base.Stopped has it; the file with its credentials is removed."""
+    if how != "remains":
+        for suffix in (".config.json", ".started.json", ".json"):
+            (run_dir / f"{name}{suffix}").unlink(missing_ok=True)
+    return {"name": name, "pid": worker and worker["pid"], "how": how}
+
+
+VERBS: dict[str, Callable[[Json], Json]] = {
+    "probe": probe,
+    "install": install,
+    "start": start,
+    "inspect": inspect,
+    "stop": stop,
+}

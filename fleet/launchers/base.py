@@ -1,0 +1,237 @@
+"""What every launcher can do: the same six verbs for SSH, this machine, Slurm, Kubernetes.
+
+    probe    what is there: system, Python, resources, what of ours is installed
+    install  bring the bundle; what is installed already costs nothing
+    start    start workers, detached; a worker that lives is left alone
+    inspect  what of ours runs there, and the end of its log
+    stop     end workers, and look whether they ended
+    close    let go of whatever reaches the place
+
+A launcher stands for one place where workers can be started: a host, an allocation, a
+namespace. How it is opened differs (a connection, a command, an API) and is its own matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from broker.errors import FleetError
+from fleet.bundle import Bundle
+from fleet.worker_config import WorkerConfig
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of a host."""
+
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Venv:
+    """An environment that an earlier install left complete."""
+
+    key: str
+    python: str
+    version: str
+    #: seconds since the epoch, by the host's clock
+    completed_at: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A worker's process, as looked for at its host. `alive`: that very process, not its PID."""
+
+    name: str
+    alive: bool
+    pid: int | None = None
+    version: str | None = None
+    #: the last lines of its log, where they were asked for
+    log: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a host is. Sizes in bytes; `clock_skew_seconds` positive where its clock is ahead."""
+
+    system: str
+    machine: str
+    python: str
+    python_version: str
+    #: whether that Python can make virtual environments that have pip
+    can_make_venvs: bool
+    cpus: int
+    memory_bytes: int
+    free_disk_bytes: int
+    gpus: tuple[Gpu, ...]
+    clock_skew_seconds: float
+    home: str
+    #: where the bundle is installed, and where workers write unless told otherwise
+    data_dir: str
+    output_dir: str
+    venvs: tuple[Venv, ...] = ()
+    #: whether the host is the machine that we run on, so that our loopback is its own
+    is_here: bool = False
+
+
+@dataclass(frozen=True)
+class Started:
+    """A worker after `start`; `fresh` is false where it lived already and was left alone."""
+
+    name: str
+    pid: int
+    fresh: bool
+    version: str | None = None
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A worker after `stop`. `how`: "stopped", "killed", "not running" or "remains"."""
+
+    name: str
+    pid: int | None
+    how: str
+
+
+class Launcher(Protocol):
+    """One place where workers can be started. Every verb raises HostError."""
+
+    async def probe(self) -> Probe:
+        """Look at the place. Raises NoPython."""
+        ...
+
+    async def install(self, bundle: Bundle) -> str:
+        """The interpreter in which `bundle` is importable, installed first where it is not.
+
+        Raises InstallFailed; an older install then works on.
+        """
+        ...
+
+    async def start(self, python: str, orders: Sequence[WorkerConfig]) -> tuple[Started, ...]:
+        """Start, by the interpreter `python`, each worker that does not live. Raises StartFailed."""
+        ...
+
+    async def inspect(self, output_dir: str, base: str, *, log_lines: int = 0) -> tuple[Seen, ...]:
+        """The workers BASE-0, BASE-1 ... that left a trace in `output_dir`."""
+        ...
+
+    async def stop(
+        self, output_dir: str, base: str, *, grace_seconds: float, force: bool = False
+    ) -> tuple[Stopped, ...]:
+        """End these workers: SIGTERM, the grace, SIGKILL to their process groups; then look."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the place. Never raises; workers run on."""
+        ...
+
+
+class HostError(FleetError):
+    """Something went wrong at, or on the way to, one host. The other hosts go on."""
+
+    code = "host"
+
+
+class ConnectError(HostError):
+    """The host could not be reached."""
+
+    code = "connect"
+
+
+class NameNotResolved(ConnectError):
+    """No address is known for that name."""
+
+    code = "name_not_resolved"
+
+
+class Refused(ConnectError):
+    """The host is there, but nothing listens on the port."""
+
+    code = "refused"
+
+
+class TimedOut(ConnectError):
+    """No answer, or only half of one, within the time."""
+
+    code = "connect_timeout"
+
+
+class KeyDenied(ConnectError):
+    """The host knows none of our keys for that user."""
+
+    code = "permission_denied"
+
+
+class HostKeyChanged(ConnectError):
+    """The host shows another key than the one recorded."""
+
+    code = "host_key_changed"
+
+
+class Disconnected(HostError):
+    """The connection broke in the middle."""
+
+    code = "disconnected"
+
+
+class CommandTimeout(HostError):
+    """A command at the host did not end in its time."""
+
+    code = "command_timeout"
+
+
+class CommandFailed(HostError):
+    """A command at the host ended in a way that we cannot read."""
+
+    code = "command_failed"
+
+
+class NoPython(HostError):
+    """No Python that is new enough."""
+
+    code = "no_python"
+
+
+class HostBusy(HostError):
+    """Another `fleet up` or `fleet down` is at work there."""
+
+    code = "host_busy"
+
+
+class DiskFull(HostError):
+    """No space, or no quota, left where we have to write."""
+
+    code = "disk_full"
+
+
+class InstallFailed(HostError):
+    """The bundle could not be installed, or is not there where it should be used as it is."""
+
+    code = "install_failed"
+
+
+class StartFailed(HostError):
+    """The worker could not be started."""
+
+    code = "start_failed"
+
+
+class WorkerDied(StartFailed):
+    """The worker ended before it registered."""
+
+    code = "worker_died"
+
+
+class NotRegistered(StartFailed):
+    """The worker runs, but has not registered in Redis."""
+
+    code = "not_registered"
+
+
+class RedisOutOfReach(HostError):
+    """Redis listens on loopback, and the host is another machine."""
+
+    code = "redis_on_loopback"

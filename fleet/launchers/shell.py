@@ -1,0 +1,211 @@
+"""The launcher's verbs for any place that runs a command and takes files: SSH, this machine.
+
+Only `/bin/sh -s` and `PYTHON -I -S -` are ever run, everything else goes over stdin: whatever
+shell the user has there (bash, zsh, fish, csh), nothing needs its quoting, and no secret is
+in a command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fleet.bundle import Bundle
+from fleet.launchers import agent, base
+from fleet.worker_config import WorkerConfig
+
+#: tried in this order where no Python was named; shells of SSH have short PATHs
+CANDIDATES = (
+    *("python3", "python3.13", "python3.12", "python3.11", "python3.14", "python"),
+    *("/usr/local/bin/python3", "/opt/homebrew/bin/python3", "/usr/bin/python3"),
+    *("~/.local/bin/python3", "~/.pyenv/shims/python3", "~/miniconda3/bin/python", "~/miniforge3/bin/python"),
+)
+#: an install gets this many times the limit of other commands
+INSTALL_FACTOR = 10
+_NO_PYTHON = "rq-fleet-no-python:"
+#: stands in for the first Python that is new enough, and feeds it the program below
+_FINDER = """\
+seen=
+for candidate in {candidates}; do
+  python=$(command -v "$candidate" 2>/dev/null) || continue
+  if "$python" -I -S -c 'import sys; sys.exit(sys.version_info < (3, 11))' </dev/null >/dev/null 2>&1; then
+    exec "$python" -I -S - <<'RQ_FLEET_PROGRAM'
+{program}
+RQ_FLEET_PROGRAM
+  fi
+  seen="$seen $python ($("$python" -V 2>&1 </dev/null)),"
+done
+echo "{mark}$seen"
+"""
+_KINDS: dict[str, type[base.HostError]] = {
+    "busy": base.HostBusy,
+    "install": base.InstallFailed,
+    "no_space": base.DiskFull,
+    "not_installed": base.InstallFailed,
+    "os": base.CommandFailed,
+    "start": base.StartFailed,
+}
+_HINTS = {
+    "install": "The host needs a Python with venv (Debian: python3-venv) and an index that pip can reach.",
+    "no_space": "Free some space there; --output-dir writes elsewhere.",
+    "not_installed": "Install rq-fleet for that Python, or leave out --no-install.",
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command printed, and how it ended."""
+
+    exit_status: int | None
+    stdout: str
+    stderr: str
+
+
+class ShellLauncher(ABC):
+    """A host where commands can be run. `python` names its interpreter; None looks for one.
+
+    `limit_seconds` bounds every command; `is_here` says that it is this very machine.
+    """
+
+    is_here = False
+
+    def __init__(self, *, python: str | None, limit_seconds: float) -> None:
+        self._candidates = (python,) if python else CANDIDATES
+        self._named = python
+        self._limit = limit_seconds
+        self._found: base.Probe | None = None
+
+    @abstractmethod
+    async def _execute(self, command: str, stdin: str, limit_seconds: float) -> Output:
+        """Run `command` with `stdin` as its input. Raises CommandTimeout, Disconnected."""
+
+    @abstractmethod
+    async def _upload(self, data: bytes, path: str) -> None:
+        """Write the file `path`, its folders included. Raises HostError."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of the host."""
+
+    async def probe(self) -> base.Probe:
+        began = time.time()
+        answer = await self._ask({"verb": "probe"})
+        middle = (began + time.time()) / 2
+        self._found = _probe(answer, clock_skew_seconds=answer["time"] - middle, is_here=self.is_here)
+        return self._found
+
+    async def install(self, bundle: Bundle) -> str:
+        found = self._found or await self.probe()
+        ready = [venv.python for venv in found.venvs if venv.key == bundle.key]
+        if ready:
+            return ready[-1]
+        if not found.can_make_venvs:
+            raise base.InstallFailed(
+                f"{found.python} cannot make virtual environments: its module venv or ensurepip is missing",
+                "Debian and Ubuntu: apt install python3-venv. Or name another Python: python=PATH.",
+            )
+        return await self._install(bundle, f"{found.data_dir}/wheels/{bundle.key}/{bundle.filename}")
+
+    async def _install(self, bundle: Bundle, wheel: str) -> str:
+        await self._upload(bundle.data, wheel)
+        limit = self._limit * INSTALL_FACTOR
+        request = {"verb": "install", "key": bundle.key, "version": bundle.version, "wheel": wheel}
+        python: str = (await self._ask(request, limit))["python"]
+        return python
+
+    async def start(self, python: str, orders: Sequence[WorkerConfig]) -> tuple[base.Started, ...]:
+        answer = await self._ask(
+            {
+                "verb": "start",
+                "python": python,
+                "output_dir": orders[0].output_dir,
+                "orders": [dataclasses.asdict(order) for order in orders],
+            }
+        )
+        return tuple(base.Started(**worker) for worker in answer["workers"])
+
+    async def inspect(self, output_dir: str, base_name: str, *, log_lines: int = 0) -> tuple[base.Seen, ...]:
+        request = {"verb": "inspect", "output_dir": output_dir, "base": base_name, "log_lines": log_lines}
+        answer = await self._ask(request)
+        return tuple(base.Seen(**worker) for worker in answer["workers"])
+
+    async def stop(
+        self, output_dir: str, base_name: str, *, grace_seconds: float, force: bool = False
+    ) -> tuple[base.Stopped, ...]:
+        request = {
+            "verb": "stop",
+            "output_dir": output_dir,
+            "base": base_name,
+            "grace_seconds": grace_seconds,
+            "force": force,
+        }
+        answer = await self._ask(
+            request, self._limit + (0 if force else grace_seconds) + _AFTER_GRACE_SECONDS
+        )
+        return tuple(base.Stopped(**worker) for worker in answer["workers"])
+
+    async def _ask(self, request: agent.Json, limit_seconds: float | None = None) -> agent.Json:
+        """Have the host do what `request` says. Raises HostError."""
+        limit = limit_seconds or self._limit
+        program = agent.program({**request, "time_limit_seconds": limit * 0.9})
+        if self._found:
+            command, stdin = f"exec {shlex.quote(self._found.python)} -I -S -", program
+        else:
+            command, stdin = "exec /bin/sh -s", _finder(self._candidates, program)
+        output = await self._execute(command, stdin, limit)
+        answer = agent.answer_in(output.stdout)
+        if answer is None:
+            raise self._unreadable(output)
+        if "error" in answer:
+            raise _explained(answer["error"])
+        return answer
+
+    def _unreadable(self, output: Output) -> base.HostError:
+        """Why there is no answer in `output`."""
+        for line in output.stdout.splitlines():
+            if line.startswith(_NO_PYTHON):
+                return self._no_python(line.removeprefix(_NO_PYTHON).strip(" ,"))
+        said = (output.stderr.strip() or output.stdout.strip()).splitlines()[-3:]
+        return base.CommandFailed(
+            f"the command there ended with {output.exit_status}: {' / '.join(said) or 'it said nothing'}",
+            "Can that user log in and run /bin/sh? Try: ssh HOST true",
+        )
+
+    def _no_python(self, seen: str) -> base.NoPython:
+        what = f"{self._named} is no Python 3.11 or newer" if self._named else "no Python 3.11 or newer"
+        return base.NoPython(
+            f"{what} there" + (f"; found {seen}" if seen else ""),
+            "Install one (uv python install 3.12), or name it: python=/path/to/python3 in the hosts file.",
+        )
+
+
+#: what `stop` at the host may take after the grace
+_AFTER_GRACE_SECONDS = agent.HURRY_SECONDS + agent.CHILDREN_SECONDS + 2 * agent.KILL_SECONDS
+
+
+def _finder(candidates: Sequence[str], program: str) -> str:
+    words = " ".join(_word(candidate) for candidate in candidates)
+    return _FINDER.format(candidates=words, program=program, mark=_NO_PYTHON)
+
+
+def _word(path: str) -> str:
+    """`path` as a word of sh; the home is the host's."""
+    return f'"$HOME"/{shlex.quote(path[2:])}' if path.startswith("~/") else shlex.quote(path)
+
+
+def _explained(error: agent.Json) -> base.HostError:
+    """The error of base.py for what the agent answered."""
+    text = error["message"] + (f":\n{error['details']}" if error["details"] else "")
+    return _KINDS.get(error["kind"], base.HostError)(text, _HINTS.get(error["kind"], ""))
+
+
+def _probe(answer: agent.Json, **more: Any) -> base.Probe:
+    fields = {name: value for name, value in answer.items() if name != "time"}
+    fields["gpus"] = tuple(base.Gpu(**gpu) for gpu in answer["gpus"])
+    fields["venvs"] = tuple(base.Venv(**venv) for venv in answer["venvs"])
+    return base.Probe(**fields, **more)

@@ -1,0 +1,77 @@
+"""A host over SSH: one connection for every step, a limit on every command."""
+
+from __future__ import annotations
+
+import asyncio
+import posixpath
+import uuid
+
+import asyncssh
+
+from fleet.launchers import base
+from fleet.launchers.shell import Output, ShellLauncher
+from fleet.launchers.ssh_connect import Address, Connection, SshOptions, connect
+
+__all__ = ["Address", "SshLauncher", "SshOptions", "open_launcher"]
+
+_LOST = "Run it again: what is there already costs nothing."
+
+
+class SshLauncher(ShellLauncher):
+    """The verbs over one open connection."""
+
+    def __init__(self, connection: Connection, options: SshOptions, *, python: str | None = None) -> None:
+        super().__init__(python=python, limit_seconds=options.command_timeout_seconds)
+        self._connection = connection
+        self.is_here = connection.is_here
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    async def _execute(self, command: str, stdin: str, limit_seconds: float) -> Output:
+        try:
+            async with asyncio.timeout(limit_seconds):
+                return await self._run(command, stdin)
+        except TimeoutError:
+            raise base.CommandTimeout(
+                f"a command there did not end within {limit_seconds:g} s",
+                "Is the machine overloaded, or its disk hung?",
+            ) from None
+        except (OSError, asyncssh.Error) as exc:
+            raise base.Disconnected(f"the SSH connection broke: {exc}", _LOST) from exc
+
+    async def _run(self, command: str, stdin: str) -> Output:
+        process = await self._connection.ssh.create_process(command, errors="replace")
+        try:
+            out, err = await process.communicate(stdin)
+            await process.wait_closed()
+        finally:
+            process.close()
+        return Output(process.exit_status, str(out or ""), str(err or ""))
+
+    async def _upload(self, data: bytes, path: str) -> None:
+        try:
+            async with asyncio.timeout(self._limit * 10):
+                await self._put(data, path)
+        except TimeoutError:
+            raise base.CommandTimeout(f"{path} could not be written in time", _LOST) from None
+        except asyncssh.SFTPError as exc:
+            raise base.InstallFailed(
+                f"could not write {path} there: {exc.reason}", "Is there space, and may we?"
+            ) from exc
+        except (OSError, asyncssh.Error) as exc:
+            raise base.Disconnected(f"the SSH connection broke, or offers no SFTP: {exc}", _LOST) from exc
+
+    async def _put(self, data: bytes, path: str) -> None:
+        """Another may do the same at once, so the file appears whole or not at all."""
+        part = f"{path}.{uuid.uuid4().hex[:8]}"
+        async with self._connection.ssh.start_sftp_client() as sftp:
+            await sftp.makedirs(posixpath.dirname(path), exist_ok=True)
+            async with sftp.open(part, "wb") as file:
+                await file.write(data)
+            await sftp.posix_rename(part, path)
+
+
+async def open_launcher(address: Address, options: SshOptions, *, python: str | None = None) -> SshLauncher:
+    """Connect to a host. Raises ConnectError."""
+    return SshLauncher(await connect(address, options), options, python=python)
