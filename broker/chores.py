@@ -135,7 +135,9 @@ class Sweep:
 
     def run(self, client: redis.Redis) -> int:
         return sum(
-            scripts.SWEEP(client, [keys.of(kind, queue) for kind in ("wip", "finished", "failed")], [queue, 1000])
+            scripts.SWEEP(
+                client, [keys.of(kind, queue) for kind in ("wip", "finished", "failed")], [queue, 1000]
+            )
             for queue in known_queues(client)
         )
 

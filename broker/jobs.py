@@ -85,9 +85,7 @@ def not_found(job_id: str, *, damaged: bool = False) -> NotFound:
     """The error for an id that names no job."""
     if damaged:
         return NotFound(f"what is stored as job {job_id} is no job", "Somebody wrote over rq:job:" + job_id)
-    return NotFound(
-        f"no job {job_id}", "It may have expired; 'fleet jobs' lists those there are."
-    )
+    return NotFound(f"no job {job_id}", "It may have expired; 'fleet jobs' lists those there are.")
 
 
 def listed(
@@ -106,7 +104,9 @@ def listed(
     depth = _SEARCHED if name else limit
     ids = _candidates(client, [queue] if queue else queues, states, depth)
     views = (_view(job_id, fields) for job_id, fields in _hashes(client, ids))
-    chosen = [view for view in views if view.state in states and (not name or fnmatch.fnmatch(view.name, name))]
+    chosen = [
+        view for view in views if view.state in states and (not name or fnmatch.fnmatch(view.name, name))
+    ]
     chosen.sort(key=lambda view: view.submitted_at or _EARLIEST, reverse=True)
     return chosen[:limit]
 
@@ -138,9 +138,7 @@ def output(client: redis.Redis, job_id: str) -> Tails:
     return Tails(out or b"", err or b"", int(out_end or 0), int(err_end or 0))
 
 
-def _candidates(
-    client: redis.Redis, queues: Iterable[str], wanted: Iterable[str], depth: int
-) -> list[str]:
+def _candidates(client: redis.Redis, queues: Iterable[str], wanted: Iterable[str], depth: int) -> list[str]:
     registries = sorted({_REGISTRY[state] for state in wanted if state in _REGISTRY})
     with client.pipeline(transaction=False) as pipe:
         for queue in queues:
@@ -207,7 +205,9 @@ def _attempts(fields: Mapping[bytes, bytes], text: Any) -> Iterator[AttemptView]
     if lease and text("status") == "started":
         fence = lease.partition(":")[0]
         started = from_iso(text("started_at"))
-        yield AttemptView(int(fence) if fence.isdigit() else 0, text("worker_name"), started, None, None, None)
+        yield AttemptView(
+            int(fence) if fence.isdigit() else 0, text("worker_name"), started, None, None, None
+        )
 
 
 def _result(results: Any, data: bytes) -> Any:

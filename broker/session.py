@@ -147,9 +147,7 @@ class Session:
         """The claims of `done` are known to the worker: a beat may give back what it does not name."""
         self.claims_settled = done.number
 
-    def beat(
-        self, client: redis.Redis, record: str, leases: Mapping[str, str], settled: int
-    ) -> Beat:
+    def beat(self, client: redis.Redis, record: str, leases: Mapping[str, str], settled: int) -> Beat:
         """Say that this worker lives and renew `leases` (lease -> job), in one round trip.
 
         `settled` is `claims_settled`, read before `leases` were: a claim under way is not an orphan.

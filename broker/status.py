@@ -90,7 +90,9 @@ def _oldest(client: redis.Redis, firsts: Mapping[str, Any]) -> dict[str, datetim
     """Since when the first job of each queue waits; None where there is none."""
     with client.pipeline(transaction=False) as pipe:
         for job in firsts.values():
-            pipe.hget(keys.job(job.decode("utf-8", "replace") if isinstance(job, bytes) else ""), "enqueued_at")
+            pipe.hget(
+                keys.job(job.decode("utf-8", "replace") if isinstance(job, bytes) else ""), "enqueued_at"
+            )
         replies = pipe.execute(raise_on_error=False)
     times = (reply if isinstance(reply, bytes) else None for reply in replies)
     return dict(zip(firsts, map(from_iso, times), strict=True))
@@ -131,9 +133,7 @@ def _ask_worker(pipe: Any, name: str) -> None:
     pipe.get(keys.worker_record(name))
     pipe.exists(keys.worker_beat(name))
     pipe.hkeys(keys.worker_leases(name))
-    pipe.hmget(
-        keys.rq_worker(name), "last_heartbeat", "successful_job_count", "failed_job_count"
-    )
+    pipe.hmget(keys.rq_worker(name), "last_heartbeat", "successful_job_count", "failed_job_count")
     pipe.exists(keys.worker_drain(name))
 
 
