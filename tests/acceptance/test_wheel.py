@@ -78,12 +78,10 @@ def test_fleet_is_not_shadowed(clean, hostile, arguments):
     assert done.stdout
 
 
-if (REPOSITORY / "fleet" / "worker.py").exists():  # a skip would fail CI until it has landed
-
-    def test_a_worker_started_as_hosts_start_it_is_not_shadowed(clean, hostile):
-        done = _run(hostile, clean / "python", "-I", "-m", "fleet.worker", "--help")
-        assert (done.returncode, done.stderr) == (0, "")
-        assert "usage" in done.stdout.lower()
+def test_a_worker_started_as_hosts_start_it_is_not_shadowed(clean, hostile):
+    done = _run(hostile, clean / "python", "-I", "-m", "fleet.worker", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage" in done.stdout.lower()
 
 
 def test_the_folder_would_shadow_what_is_not_isolated(clean, hostile):
