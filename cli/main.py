@@ -19,6 +19,9 @@ from cli.context import Context, fail
 #: verb -> (module, attribute, one line of help)
 VERBS: dict[str, tuple[str, str, str]] = {
     "worker": ("cli.worker", "worker", "Run one worker here, in the foreground."),
+    "up": ("cli.up", "up", "Start workers on every host of a file."),
+    "down": ("cli.up", "down", "End the workers of hosts."),
+    "hosts": ("cli.hosts", "hosts", "The hosts kept for up, status and down."),
     "config": ("cli.config", "config", "Show the settings in force and where each came from."),
 }
 

@@ -112,6 +112,12 @@ def state_dir() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "rq-fleet"
 
 
+def run_dir_of(request: Json) -> Path:
+    """Where workers of an output folder leave notes; '~/' is this host's, none is the default one."""
+    folder = request["output_dir"]
+    return (Path(folder).expanduser() if folder else state_dir() / "work") / "run"
+
+
 def existing(path: Path) -> Path:
     """`path`, or the nearest folder above it that exists."""
     return next(folder for folder in (path, *path.parents) if folder.exists())
@@ -244,7 +250,7 @@ def taken(descriptor: int) -> bool:
 
 def start(request: Json) -> Json:
     """Start each worker that does not live, one caller at a time."""
-    run_dir = Path(request["output_dir"]) / "run"
+    run_dir = run_dir_of(request)
     run_dir.mkdir(parents=True, exist_ok=True)
     with lock(run_dir / ".start.lock", request["time_limit_seconds"]):
         return {"workers": [start_one(run_dir, request["python"], order) for order in request["orders"]]}
@@ -297,7 +303,7 @@ def write_secret(path: Path, text: str) -> None:
 
 def inspect(request: Json) -> Json:
     """The workers of a base name that left a trace, and whether their processes live."""
-    run_dir = Path(request["output_dir"]) / "run"
+    run_dir = run_dir_of(request)
     return {
         "workers": [seen(run_dir, name, request["log_lines"]) for name in traces(run_dir, request["base"])]
     }
@@ -439,7 +445,7 @@ def parents() -> Iterator[tuple[int, int]]:
 
 def stop(request: Json) -> Json:
     """End the workers of a base name and look whether they ended."""
-    run_dir = Path(request["output_dir"]) / "run"
+    run_dir = run_dir_of(request)
     if not run_dir.is_dir():
         return {"workers": []}
     with lock(run_dir / ".start.lock", request["time_limit_seconds"]):

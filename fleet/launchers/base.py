@@ -75,6 +75,20 @@ class Probe:
     venvs: tuple[Venv, ...] = ()
     #: whether the host is the machine that we run on, so that our loopback is its own
     is_here: bool = False
+    #: whether somebody named `python`; else it is only the first that was found
+    python_was_named: bool = False
+
+    @property
+    def python_in_use(self) -> str:
+        """The interpreter for workers where nothing is to be installed. Raises InstallFailed."""
+        if self.python_was_named:
+            return self.python
+        if self.venvs:
+            return self.venvs[-1].python
+        raise InstallFailed(
+            f"rq-fleet is not installed under {self.data_dir}",
+            "Leave out --no-install, or name an interpreter that has it: python=PATH.",
+        )
 
 
 @dataclass(frozen=True)
@@ -114,12 +128,12 @@ class Launcher(Protocol):
         """Start, by the interpreter `python`, each worker that does not live. Raises StartFailed."""
         ...
 
-    async def inspect(self, output_dir: str, base: str, *, log_lines: int = 0) -> tuple[Seen, ...]:
-        """The workers BASE-0, BASE-1 ... that left a trace in `output_dir`."""
+    async def inspect(self, output_dir: str | None, base: str, *, log_lines: int = 0) -> tuple[Seen, ...]:
+        """The workers BASE-0, BASE-1 ... that left a trace in `output_dir`; None: the default one."""
         ...
 
     async def stop(
-        self, output_dir: str, base: str, *, grace_seconds: float, force: bool = False
+        self, output_dir: str | None, base: str, *, grace_seconds: float, force: bool = False
     ) -> tuple[Stopped, ...]:
         """End these workers: SIGTERM, the grace, SIGKILL to their process groups; then look."""
         ...

@@ -96,7 +96,12 @@ class ShellLauncher(ABC):
         began = time.time()
         answer = await self._ask({"verb": "probe"})
         middle = (began + time.time()) / 2
-        self._found = _probe(answer, clock_skew_seconds=answer["time"] - middle, is_here=self.is_here)
+        self._found = _probe(
+            answer,
+            clock_skew_seconds=answer["time"] - middle,
+            is_here=self.is_here,
+            python_was_named=bool(self._named),
+        )
         return self._found
 
     async def install(self, bundle: Bundle) -> str:
@@ -129,13 +134,15 @@ class ShellLauncher(ABC):
         )
         return tuple(base.Started(**worker) for worker in answer["workers"])
 
-    async def inspect(self, output_dir: str, base_name: str, *, log_lines: int = 0) -> tuple[base.Seen, ...]:
+    async def inspect(
+        self, output_dir: str | None, base_name: str, *, log_lines: int = 0
+    ) -> tuple[base.Seen, ...]:
         request = {"verb": "inspect", "output_dir": output_dir, "base": base_name, "log_lines": log_lines}
         answer = await self._ask(request)
         return tuple(base.Seen(**worker) for worker in answer["workers"])
 
     async def stop(
-        self, output_dir: str, base_name: str, *, grace_seconds: float, force: bool = False
+        self, output_dir: str | None, base_name: str, *, grace_seconds: float, force: bool = False
     ) -> tuple[base.Stopped, ...]:
         request = {
             "verb": "stop",

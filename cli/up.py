@@ -1,0 +1,261 @@
+"""`fleet up` and `fleet down`: start and end workers on many hosts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from broker.errors import UsageError
+from cli.context import Context, pass_context, print_json
+
+if TYPE_CHECKING:
+    from fleet.bootstrap import Orders
+    from fleet.hosts import Host
+    from fleet.launchers.ssh import SshOptions
+    from fleet.results import HostResult, OnEvent, Report
+
+Options = dict[str, Any]
+Command = Callable[..., Any]
+
+
+def _ssh_options(command: Command) -> Command:
+    """The options of every verb that reaches hosts."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="One JSON document."),
+        click.option(
+            "--ssh-config", type=click.Path(path_type=Path), metavar="FILE", help="Not ~/.ssh/config."
+        ),
+        click.option("--connect-timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS"),
+        click.option("--max-parallel-ssh", type=click.IntRange(min=1), metavar="N", help="Hosts at once."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("hosts_file", metavar="[HOSTS]", required=False)
+@click.option("--workers-per-host", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
+@click.option(
+    "--slots", type=click.IntRange(min=1), metavar="N", help="Jobs at once; default: CPUs / workers."
+)
+@click.option("--queues", default="default", show_default=True, help="Queues, most urgent first: a,b,c.")
+@click.option("--label", "labels", multiple=True, metavar="K=V", help="A label of the workers; repeatable.")
+@click.option("--output-dir", metavar="DIR", help="Where jobs run and write, at the hosts.")
+@click.option("--python", metavar="PYTHON", help="Python at the hosts to install with, or to use as it is.")
+@click.option("--no-install", is_flag=True, help="Use the rq-fleet that is there.")
+@click.option("--executor-python", metavar="PYTHON", help="Interpreter for Python functions; needs rq.")
+@click.option("--path", "paths", multiple=True, metavar="DIR", help="First on the path of Python functions.")
+@click.option("--local", type=click.IntRange(min=1), metavar="N", help="N workers on this machine, no SSH.")
+@click.option("--dry-run", is_flag=True, help="Connect and look, change nothing.")
+@_ssh_options
+@pass_context
+def up(context: Context, /, hosts_file: str | None, as_json: bool, **options: Any) -> int:
+    """Start workers on every host of the file HOSTS ('-' reads stdin; none: the hosts kept).
+
+    What runs already is left alone, so it may be run again at any time.
+    """
+    from fleet import kept_hosts
+
+    named = _named_hosts(hosts_file, options)
+    orders = _orders(context, options)
+    ssh = _ssh(context, options)
+    client, url = _redis_for(context, named, dry_run=options["dry_run"])
+    with client or _Nothing():
+        hosts = named or kept_hosts.choose(client, ())
+        hosts = tuple(_with_output_dir(host, options) for host in hosts)
+        if not orders.dry_run:
+            kept_hosts.keep(client, hosts)
+        orders = replace(orders, redis_url=url)
+        return _run(context, hosts, as_json, _bring_up(context, hosts, orders, ssh, client, options))
+
+
+def _bring_up(
+    context: Context, hosts: Sequence[Host], orders: Orders, ssh: SshOptions, client: Any, options: Options
+) -> Callable[[OnEvent], Coroutine[Any, Any, Report]]:
+    from fleet import bootstrap, journey
+
+    return lambda on_event: bootstrap.up(
+        hosts,
+        orders,
+        opener=journey.opener(ssh, python=options["python"]),
+        client=client,
+        max_parallel=options["max_parallel_ssh"] or context.settings.ssh.max_parallel,
+        on_event=on_event,
+    )
+
+
+@click.command()
+@click.argument("names", metavar="[HOST]...", nargs=-1)
+@click.option(
+    "--grace", type=click.FloatRange(min=0), metavar="SECONDS", help="For running jobs; default 30."
+)
+@click.option("--force", is_flag=True, help="Kill at once; others run the jobs again.")
+@_ssh_options
+@pass_context
+def down(context: Context, /, names: tuple[str, ...], as_json: bool, **options: Any) -> int:
+    """End the workers of the hosts named, or of all that are kept, and look whether they ended."""
+    from fleet import journey, kept_hosts, teardown
+
+    ssh = _ssh(context, options)
+    with context.redis() as client:
+        hosts = kept_hosts.choose(client, names)
+    grace = options["grace"]
+    return _run(
+        context,
+        hosts,
+        as_json,
+        lambda on_event: teardown.down(
+            hosts,
+            opener=journey.opener(ssh),
+            max_parallel=options["max_parallel_ssh"] or context.settings.ssh.max_parallel,
+            on_event=on_event,
+            grace_seconds=context.settings.worker.stop_grace_seconds if grace is None else grace,
+            force=options["force"],
+        ),
+    )
+
+
+# --- what was asked for ----------------------------------------------------------------------------
+
+
+def _named_hosts(hosts_file: str | None, options: Options) -> tuple[Host, ...]:
+    """The hosts of the command line; none: those kept are meant. Raises UsageError."""
+    from fleet import hosts
+    from fleet.worker_config import this_host
+
+    if hosts_file and options["local"]:
+        raise UsageError("HOSTS and --local exclude each other", "Run 'fleet up' twice.")
+    if options["local"]:
+        chosen = hosts.HostOptions(workers=options["local"])
+        return (hosts.Host(this_host(), options=chosen, launcher="local"),)
+    return hosts.read(hosts_file) if hosts_file else ()
+
+
+def _orders(context: Context, options: Options) -> Orders:
+    """What to start. Raises UsageError for what no host could do."""
+    from broker import names
+    from cli.worker import parse_labels
+    from fleet.bootstrap import Orders
+
+    queues = tuple(names.queue_name(part.strip()) for part in options["queues"].split(","))
+    output_dir = options["output_dir"]
+    if output_dir and not output_dir.startswith(("/", "~/")):
+        raise UsageError(f"--output-dir {output_dir}: must begin with / or ~/, it is a folder of the hosts")
+    here = (str(Path.cwd()),) if options["local"] else ()
+    return Orders(
+        redis_url="",
+        workers_per_host=options["workers_per_host"],
+        slots=options["slots"],
+        queues=queues,
+        labels=parse_labels(options["labels"]),
+        output_dir=output_dir,
+        install=not options["no_install"],
+        executor_python=options["executor_python"],
+        paths=options["paths"] or here,
+        settings=context.settings.worker.model_dump(mode="json"),
+        dry_run=options["dry_run"],
+    )
+
+
+def _ssh(context: Context, options: Options) -> SshOptions:
+    from fleet.launchers.ssh import SshOptions
+
+    settings = context.settings.ssh
+    return SshOptions(
+        config=options["ssh_config"],
+        connect_timeout_seconds=options["connect_timeout"] or settings.connect_timeout_seconds,
+        command_timeout_seconds=settings.command_timeout_seconds,
+    ).checked()
+
+
+def _redis_for(context: Context, named: Sequence[Host], *, dry_run: bool) -> tuple[Any, str]:
+    """A client and its URL; a dry run of named hosts needs none and starts none."""
+    if dry_run and named:
+        return None, ""
+    client = context.redis(start=not dry_run)
+    return client, context.url()
+
+
+def _with_output_dir(host: Host, options: Options) -> Host:
+    """The folder is kept with the host: `down` must look where `up` started."""
+    return host.with_options(output_dir=host.options.output_dir or options["output_dir"])
+
+
+class _Nothing:
+    """A context that holds nothing."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+# --- what is told ----------------------------------------------------------------------------------
+
+
+def _run(
+    context: Context,
+    hosts: Sequence[Host],
+    as_json: bool,
+    work: Callable[[OnEvent], Coroutine[Any, Any, Report]],
+) -> int:
+    """Do the work, show it under way on stderr, print what became of it; returns the exit code."""
+    from cli.progress import shown
+
+    with shown(context, [host.name for host in hosts]) as on_event:
+        report = asyncio.run(work(on_event))
+    if as_json:
+        print_json({"hosts": [_document(result) for result in report.hosts]})
+    else:
+        _print(report)
+    return report.exit_code
+
+
+def _print(report: Report) -> None:
+    """A line for each host, the reason and what to do below it where it failed."""
+    width = max((len(result.host) for result in report.hosts), default=0)
+    for result in report.hosts:
+        click.echo(f"{result.host:<{width}}  {_line(result)}")
+        if result.error and result.error.hint:
+            click.echo(f"{'':<{width}}    {result.error.hint}")
+    if report.interrupted:
+        click.echo("Interrupted.", err=True)
+
+
+def _line(result: HostResult) -> str:
+    workers = ", ".join(_worker(worker.name, worker.state, worker.pid) for worker in result.workers)
+    if result.error:
+        return f"[FAILED] {result.step}: {result.error.message}"
+    note = f" ({result.note})" if result.note else ""
+    return f"{result.outcome}{': ' if workers else ''}{workers}{note}"
+
+
+def _worker(name: str, state: str, pid: int | None) -> str:
+    about = state if pid is None else f"{state}, pid {pid}"
+    return f"{name} ({about})"
+
+
+def _document(result: HostResult) -> dict[str, Any]:
+    error = result.error and {
+        "code": result.error.code,
+        "message": result.error.message,
+        "hint": result.error.hint,
+    }
+    return {
+        "host": result.host,
+        "outcome": result.outcome,
+        "step": result.step,
+        "error": error,
+        "note": result.note,
+        "seconds": round(result.seconds, 3),
+        "workers": [
+            {"name": worker.name, "state": worker.state, "pid": worker.pid, "version": worker.version}
+            for worker in result.workers
+        ],
+    }

@@ -1,0 +1,234 @@
+"""`fleet up`: many hosts at once, each succeeding or failing alone.
+
+A host goes through connect, probe, install, start, confirm. Up to `start` nothing of it is
+changed but for an install, which counts only when complete; `start` is never cut. So an
+interrupt leaves every host either untouched, or started and known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from broker import __version__, connection
+from broker import hosts as broker_hosts
+from fleet import bundle
+from fleet.confirmation import Confirmation
+from fleet.fan_out import FanOut
+from fleet.hosts import Host
+from fleet.journey import Journey, Opener, opened, report
+from fleet.launchers import base
+from fleet.results import HostResult, OnEvent, Report, WorkerResult
+from fleet.worker_config import WorkerConfig
+
+if TYPE_CHECKING:
+    import redis
+
+#: seconds a worker gets from its start to its first beat
+CONFIRM_SECONDS = 30.0
+_LOOPBACK_NAMES = ("localhost", "ip6-localhost")
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What to start on each host; the host's own options come first."""
+
+    redis_url: str = field(repr=False)
+    workers_per_host: int = 1
+    #: None: as many as the host has CPUs, shared among its workers
+    slots: int | None = None
+    queues: tuple[str, ...] = ("default",)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    #: at the host; None: ~/.local/state/rq-fleet/work
+    output_dir: str | None = None
+    #: whether to bring our bundle, or to use what is there
+    install: bool = True
+    #: None: the worker's own
+    executor_python: str | None = None
+    paths: tuple[str, ...] = ()
+    #: those of broker.settings.WorkerSettings
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    dry_run: bool = False
+
+
+async def up(
+    hosts: Sequence[Host],
+    orders: Orders,
+    *,
+    opener: Opener,
+    client: redis.Redis | None,
+    max_parallel: int,
+    on_event: OnEvent,
+    confirm_seconds: float = CONFIRM_SECONDS,
+) -> Report:
+    """Start workers on `hosts`; what lives already is left alone.
+
+    `client` sees the beats; only a dry run may go without. Cancelling it, as Ctrl-C does,
+    gives a report too, with `interrupted` set. Raises UsageError.
+    """
+    work = _Up(orders, opener, client, FanOut(max_parallel), on_event, confirm_seconds)
+    results = await work.fan_out.run(hosts, work.bring_up)
+    return report(hosts, results, work.fan_out, "untouched")
+
+
+@dataclass
+class _Up:
+    """Brings hosts up."""
+
+    orders: Orders
+    opener: Opener
+    client: redis.Redis | None
+    fan_out: FanOut[HostResult]
+    on_event: OnEvent
+    confirm_seconds: float
+
+    async def bring_up(self, host: Host) -> HostResult:
+        """One host, from connect to confirm. Never raises but when cancelled."""
+        journey = Journey(host, self.on_event)
+        try:
+            async with opened(journey, self.opener) as launcher:
+                return await self._steps(journey, launcher)
+        except Exception as exc:  # one host's trouble, foreseen or not, is not that of the others
+            return journey.failed(exc)
+
+    async def _steps(self, journey: Journey, launcher: base.Launcher) -> HostResult:
+        probe = await journey.take("probe", self._probe(launcher), _described)
+        if self.orders.dry_run:
+            return await self._planned(journey, launcher, probe)
+        python = await journey.take("install", self._python(launcher, probe))
+        wanted = workers_for(journey.host, self.orders, probe, python)
+        before = await self._beats([order.name for order in wanted])
+        with self.fan_out.uncut(journey.host):
+            started = await journey.take("start", launcher.start(python, wanted), _told)
+        if self.fan_out.interrupted:
+            return journey.result("unconfirmed", workers=_workers(started), note="started, not confirmed")
+        await journey.take("confirm", self._confirmed(journey.host, launcher, wanted[0], before, started))
+        fresh = any(worker.fresh for worker in started)
+        return journey.result(
+            "started" if fresh else "running", workers=_workers(started), note=_note(started)
+        )
+
+    async def _confirmed(
+        self,
+        host: Host,
+        launcher: base.Launcher,
+        first: WorkerConfig,
+        before: Mapping[str, bytes | None],
+        started: Sequence[base.Started],
+    ) -> None:
+        confirmation = Confirmation(
+            host=host.name,
+            launcher=launcher,
+            output_dir=first.output_dir,
+            base_name=host.worker_base,
+            beats=self._beats,
+            limit_seconds=self.confirm_seconds,
+            redis=connection.redacted(self.orders.redis_url),
+            before=before,
+        )
+        await confirmation.until_all_beat(started)
+
+    async def _probe(self, launcher: base.Launcher) -> base.Probe:
+        probe = await launcher.probe()
+        if not probe.is_here and not self.orders.dry_run and is_loopback(self.orders.redis_url):
+            raise base.RedisOutOfReach(
+                f"Redis listens at {connection.redacted(self.orders.redis_url)}, out of that machine's reach",
+                "Let it listen on a network: fleet broker start --host ADDRESS. Or use another: --redis URL.",
+            )
+        return probe
+
+    async def _python(self, launcher: base.Launcher, probe: base.Probe) -> str:
+        """The interpreter that runs the workers, our bundle installed for it."""
+        if self.orders.install:
+            return await launcher.install(await asyncio.to_thread(bundle.build))
+        return probe.python_in_use
+
+    async def _planned(self, journey: Journey, launcher: base.Launcher, probe: base.Probe) -> HostResult:
+        """What would be done."""
+        wanted = workers_for(journey.host, self.orders, probe, probe.python)
+        seen = await launcher.inspect(wanted[0].output_dir, journey.host.worker_base)
+        alive = {worker.name: worker for worker in seen if worker.alive}
+        rows = [
+            WorkerResult(order.name, "running", alive[order.name].pid, alive[order.name].version)
+            if order.name in alive
+            else WorkerResult(order.name, "would start")
+            for order in wanted
+        ]
+        key = (await asyncio.to_thread(bundle.build)).key
+        missing = self.orders.install and key not in {venv.key for venv in probe.venvs}
+        return journey.result("planned", workers=tuple(rows), note="would install" if missing else "")
+
+    async def _beats(self, names: Sequence[str]) -> dict[str, bytes | None]:
+        """The beats of workers. Raises RedisUnreachable, RedisDenied."""
+        client = self.client
+        if client is None:
+            return dict.fromkeys(names)
+        with connection.translated(connection.address(client)):
+            return await asyncio.to_thread(broker_hosts.beats, client, names)
+
+
+def workers_for(host: Host, orders: Orders, probe: base.Probe, python: str) -> tuple[WorkerConfig, ...]:
+    """The workers that a host is to have. Raises UsageError."""
+    options = host.options
+    count = options.workers or orders.workers_per_host
+    first = WorkerConfig(
+        name=host.worker_name(0),
+        host=host.name,
+        redis_url=orders.redis_url,
+        output_dir=_absolute(options.output_dir or orders.output_dir or probe.output_dir, probe),
+        queues=options.queues or orders.queues,
+        slots=options.slots or orders.slots or max(1, probe.cpus // count),
+        labels={**orders.labels, **options.labels},
+        executor_python=_absolute(orders.executor_python or python, probe),
+        paths=tuple(_absolute(path, probe) for path in orders.paths),
+        settings=orders.settings,
+    ).checked()
+    return tuple(replace(first, name=host.worker_name(number)) for number in range(count))
+
+
+def is_loopback(redis_url: str) -> bool:
+    """Whether only this machine reaches Redis at that URL."""
+    import ipaddress
+
+    parts = urlsplit(redis_url)
+    if parts.scheme == "unix" or parts.hostname in _LOOPBACK_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return False
+
+
+def _absolute(path: str, probe: base.Probe) -> str:
+    return f"{probe.home}/{path[2:]}" if path.startswith("~/") else path
+
+
+def _workers(started: Sequence[base.Started]) -> tuple[WorkerResult, ...]:
+    return tuple(
+        WorkerResult(worker.name, "started" if worker.fresh else "running", worker.pid, worker.version)
+        for worker in started
+    )
+
+
+def _note(started: Sequence[base.Started]) -> str:
+    """Workers of another version are left alone, and that is said."""
+    others = sorted(
+        {worker.version for worker in started if worker.version and worker.version != __version__}
+    )
+    return f"runs version {', '.join(others)}, here it is {__version__}" if others else ""
+
+
+def _described(probe: base.Probe) -> str:
+    gpus = f", {len(probe.gpus)} GPUs" if probe.gpus else ""
+    size = probe.memory_bytes / 2**30
+    return f"{probe.system}, Python {probe.python_version}, {probe.cpus} CPUs, {size:.0f} GiB{gpus}"
+
+
+def _told(started: Sequence[base.Started]) -> str:
+    return ", ".join(
+        f"{worker.name} {'pid' if worker.fresh else 'already running, pid'} {worker.pid}"
+        for worker in started
+    )

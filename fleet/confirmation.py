@@ -1,0 +1,81 @@
+"""Started means registered and beating in Redis, not that a process is there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from broker import clock
+from fleet.launchers import base
+
+#: seconds between two looks at Redis for the beats of a host
+_POLL_SECONDS = 0.05
+#: seconds between two looks at the host whether the worker lives
+_LOOK_SECONDS = 1.0
+_LOG_LINES = 12
+
+#: names of workers -> what their beats say, None where none beats
+Beats = Callable[[Sequence[str]], Awaitable[Mapping[str, bytes | None]]]
+
+
+@dataclass
+class Confirmation:
+    """Waits until the workers of a host beat; says why where one does not."""
+
+    host: str
+    launcher: base.Launcher
+    output_dir: str
+    #: the name that its workers' names begin with
+    base_name: str
+    beats: Beats
+    limit_seconds: float
+    #: the address of Redis, fit to be printed
+    redis: str
+    #: beats before the start: what is left of an earlier life does not count
+    before: Mapping[str, bytes | None]
+
+    async def until_all_beat(self, started: Sequence[base.Started]) -> None:
+        """Raises WorkerDied, NotRegistered."""
+        pending = {worker.name: worker for worker in started}
+        deadline = clock.monotonic() + self.limit_seconds
+        next_look = clock.monotonic() + _LOOK_SECONDS
+        while pending := await self._silent(pending):
+            if clock.monotonic() > next_look:
+                await self._must_live(pending)
+                next_look = clock.monotonic() + _LOOK_SECONDS
+            if clock.monotonic() > deadline:
+                raise await self._not_registered(pending)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _silent(self, pending: Mapping[str, base.Started]) -> dict[str, base.Started]:
+        beats = await self.beats(list(pending))
+        return {
+            name: worker
+            for name, worker in pending.items()
+            if beats[name] is None or (worker.fresh and beats[name] == self.before[name])
+        }
+
+    async def _must_live(self, pending: Mapping[str, base.Started]) -> None:
+        for worker in await self._look():
+            if worker.name in pending and not worker.alive:
+                raise base.WorkerDied(
+                    f"worker {worker.name} died. Last log:\n{worker.log}", self._mend(worker.log)
+                )
+
+    async def _not_registered(self, pending: Mapping[str, base.Started]) -> base.NotRegistered:
+        log = "\n".join(worker.log for worker in await self._look() if worker.name in pending)
+        return base.NotRegistered(
+            f"{', '.join(pending)} runs, but did not register at Redis at {self.redis} within"
+            f" {self.limit_seconds:g} s. Last log:\n{log}",
+            self._mend("Redis at"),
+        )
+
+    async def _look(self) -> tuple[base.Seen, ...]:
+        return await self.launcher.inspect(self.output_dir, self.base_name, log_lines=_LOG_LINES)
+
+    def _mend(self, log: str) -> str:
+        """What to do where the log speaks of Redis."""
+        if "Redis at" not in log:
+            return ""
+        return f"Can {self.host} reach {self.redis}? Look at firewalls, and at what Redis is bound to."

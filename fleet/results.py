@@ -1,0 +1,79 @@
+"""What `up` and `down` tell: events while they work, and a result for each host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from broker.errors import FleetError
+
+Step = Literal["connect", "probe", "install", "start", "confirm", "stop"]
+State = Literal["begun", "done", "failed"]
+Outcome = Literal[
+    "started", "running", "planned", "stopped", "not running", "failed", "untouched", "unconfirmed"
+]
+UP_STEPS: tuple[Step, ...] = ("connect", "probe", "install", "start", "confirm")
+DOWN_STEPS: tuple[Step, ...] = ("connect", "stop")
+#: outcomes that leave a host as it was asked for
+GOOD: frozenset[Outcome] = frozenset({"started", "running", "planned", "stopped", "not running"})
+
+
+@dataclass(frozen=True)
+class Event:
+    """A step began or ended at a host; `seconds` is how long it took."""
+
+    host: str
+    step: Step
+    state: State
+    detail: str = ""
+    seconds: float = 0.0
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class WorkerResult:
+    """One worker: "started", "running", "would start", "stopped", "killed", "not running", "remains"."""
+
+    name: str
+    state: str
+    pid: int | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True)
+class HostResult:
+    """What became of a host. `step` and `error` where it failed; `note` is worth telling anyway."""
+
+    host: str
+    outcome: Outcome
+    workers: tuple[WorkerResult, ...] = ()
+    step: Step | None = None
+    error: FleetError | None = None
+    note: str = ""
+    seconds: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        """Whether the host is as it was asked for."""
+        return self.outcome in GOOD
+
+
+@dataclass(frozen=True)
+class Report:
+    """All hosts, in the order in which they were named."""
+
+    hosts: tuple[HostResult, ...]
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0 all good, 1 none, 3 some; 130 interrupted."""
+        return 130 if self.interrupted else exit_code_of([host.good for host in self.hosts])
+
+
+def exit_code_of(good: Sequence[bool]) -> int:
+    """0 if all are good, 1 if none is, 3 if some are."""
+    return 0 if all(good) else 3 if any(good) else 1

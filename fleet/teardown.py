@@ -1,0 +1,68 @@
+"""`fleet down`: end the workers of many hosts at once, and look whether they ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fleet.fan_out import FanOut
+from fleet.hosts import Host
+from fleet.journey import Journey, Opener, opened, report
+from fleet.launchers import base
+from fleet.results import HostResult, OnEvent, Report, WorkerResult
+
+
+async def down(
+    hosts: Sequence[Host],
+    *,
+    opener: Opener,
+    max_parallel: int,
+    on_event: OnEvent,
+    grace_seconds: float,
+    force: bool = False,
+) -> Report:
+    """End the workers of `hosts` and look whether they ended. Raises UsageError."""
+    work = _Down(opener, FanOut(max_parallel), on_event, grace_seconds, force)
+    results = await work.fan_out.run(hosts, work.take_down)
+    return report(hosts, results, work.fan_out, "unconfirmed")
+
+
+@dataclass
+class _Down:
+    """Takes hosts down."""
+
+    opener: Opener
+    fan_out: FanOut[HostResult]
+    on_event: OnEvent
+    grace_seconds: float
+    force: bool
+
+    async def take_down(self, host: Host) -> HostResult:
+        """One host. Never raises but when cancelled."""
+        journey = Journey(host, self.on_event)
+        try:
+            async with opened(journey, self.opener) as launcher:
+                stopped = await journey.take("stop", self._stop(host, launcher), _ended)
+        except Exception as exc:  # as above
+            return journey.failed(exc)
+        workers = tuple(WorkerResult(worker.name, worker.how, worker.pid) for worker in stopped)
+        if any(worker.how == "remains" for worker in stopped):
+            return replace(journey.failed(_remains(stopped)), workers=workers)
+        ended = any(worker.how in ("stopped", "killed") for worker in stopped)
+        return journey.result("stopped" if ended else "not running", workers=workers)
+
+    async def _stop(self, host: Host, launcher: base.Launcher) -> tuple[base.Stopped, ...]:
+        return await launcher.stop(
+            host.options.output_dir, host.worker_base, grace_seconds=self.grace_seconds, force=self.force
+        )
+
+
+def _remains(stopped: Sequence[base.Stopped]) -> base.HostError:
+    left = ", ".join(f"{worker.name} (pid {worker.pid})" for worker in stopped if worker.how == "remains")
+    return base.HostError(
+        f"{left} did not end", "Look at those processes there; 'fleet down --force' tries again."
+    )
+
+
+def _ended(stopped: Sequence[base.Stopped]) -> str:
+    return ", ".join(f"{worker.name} {worker.how}" for worker in stopped) or "nothing ran"
