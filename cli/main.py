@@ -19,6 +19,7 @@ from cli.context import Context, fail
 #: verb -> (module, attribute, one line of help)
 VERBS: dict[str, tuple[str, str, str]] = {
     "worker": ("cli.worker", "worker", "Run one worker here, in the foreground."),
+    "broker": ("cli.broker", "broker", "The embedded Redis: start, stop, status, backup, restore."),
     "up": ("cli.up", "up", "Start workers on every host of a file."),
     "down": ("cli.up", "down", "End the workers of hosts."),
     "hosts": ("cli.hosts", "hosts", "The hosts kept for up, status and down."),
