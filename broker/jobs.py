@@ -7,7 +7,7 @@ import io
 import json
 import pickle
 from base64 import b64decode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -180,7 +180,7 @@ def _view(job_id: str, fields: Mapping[bytes, bytes], result: Any = None) -> Job
         ended_at=from_iso(text("ended_at")),
         timeout_seconds=int(timeout) if timeout.isdigit() else None,
         worker=text("worker_name") or None,
-        attempts=tuple(_attempts(fields, text)),
+        attempts=tuple(_attempts(text)),
         result=result,
     )
 
@@ -193,7 +193,7 @@ def _what(data: bytes | None, description: str) -> tuple[tuple[str, ...] | None,
     return (found.argv, None) if found else (None, description.partition("(")[0])
 
 
-def _attempts(fields: Mapping[bytes, bytes], text: Any) -> Iterator[AttemptView]:
+def _attempts(text: Callable[[str], str]) -> Iterator[AttemptView]:
     for line in text("fleet_attempts").splitlines():
         try:
             row = json.loads(line)
@@ -235,5 +235,5 @@ def _plain(value: bytes, kind: bytes) -> Any:
         return _PlainUnpickler(io.BytesIO(value)).load() if kind == b"\x80" else json.loads(value)
     except pickle.UnpicklingError as exc:
         return f"<{exc}>"
-    except Exception as exc:  # noqa: BLE001  # unpickling garbage raises whatever it likes
+    except Exception as exc:  # unpickling garbage raises whatever it likes
         return f"<unreadable: {type(exc).__name__}>"

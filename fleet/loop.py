@@ -78,6 +78,7 @@ class WorkerLoop:
         self._outputs_at = 0.0
         self._busy_at = clock.monotonic()
         self._stop_at: float | None = None
+        self._said_stopping = False
         self._exit_code = 0
         self._fleet_size = 1
         #: shown in `fleet status`: why it takes no jobs
@@ -318,7 +319,12 @@ class WorkerLoop:
                 attempt.interrupt("timeout", self._settings.kill_grace_seconds)
             if attempt.kill_at is not None and now >= attempt.kill_at:
                 attempt.kill()
-        if self._stop_at is not None and now >= self._stop_at:
+        if self._stop_at is None:
+            return
+        if not self._said_stopping:
+            self._said_stopping = True
+            log.info("stopping: %d jobs have %.0f s to end", len(self._attempts), self._stop_at - now)
+        if now >= self._stop_at:
             for attempt in self._attempts.values():
                 attempt.kill("hand-back")
 

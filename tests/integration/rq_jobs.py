@@ -1,0 +1,75 @@
+"""Functions that tests enqueue with plain RQ; workers import this file by `paths`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import rq
+
+
+def add(x: int, y: int) -> int:
+    return x + y
+
+
+def fail() -> None:
+    raise ValueError("as asked")
+
+
+def note(path: str, word: str) -> str:
+    with open(path, "a") as file:
+        file.write(word + "\n")
+    return word
+
+
+def note_and_wait(path: str, word: str, gate: str) -> str:
+    """Say that it runs, then run until the file `gate` is there."""
+    note(path, word)
+    while not Path(gate).exists():
+        time.sleep(0.02)
+    return word
+
+
+def say(text: str) -> None:
+    print(text)
+    sys.stdout.flush()
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask_again(path: str) -> Any:
+    note(path, "asked")
+    if len(Path(path).read_text().split()) < 3:
+        return rq.Retry(max=5, interval=0)
+    return "done"
+
+
+def fail_until(path: str, times: int) -> str:
+    note(path, "tried")
+    if len(Path(path).read_text().split()) < times:
+        raise ValueError("not yet")
+    return "done"
+
+
+def keep_meta() -> None:
+    job = rq.get_current_job()
+    job.meta["seen"] = True
+    job.save_meta()
+
+
+def on_success(job: Any, connection: Any, result: Any) -> None:
+    connection.set(f"test:success:{job.id}", str(result))
+
+
+def on_failure(job: Any, connection: Any, kind: Any, value: Any, traceback: Any) -> None:
+    connection.set(f"test:failure:{job.id}", str(value))
+
+
+def on_stopped(job: Any, connection: Any) -> None:
+    connection.set(f"test:stopped:{job.id}", "1")

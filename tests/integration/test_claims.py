@@ -1,0 +1,327 @@
+"""Claims, leases and fences, spoken straight to a real Redis."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import redis
+
+from broker import chores, control, jobs, keys
+from broker.command import Command
+from broker.connection import connect
+from broker.session import Identity, Session
+from broker.settings import WorkerSettings
+from broker.submit import Options, submit_commands
+from broker.work import Claim, End
+
+SETTINGS = WorkerSettings(heartbeat_seconds=1, lease_seconds=30)
+
+
+def session(client: redis.Redis, name: str, *queues: str, settings: WorkerSettings = SETTINGS) -> Session:
+    made = Session(Identity(name, "here", queues or ("default",), 1, "3"), settings)
+    assert made.register(client, "{}") == ""
+    return made
+
+
+def submit(client: redis.Redis, count: int = 1, queue: str = "default", **options: int) -> list[str]:
+    return submit_commands(client, queue, [(None, Command(("true",)))] * count, Options(**options))
+
+
+def claim(client: redis.Redis, who: Session, wanted: int = 1) -> list[Claim]:
+    done = who.round(client, [], wanted)
+    who.settle(done)
+    return list(done.claims)
+
+
+def report(client: redis.Redis, who: Session, end: End) -> bool:
+    return who.round(client, [end], 0).accepted[0]
+
+
+@pytest.mark.parametrize("wanted", [1, 3])
+def test_fifty_jobs_raced_by_eight_workers_are_given_out_once_each(
+    redis_url: str, redis_client: redis.Redis, wanted: int
+) -> None:
+    for _ in range(25):
+        redis_client.flushall()
+        expected = submit(redis_client, 50)
+        given: list[str] = []
+        start = threading.Barrier(8)
+
+        def race(number: int, given: list[str] = given, start: threading.Barrier = start) -> None:
+            client = connect(redis_url)
+            who = session(client, f"w{number}")
+            start.wait()
+            while claims := claim(client, who, wanted):
+                given.extend(one.job_id for one in claims)
+            client.close()
+
+        threads = [threading.Thread(target=race, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(given) == sorted(expected)
+
+
+def test_every_claim_has_a_higher_fence_and_an_execution_id_of_its_own(redis_client: redis.Redis) -> None:
+    submit(redis_client, 20)
+    claims = claim(redis_client, session(redis_client, "w0"), 20)
+    fences = [int(one.fence) for one in claims]
+    assert fences == sorted(set(fences))
+    assert len({one.execution_id for one in claims}) == 20
+
+
+def test_queues_are_emptied_in_the_order_given(redis_client: redis.Redis) -> None:
+    low = submit(redis_client, 2, "low")
+    high = submit(redis_client, 2, "high")
+    who = session(redis_client, "w0", "high", "low")
+    assert [one.job_id for one in claim(redis_client, who, 4)] == high + low
+
+
+def test_a_second_report_of_the_same_end_changes_nothing(redis_client: redis.Redis) -> None:
+    submit(redis_client)
+    who = session(redis_client, "w0")
+    end = End(claim(redis_client, who)[0], "finished", exit_code=0)
+    assert report(redis_client, who, end)
+    before = redis_client.hgetall(keys.job(end.claim.job_id))
+    assert not report(redis_client, who, End(end.claim, "failed", "exit code 1"))
+    assert redis_client.hgetall(keys.job(end.claim.job_id)) == before
+    assert redis_client.hget(keys.COUNTERS, "stale") == b"1"
+
+
+def expire_lease(client: redis.Redis, job_id: str) -> None:
+    client.zadd(keys.LEASES, {job_id: 1})
+
+
+def recover(client: redis.Redis) -> int:
+    """One round of recovery, as if chores had run all along."""
+    client.delete(keys.RECOVERY_NOT_BEFORE)
+    return recover_after_pause(client)
+
+
+def recover_after_pause(client: redis.Redis) -> int:
+    seconds, micros = client.time()
+    client.set(keys.CHORES_SEEN, seconds * 1000 + micros // 1000)
+    return chores.Recovery(SETTINGS).run(client)
+
+
+def test_a_dead_workers_job_goes_to_the_front_and_its_late_result_is_refused(
+    redis_client: redis.Redis,
+) -> None:
+    job, other = submit(redis_client, 2)
+    dead, alive = session(redis_client, "dead"), session(redis_client, "alive")
+    old = claim(redis_client, dead)[0]
+    expire_lease(redis_client, job)
+    assert recover(redis_client) == 0, "its heartbeat is still there"
+    redis_client.delete(keys.worker_beat("dead"))
+    assert recover(redis_client) == 1
+    new, behind = claim(redis_client, alive, 2)
+    assert (new.job_id, behind.job_id) == (job, other)
+    assert int(new.fence) > int(old.fence)
+    assert not report(redis_client, dead, End(old, "finished"))
+    assert report(redis_client, alive, End(new, "finished"))
+    assert [attempt.outcome for attempt in jobs.show(redis_client, job).attempts] == ["lost", "finished"]
+
+
+def test_a_finish_before_recovery_is_accepted(redis_client: redis.Redis) -> None:
+    submit(redis_client)
+    who = session(redis_client, "w0")
+    mine = claim(redis_client, who)[0]
+    expire_lease(redis_client, mine.job_id)
+    redis_client.delete(keys.worker_beat("w0"))
+    assert report(redis_client, who, End(mine, "finished"))
+    assert recover(redis_client) == 0
+
+
+def test_the_fourth_loss_fails_the_job_by_name(redis_client: redis.Redis) -> None:
+    [job] = submit(redis_client, retries=5)
+    for number in range(4):
+        who = session(redis_client, f"w{number}")
+        assert [one.job_id for one in claim(redis_client, who)] == [job]
+        redis_client.delete(keys.worker_beat(who.identity.name))
+        expire_lease(redis_client, job)
+        assert recover(redis_client) == 1
+    shown = jobs.show(redis_client, job)
+    assert shown.state == "failed"
+    assert shown.reason.startswith("WorkerLost: worker w3 (host ")
+    assert [attempt.outcome for attempt in shown.attempts] == ["lost"] * 4
+
+
+def test_recovery_pauses_for_a_lease_when_redis_was_away_and_counts_no_loss(
+    redis_client: redis.Redis,
+) -> None:
+    [job] = submit(redis_client)
+    who = session(redis_client, "w0")
+    claim(redis_client, who)
+    redis_client.delete(keys.worker_beat("w0"))
+    expire_lease(redis_client, job)
+    assert chores.Recovery(SETTINGS).run(redis_client) == 0, "chores were not seen before: an outage"
+    assert redis_client.exists(keys.RECOVERY_NOT_BEFORE)
+    redis_client.set(keys.RECOVERY_NOT_BEFORE, 10)  # the pause is over; the lease ran out before it was
+    assert recover_after_pause(redis_client) == 1
+    assert redis_client.hget(keys.job(job), "fleet_losses") == b"0"
+
+
+def test_what_the_server_holds_and_the_worker_does_not_know_goes_back(redis_client: redis.Redis) -> None:
+    [job] = submit(redis_client)
+    who = session(redis_client, "w0")
+    done = who.round(redis_client, [], 1)  # as if this reply had been lost
+    assert who.beat(redis_client, "{}", {}, who.claims_settled).state == "ok"
+    assert redis_client.hget(keys.job(job), "status") == b"started", "the claim is under way: left alone"
+    who.settle(done)
+    who.beat(redis_client, "{}", {}, who.claims_settled)
+    shown = jobs.show(redis_client, job)
+    assert (shown.state, shown.attempts[0].outcome) == ("queued", "handed-back")
+    assert redis_client.hget(keys.job(job), "fleet_losses") is None
+
+
+def test_a_beat_renews_what_it_names_and_tells_what_is_lost(redis_client: redis.Redis) -> None:
+    kept, taken = submit(redis_client, 2)
+    who = session(redis_client, "w0")
+    leases = {one.lease: one.job_id for one in claim(redis_client, who, 2)}
+    redis_client.zadd(keys.LEASES, {kept: 1})
+    redis_client.delete(keys.job(taken))
+    beat = who.beat(redis_client, "{}", leases, who.claims_settled)
+    assert {leases[lease] for lease in beat.lost} == {taken}
+    assert redis_client.zscore(keys.LEASES, kept) > 1
+    assert not redis_client.exists(keys.job(taken)), "a deleted job is not brought back to life"
+
+
+def test_leases_of_an_earlier_life_are_told_apart(redis_client: redis.Redis) -> None:
+    [job] = submit(redis_client)
+    first = session(redis_client, "w0")
+    lease = claim(redis_client, first)[0].lease
+    second = Session(Identity("w0", "here", ("default",), 2, "3"), SETTINGS)
+    assert second.register(redis_client, "{}") == "{}", "the first still beats"
+    assert second.register(redis_client, "{}", replaces=first.identity.incarnation) == ""
+    assert second.beat(redis_client, "{}", {}, 0).foreign == ((job, lease),)
+    assert second.lose_foreign(redis_client, [(job, lease)]) == 1
+    assert jobs.show(redis_client, job).state == "queued"
+    assert first.beat(redis_client, "{}", {}, 0).state == "taken"
+    assert claim(redis_client, first) == [], "whose name was taken claims nothing"
+
+
+def test_a_claim_that_empties_a_queue_takes_its_tokens_and_one_that_does_not_rings(
+    redis_client: redis.Redis,
+) -> None:
+    submit(redis_client, 2)
+    who = session(redis_client, "w0")
+    redis_client.delete(keys.wake("default"))
+    claim(redis_client, who)
+    assert redis_client.llen(keys.wake("default")) == 1
+    claim(redis_client, who)
+    assert redis_client.llen(keys.wake("default")) == 0
+
+
+@pytest.mark.parametrize("key", [keys.SUSPENDED, keys.worker_drain("w0")])
+def test_suspended_and_draining_workers_are_given_nothing(redis_client: redis.Redis, key: str) -> None:
+    submit(redis_client)
+    who = session(redis_client, "w0")
+    redis_client.set(key, 1)
+    assert claim(redis_client, who) == []
+    redis_client.delete(key)
+    assert len(claim(redis_client, who)) == 1
+
+
+def test_a_paused_queue_gives_out_nothing(redis_client: redis.Redis) -> None:
+    submit(redis_client, 1, "a")
+    submit(redis_client, 1, "b")
+    redis_client.sadd(keys.PAUSED, "a")
+    assert [one.queue for one in claim(redis_client, session(redis_client, "w0", "a", "b"), 2)] == ["b"]
+
+
+def deleted(client: redis.Redis, job: str) -> None:
+    client.delete(keys.job(job))
+
+
+def overwritten(client: redis.Redis, job: str) -> None:
+    client.delete(keys.job(job))
+    client.set(keys.job(job), "no hash at all")
+
+
+def ended(client: redis.Redis, job: str) -> None:
+    client.hset(keys.job(job), "status", "finished")
+
+
+@pytest.mark.parametrize("damage", [deleted, overwritten, ended])
+def test_an_id_in_a_queue_that_is_no_waiting_job_is_passed_over(
+    redis_client: redis.Redis, damage: Callable[[redis.Redis, str], None]
+) -> None:
+    bad, good = submit(redis_client, 2)
+    damage(redis_client, bad)
+    assert [one.job_id for one in claim(redis_client, session(redis_client, "w0"), 2)] == [good]
+
+
+def test_a_job_painted_started_by_a_late_save_is_still_run(redis_client: redis.Redis) -> None:
+    [job] = submit(redis_client)
+    redis_client.hset(keys.job(job), "status", "started")
+    assert [one.job_id for one in claim(redis_client, session(redis_client, "w0"))] == [job]
+
+
+def test_an_id_queued_twice_is_run_once(redis_client: redis.Redis) -> None:
+    [job] = submit(redis_client)
+    redis_client.rpush(keys.queue("default"), job)
+    assert [one.job_id for one in claim(redis_client, session(redis_client, "w0"), 2)] == [job]
+
+
+@pytest.mark.parametrize(
+    "field", ["retries_left", "retry_intervals", "result_ttl", "failure_ttl", "fleet_losses"]
+)
+@pytest.mark.parametrize("outcome", ["finished", "failed", "lost"])
+def test_garbage_in_a_field_stops_neither_the_job_nor_its_neighbours(
+    redis_client: redis.Redis, field: str, outcome: str
+) -> None:
+    bad, good = submit(redis_client, 2)
+    redis_client.hset(keys.job(bad), field, "garbage")
+    who = session(redis_client, "w0")
+    ends = [End(one, outcome) for one in claim(redis_client, who, 2)]  # type: ignore[arg-type]
+    assert who.round(redis_client, ends, 0).accepted == (True, True)
+    assert {jobs.show(redis_client, job).state for job in (bad, good)} <= {"finished", "failed", "queued"}
+    assert redis_client.zcard(keys.LEASES) == 0
+
+
+def test_a_submission_is_all_or_nothing(redis_client: redis.Redis) -> None:
+    from broker.errors import Conflict
+
+    submit_commands(redis_client, "default", [("taken", Command(("true",)))], Options())
+    with pytest.raises(Conflict, match="taken"):
+        submit_commands(
+            redis_client, "default", [("new", Command(("true",))), ("taken", Command(("true",)))], Options()
+        )
+    assert not redis_client.exists(keys.job("new"))
+    assert redis_client.llen(keys.queue("default")) == 1
+
+
+@pytest.mark.parametrize(("place", "expected"), [("queue", "canceled"), ("worker", "stopping")])
+def test_cancel_takes_a_job_from_the_queue_or_asks_its_worker(
+    redis_client: redis.Redis, place: str, expected: str
+) -> None:
+    [job] = submit(redis_client)
+    who = session(redis_client, "w0")
+    claims = claim(redis_client, who) if place == "worker" else []
+    assert control.cancel(redis_client, job) == expected
+    if claims:
+        beat = who.beat(redis_client, "{}", {claims[0].lease: job}, who.claims_settled)
+        assert beat.stop == {claims[0].lease}
+        assert redis_client.llen(keys.worker_signals("w0")) == 1
+    else:
+        assert claim(redis_client, who) == []
+        assert redis_client.zscore(keys.of("canceled", "default"), job)
+
+
+def test_a_mirror_without_a_lease_is_swept_and_one_with_a_lease_is_not(redis_client: redis.Redis) -> None:
+    submit(redis_client)
+    mine = claim(redis_client, session(redis_client, "w0"))[0]
+    redis_client.zadd(keys.of("wip", "default"), {"ghost:execution": 2e12})
+    assert chores.Sweep().run(redis_client) == 1
+    members = redis_client.zrange(keys.of("wip", "default"), 0, -1)
+    assert members == [f"{mine.job_id}:{mine.execution_id}".encode()]
+
+
+def test_retire_leaves_no_key_of_the_worker(redis_client: redis.Redis) -> None:
+    who = session(redis_client, "w0")
+    assert who.retire(redis_client)
+    assert [key for key in redis_client.scan_iter("*") if b"w0" in key] == []
+    assert redis_client.smembers(keys.WORKERS) == set()
