@@ -28,7 +28,8 @@ _BATCH = 100
 class Chore(Protocol):
     """One periodic duty; `run` returns how much it did."""
 
-    interval_seconds: float
+    @property
+    def interval_seconds(self) -> float: ...
 
     def run(self, client: redis.Redis) -> int: ...
 
@@ -45,7 +46,8 @@ def elected(client: redis.Redis, incarnation: str) -> bool:
 
 def known_queues(client: redis.Redis) -> list[str]:
     """The names of all queues that ever had a job, those alone that can be ours."""
-    return queue_names(client.smembers(keys.QUEUES))
+    members: set[Any] = client.smembers(keys.QUEUES)
+    return queue_names(members)
 
 
 def queue_names(members: Iterable[bytes]) -> list[str]:
@@ -149,7 +151,8 @@ class Forget:
     interval_seconds: float = 60.0
 
     def run(self, client: redis.Redis) -> int:
-        workers = [name.decode() for name in client.smembers(keys.FLEET_WORKERS)]
+        members: set[Any] = client.smembers(keys.FLEET_WORKERS)
+        workers = [name.decode() for name in members]
         records = client.mget([keys.worker_record(name) for name in workers]) if workers else []
         gone = [name for name, record in zip(workers, records, strict=True) if record is None]
         for name in gone:

@@ -134,7 +134,8 @@ def unfinished(client: redis.Redis) -> int:
 def output(client: redis.Redis, job_id: str) -> Tails:
     """The tails of a job's output, of the attempt that wrote last."""
     names = ("stdout", "stderr", "stdout_end", "stderr_end")
-    out, err, out_end, err_end = client.hmget(keys.output(job_id), *names)
+    fields: list[Any] = client.hmget(keys.output(job_id), *names)
+    out, err, out_end, err_end = fields
     return Tails(out or b"", err or b"", int(out_end or 0), int(err_end or 0))
 
 

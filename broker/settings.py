@@ -139,6 +139,16 @@ def load(flags: Mapping[str, Any] | None = None) -> Settings:
         raise ConfigError(f"fleet.toml or {user_config_file()}: {exc}", "Mend the TOML file.") from exc
 
 
+def worker_settings(values: Mapping[str, Any]) -> WorkerSettings:
+    """The settings a worker was started with. Raises ConfigError."""
+    try:
+        return WorkerSettings(**values)
+    except ValidationError as exc:
+        fault = exc.errors()[0]
+        name = ".".join(str(part) for part in fault["loc"])
+        raise ConfigError(f"setting worker.{name}: {fault['msg']}, got {fault['input']!r}") from exc
+
+
 def origins(flags: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Where each setting in force came from, by dotted name; those left out are defaults."""
     found: dict[str, str] = {}

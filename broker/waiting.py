@@ -10,10 +10,15 @@ import json
 from typing import Any
 
 import redis
+from redis.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from broker import keys
+from broker import clock, keys
 from broker.session import Identity
+
+#: seconds after which a reply that Redis owed us will not come any more
+_OVERDUE_SECONDS = 15
 
 
 class Waiter:
@@ -33,6 +38,7 @@ class Waiter:
         self.wants_jobs = False
         self._outstanding = False
         self._nudged = False
+        self._sent_at = 0.0
 
     def connect(self) -> None:
         """Open the connection; raises what redis-py raises."""
@@ -48,12 +54,18 @@ class Waiter:
         return int(sock.fileno())
 
     def listen(self, *, wants_jobs: bool) -> None:
-        """Send the BLPOP unless one is under way; a change of mind takes effect with the next."""
+        """Send the BLPOP unless one is under way; a change of mind takes effect with the next.
+
+        Raises redis.TimeoutError where the reply is overdue: the connection was cut unheard.
+        """
         if self._outstanding:
+            if clock.monotonic() - self._sent_at > self._block_seconds + _OVERDUE_SECONDS:
+                raise RedisTimeoutError("no reply to BLPOP")
             return
         lists = [self._signals, *(self._bells if wants_jobs else [])]
         self._connection.send_command("BLPOP", *lists, self._block_seconds)
         self._outstanding, self._nudged, self.wants_jobs = True, False, wants_jobs
+        self._sent_at = clock.monotonic()
 
     def nudge(self, client: redis.Redis) -> None:
         """Make a BLPOP that would return no token return, so that the next one does."""
@@ -87,7 +99,7 @@ class RqCommands:
     """RQ's own channel to a worker: stop-job, kill-horse and shutdown (rq.command)."""
 
     def __init__(self, client: redis.Redis, identity: Identity) -> None:
-        self._pubsub = client.pubsub(ignore_subscribe_messages=True)
+        self._pubsub: Any = PubSub(client.connection_pool, ignore_subscribe_messages=True)
         self._channel = keys.pubsub(identity.name)
 
     def connect(self) -> None:

@@ -17,19 +17,26 @@ import redis
 
 from broker import chores, clock, keys, scripts
 from broker.session import Session
+from fleet.outputs import Folders
 
 log = logging.getLogger("fleet.chores")
 
 #: seconds between looks at a queue that stays full: its workers are busy, or awake by now
 _PEEK_PAUSE_SECONDS = 0.02
 _PEEK_BLOCK_SECONDS = 30
+_PRUNE_SECONDS = 3600
 
 
 class ChoreThread:
-    """Asks once a second to be elected; while it is, runs what is due and listens to the queues."""
+    """Asks once a second to be elected; while it is, runs what is due and listens to the queues.
 
-    def __init__(self, session: Session, client: redis.Redis) -> None:
+    Elected or not, it removes what jobs left on this host when their results have run out.
+    """
+
+    def __init__(self, session: Session, client: redis.Redis, folders: Folders) -> None:
         self._session = session
+        self._folders = folders
+        self._prune_at = 0.0
         self._client = client
         self._table = chores.table(session.settings)
         self._due = dict.fromkeys(range(len(self._table)), 0.0)
@@ -61,6 +68,7 @@ class ChoreThread:
             self._resign()
 
     def _turn(self) -> None:
+        self._prune()
         if not chores.elected(self._client, self._session.identity.incarnation):
             self._peeks.close()
             self._stop.wait(max(1.0, self.fleet_size / 50))
@@ -69,6 +77,11 @@ class ChoreThread:
         while clock.monotonic() < until and not self._stop.is_set():
             self._run_due()
             self._peeks.listen_and_ring(self._next_due(until) - clock.monotonic())
+
+    def _prune(self) -> None:
+        if clock.monotonic() >= self._prune_at:
+            self._prune_at = clock.monotonic() + _PRUNE_SECONDS
+            self._folders.prune(self._session.settings.result_ttl_seconds)
 
     def _run_due(self) -> None:
         for index, chore in enumerate(self._table):

@@ -410,6 +410,7 @@ class WorkerLoop:
 
     def _on_beat(self, beat: Beat) -> None:
         self._claim_due = True  # once a beat for safety: a token may have been lost
+        self._pool.reap()
         self._fleet_size = max(1, beat.workers)
         if self.chores:
             self.chores.fleet_size = self._fleet_size

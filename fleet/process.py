@@ -97,10 +97,9 @@ def resolve(program: str, path: str) -> str:
 def _explained(program: str, exc: OSError) -> CannotStart:
     if exc.errno == errno.ENOENT:
         # a script whose #! names no program gives ENOENT too
-        missing = Path(program).exists()
-        return CannotStart(
-            f"the interpreter named by {program} was not found" if missing else f"command not found: {program}"
-        )
+        if Path(program).exists():
+            return CannotStart(f"the interpreter named by {program} was not found")
+        return CannotStart(f"command not found: {program}")
     if exc.errno == errno.EACCES:
         return CannotStart(f"not executable: {program}")
     if exc.errno == errno.ENOEXEC:
@@ -124,7 +123,9 @@ def reap(pid: int) -> Exit:
 
 
 def signal_group(pgid: int, signum: int) -> None:
-    """Send a signal to a process group; no matter if it is gone."""
+    """Send a signal to a process group; no matter if it is gone, or (0) never was."""
+    if pgid <= 1:
+        return
     try:
         os.killpg(pgid, signum)
     except (ProcessLookupError, PermissionError):

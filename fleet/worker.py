@@ -24,7 +24,7 @@ from broker import __version__, clock
 from broker.connection import address, connect, translated
 from broker.errors import FleetError, UsageError
 from broker.session import Identity, Session
-from broker.settings import WorkerSettings
+from broker.settings import WorkerSettings, worker_settings
 from fleet import lifecycle, resources
 from fleet.attempt import CommandContext
 from fleet.beater import Beater
@@ -107,7 +107,9 @@ def _work(
         selector = stack.enter_context(selectors.DefaultSelector())
         links = Links(session, client, selector)
         stack.callback(links.close)
-        context = CommandContext(folders, environ, os.open(os.devnull, os.O_RDONLY), os.open(".", os.O_RDONLY))
+        context = CommandContext(
+            folders, environ, os.open(os.devnull, os.O_RDONLY), os.open(".", os.O_RDONLY)
+        )
         mail = Mailbox()
         loop = WorkerLoop(config, session, links, selector, context, pool, guard, mail)
         describe.loop = loop
@@ -119,7 +121,7 @@ def _work(
             renewed=guard.renew,
             post=mail.post,
         )
-        loop.chores = ChoreThread(session, connect(config.redis_url))
+        loop.chores = ChoreThread(session, connect(config.redis_url), folders)
         install_signals(mail, loop.request_stop)
         for thread in (loop.beater, loop.chores):
             thread.start()
@@ -205,9 +207,9 @@ def main(argv: list[str] | None = None) -> int:
     set_up_logging()
     try:
         config = WorkerConfig.from_json(_read(arguments.config))
-        return run(config, WorkerSettings(**config.settings))
+        return run(config, worker_settings(config.settings))
     except FleetError as exc:
-        log.error("%s %s", exc.message, exc.hint)  # noqa: TRY400  # a message, not a traceback
+        log.error("%s %s", exc.message, exc.hint)
         return exc.exit_code
 
 
