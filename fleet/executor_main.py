@@ -164,32 +164,43 @@ class Stream:
         self.kept = os.dup(fd)
         self.file = os.fstat(fd)
         self.text = self._opened()
-        self.mend()
+        setattr(sys, name, self.text)
 
     def _opened(self) -> TextIO:
         # line buffered: what a job printed is there for who follows it, and survives its crash
         return open(self.fd, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
-    def flush(self) -> None:
-        """Write out what Python holds back, also where the job put something else in place."""
+    def settle(self) -> None:
+        """Write out what Python holds back, and undo what the job did to the descriptor and to `sys`."""
         bent = getattr(sys, self.name)
         if bent is not self.text:
-            _flush(bent)
-        _flush(self.text)
-
-    def mend(self) -> int:
-        """Undo what a job did to the descriptor and to `sys`; returns the file's size in bytes."""
+            _flushed(bent)
+            setattr(sys, self.name, self.text)
+        if not self._is_in_place():
+            os.dup2(self.kept, self.fd)
+        if not _flushed(self.text):
+            self._drop()
         if self.text.closed:
             self.text = self._opened()
-        setattr(sys, self.name, self.text)
+            setattr(sys, self.name, self.text)
+
+    def _is_in_place(self) -> bool:
         try:
-            now = os.fstat(self.fd)
+            return os.path.samestat(os.fstat(self.fd), self.file)
         except OSError:
-            now = None
-        if now is None or not os.path.samestat(now, self.file):
-            os.dup2(self.kept, self.fd)
-            now = os.fstat(self.fd)
-        return now.st_size
+            return False
+
+    def _drop(self) -> None:
+        """Let go of text that cannot be written, or the next job would find it in its output."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fd)
+        os.close(null)
+        _flushed(self.text)
+        os.dup2(self.kept, self.fd)
+
+    def size(self) -> int:
+        """Bytes that the job wrote."""
+        return os.fstat(self.kept).st_size
 
     def give(self, target: str | None) -> None:
         """Hand the file to `target` and begin another. Raises OSError."""
@@ -200,18 +211,19 @@ class Stream:
 
     def _start_anew(self) -> None:
         # a new file, not a truncated one: what the job left running goes on writing to the job's
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
         os.dup2(fd, self.kept, inheritable=False)
         os.dup2(fd, self.fd)
         os.close(fd)
         self.file = os.fstat(self.fd)
 
 
-def _flush(text: TextIO) -> None:
+def _flushed(text: TextIO) -> bool:
     try:
         text.flush()
     except Exception:  # closed, the disk is full, or it is the job's own invention
-        pass
+        return False
+    return True
 
 
 # --- one job, as RQ does it ------------------------------------------------------------------------
@@ -268,10 +280,26 @@ def call(job: Job) -> Any:
 
     _job_stack.push(job)  # type: ignore[no-untyped-call]
     try:
-        job._result = job._execute()
+        job._result = _execute(job)
     finally:
         _job_stack.pop()  # type: ignore[no-untyped-call]
     return job._result
+
+
+def _execute(job: Job) -> Any:
+    """`job._execute()`, which leaves its event loop open: here there are jobs to come."""
+    import asyncio
+
+    if not job.func:
+        raise ValueError("Cannot execute job: function is None")
+    result = job.func(*job.args, **job.kwargs)
+    if not asyncio.iscoroutine(result):
+        return result
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(result)
+    finally:
+        loop.close()
 
 
 def _fail(job: Job, seconds: float) -> Frame:
@@ -332,6 +360,14 @@ def send_webhooks(job: Job, status: str, exc_string: str | None) -> Frame:
 # --- the process -----------------------------------------------------------------------------------
 
 
+def warm_up(connection: Redis) -> None:
+    """Run a job that does nothing: what RQ imports for the first one, a forked process would each time."""
+    from rq.serializers import DefaultSerializer
+
+    data = DefaultSerializer.dumps(("builtins.int", None, (), {}))
+    perform(build_job("warm-up", {b"data": data, b"created_at": b"2000-01-01T00:00:00.000000Z"}, connection))
+
+
 class Executor:
     """Serves one worker until it closes its end."""
 
@@ -345,6 +381,7 @@ class Executor:
         self.streams = (Stream("stdout", 1, hello["stdout"]), Stream("stderr", 2, hello["stderr"]))
         self.memory = Memory()
         self.run = ForkServer(self.run_task) if hello["mode"] == "fork" else self.run_task
+        warm_up(self.connection)
         os.environ["RQ_WORKER_ID"] = hello["worker_name"]
         os.chdir(self.work_dir)
 
@@ -378,7 +415,7 @@ class Executor:
         finally:
             signal.alarm(0)
             for stream in self.streams:
-                stream.flush()
+                stream.settle()
 
     def _prepare(self, task: Mapping[str, Any]) -> None:
         """What RQ sets up in a fresh process; here the last job may have changed it."""
@@ -391,7 +428,7 @@ class Executor:
 
     def _collect(self, task: Mapping[str, Any]) -> dict[str, Any]:
         """Give the job its output; trouble with that is told, and does not change the job's end."""
-        sizes = [stream.mend() for stream in self.streams]
+        sizes = [stream.size() for stream in self.streams]
         found: dict[str, Any] = {"stdout": sizes[0], "stderr": sizes[1]}
         for stream, size in zip(self.streams, sizes):  # noqa: B905 - Python 3.9
             if size:
@@ -442,10 +479,11 @@ class ForkServer:
             _private.add(writer)
             pid = os.getpid()
             end, blobs = self.run_task(task, fields)
-            if os.getpid() == pid:
+            if os.getpid() == pid:  # not where a job forked, and both returned
                 Wire(writer).send(end, blobs)
-        finally:
             os._exit(0)
+        finally:
+            os._exit(1)
 
     def _wait(self, wire: Wire, pid: int) -> tuple[Frame | None, int]:
         """The horse's answer, if it gave one, and its wait status."""

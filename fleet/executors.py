@@ -188,7 +188,7 @@ class Executor:
         files: list[int] = []
         try:
             for path in (self.stdout_live_path, self.stderr_live_path):
-                files.append(os.open(path, flags, 0o600))
+                files.append(os.open(path, flags, 0o644))
             self._process = subprocess.Popen(
                 [config.python, "-I", executor_main.__file__, str(far_end.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -343,7 +343,7 @@ class Execution:
     def _last_words(self) -> Frame | None:
         """What came between our last look and its death."""
         frame = self.executor.receive()
-        while frame is None and self.executor.channel.progressed:
+        while frame is None and self.executor.channel.progressed and not self.executor.channel.at_end:
             frame = self.executor.receive()
         return frame
 

@@ -53,9 +53,13 @@ class Sidecar:
         self._process.kill()  # before its pipe is closed: it would take that for the worker's end
         self.close()
         other = Sidecar(self._token, self._lock_fd)
-        other.renew(self.deadline)
-        for group in self.groups:
-            other.add(group)
+        try:
+            other.renew(self.deadline)
+            for group in self.groups:
+                other.add(group)
+        except SidecarGone:
+            other.close()
+            raise
         return other
 
     @property
@@ -123,6 +127,8 @@ class Sidecar:
 
     def _read(self) -> bytes:
         data = self._rest
+        if self._reports.closed:
+            return data
         with suppress(BlockingIOError):
             while chunk := os.read(self._reports.fileno(), 1 << 12):
                 data += chunk

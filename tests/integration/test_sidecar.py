@@ -390,7 +390,7 @@ def test_a_sidecar_that_does_not_read_never_blocks_its_worker(sidecar, job):
 def test_it_knows_no_secret_and_carries_no_token(monkeypatch, eventually):
     monkeypatch.setenv("FLEET_REDIS_URL", "redis://:secret@host")
     monkeypatch.setenv(INCARNATION, "another worker's")
-    sidecar = Sidecar.start("token")
+    sidecar = Sidecar.start(uuid.uuid4().hex)
     try:
         environ = psutil.Process(sidecar.pid).environ()
         assert not [name for name in environ if name.startswith("FLEET_")]
