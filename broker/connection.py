@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,15 @@ from redis import exceptions
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from broker.errors import RedisDenied, RedisUnreachable, UsageError
+from broker.errors import (
+    FleetError,
+    RedisDenied,
+    RedisFault,
+    RedisLoading,
+    RedisRefused,
+    RedisUnreachable,
+    UsageError,
+)
 from broker.settings import Settings
 
 #: what answers at all
@@ -102,35 +111,107 @@ def address(client: redis.Redis) -> str:
     return f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
 
 
+#: every error that redis-py raises
+REDIS_ERRORS = (exceptions.RedisError, exceptions.RedisClusterException)
+#: how a reply begins that says why Redis takes no change -> (what that means, what to do)
+_REFUSALS = {
+    "OOM": ("is full and takes no new data", "Raise its maxmemory, or remove what is no longer needed."),
+    "READONLY": ("is a replica and takes no change", "Name the primary with --redis URL."),
+    "MISCONF": (
+        "cannot write to its disk, so it takes no change",
+        "Make room on its disk; its log says more. 'fleet doctor' checks it.",
+    ),
+    "NOREPLICAS": ("has too few replicas, so it takes no change", "Look at its replicas."),
+    "MASTERDOWN": ("is a replica that lost its primary", "Name the primary with --redis URL."),
+    "CLUSTERDOWN": ("is a cluster that is down", "fleet needs a Redis that is no cluster."),
+    "MOVED": ("is a cluster", "fleet needs a Redis that is no cluster."),
+    "CROSSSLOT": ("is a cluster", "fleet needs a Redis that is no cluster."),
+    "BUSY": ("is busy with a script that does not end", "'redis-cli SCRIPT KILL' ends it."),
+}
+#: classes that redis-py makes of such replies; it cuts off the word they begin with
+_REFUSAL_CLASSES: dict[type[Exception], str] = {
+    exceptions.OutOfMemoryError: "OOM",
+    exceptions.ReadOnlyError: "READONLY",
+    exceptions.MasterDownError: "MASTERDOWN",
+    exceptions.ClusterDownError: "CLUSTERDOWN",
+    exceptions.ClusterCrossSlotError: "CROSSSLOT",
+    exceptions.AskError: "MOVED",
+}
+
+
 @contextmanager
 def translated(where: str) -> Iterator[None]:
-    """Turn redis-py's connection and permission errors into ours; `where` is the address.
+    """Turn errors of redis-py into ours; `where` is the address.
 
-    Raises RedisDenied where Redis said no, RedisUnreachable where it did not answer.
+    Raises what `explained` returns.
     """
     try:
         yield
-    except (exceptions.AuthenticationError, exceptions.NoPermissionError) as exc:
-        raise RedisDenied(
-            f"Redis at {where} refused us: {exc}",
+    except (*REDIS_ERRORS, OSError) as exc:
+        raise explained(exc, where) from exc
+
+
+def explained(exc: BaseException, where: str) -> FleetError:
+    """What an error of redis-py, or of the operating system, means to whoever speaks to `where`.
+
+    RedisDenied where Redis said no, RedisUnreachable where it did not answer, RedisLoading while
+    it reads its data, RedisRefused where it takes no change, UsageError for a database it has
+    not, RedisFault for all else.
+    """
+    text = _one_line(exc)
+    if is_denied(exc):
+        return RedisDenied(
+            f"Redis at {where} refused us: {text}",
             "Check the password (FLEET_REDIS_URL or redis_password_file) and the rights of the user.",
-        ) from exc
-    except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as exc:
-        raise RedisUnreachable(
-            f"Redis at {where} is not reachable: {exc}",
+        )
+    if isinstance(exc, exceptions.BusyLoadingError):
+        return RedisLoading(f"Redis at {where} is still reading its data", "Try again in a moment.")
+    if isinstance(exc, exceptions.ConnectionError | exceptions.TimeoutError | OSError):
+        return RedisUnreachable(
+            f"Redis at {where} is not reachable: {text}",
             "Is it running? 'fleet broker start' starts one here; --redis URL names another.",
-        ) from exc
-    except exceptions.ResponseError as exc:
-        if not is_denied(exc):
-            raise
-        raise RedisDenied(
-            f"Redis at {where} refused us: {exc}",
-            "Check the password (FLEET_REDIS_URL or redis_password_file) and the rights of the user.",
-        ) from exc
+        )
+    if isinstance(exc, exceptions.InvalidResponse):
+        return RedisUnreachable(f"what answers at {where} is no Redis: {text}", _SHAPE)
+    return _reply_explained(exc, text, where)
+
+
+def _reply_explained(exc: BaseException, text: str, where: str) -> FleetError:
+    refusal = _refusal(exc, text)
+    if refusal:
+        what, mend = _REFUSALS[refusal]
+        return RedisRefused(f"Redis at {where} {what}: {text}", mend)
+    if "DB index is out of range" in text or "invalid DB index" in text:
+        return UsageError(f"Redis at {where} has no database of that number: {text}", _SHAPE)
+    if "WRONGTYPE" in text:
+        return RedisFault(
+            f"Redis at {where} keeps something else under a key of the fleet: {text}",
+            "Somebody wrote over it; --debug shows which.",
+        )
+    return RedisFault(f"Redis at {where} answered with an error: {text}", "--debug shows where.")
+
+
+def _refusal(exc: BaseException, text: str) -> str | None:
+    """The key in _REFUSALS that fits."""
+    for kind, word in _REFUSAL_CLASSES.items():
+        if isinstance(exc, kind):
+            return word
+    word = text.partition(" ")[0].lstrip("-")
+    return word if word in _REFUSALS else None
+
+
+def _one_line(exc: BaseException) -> str:
+    """Its text, without the address that our own messages have."""
+    text = " ".join(str(exc).split())
+    return re.sub(r"^Error -?\d+ connecting to \S+\. ", "", text) or type(exc).__name__
 
 
 def is_denied(exc: BaseException) -> bool:
     """Whether `exc` says that Redis knows us not, or grants us not enough."""
-    if isinstance(exc, exceptions.AuthenticationError | exceptions.NoPermissionError):
-        return True
-    return str(exc).startswith(("NOAUTH", "WRONGPASS", "NOPERM"))
+    kinds = (
+        exceptions.AuthenticationError,
+        exceptions.AuthorizationError,
+        exceptions.NoPermissionError,
+        exceptions.AuthenticationWrongNumberOfArgsError,
+    )
+    return isinstance(exc, kinds) or str(exc).startswith(("NOAUTH", "WRONGPASS", "NOPERM"))

@@ -63,6 +63,24 @@ class RedisDenied(RedisUnreachable):
     code = "redis_denied"
 
 
+class RedisLoading(RedisUnreachable):
+    """Redis is up, and still reads its data."""
+
+    code = "redis_loading"
+
+
+class RedisRefused(FleetError):
+    """Redis is in a state in which it takes no change: full, a replica, cannot write to its disk."""
+
+    code = "redis_refused"
+
+
+class RedisFault(FleetError):
+    """Redis answered with an error that nothing above explains."""
+
+    code = "redis_error"
+
+
 class Conflict(FleetError):
     """The state of things forbids it: a worker of that name lives, a broker runs already."""
 

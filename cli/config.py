@@ -29,12 +29,19 @@ def show(context: Context, origin: bool, as_json: bool) -> None:
     flags = {"redis_url": context.redis_url} if context.redis_url else {}
     found = settings.origins(flags)
     if as_json:
-        rows = {name: {"value": value, "origin": found.get(name, "default")} for name, value in values.items()}
-        print_json({"settings": rows})
+        print_json({"settings": {name: _row(value, found.get(name)) for name, value in values.items()}})
         return
     for name, value in values.items():
         click.echo(f"{name} = {_toml(value)}" + (f"  # {found.get(name, 'default')}" if origin else ""))
 
 
+def _row(value: Any, origin: str | None) -> dict[str, Any]:
+    return {"value": value, "origin": origin or "default"}
+
+
 def _toml(value: Any) -> str:
-    return "(none)" if value is None else f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "(none)"
+    if isinstance(value, str):
+        return f'"{value}"'
+    return f"{value:g}" if isinstance(value, float) else str(value)

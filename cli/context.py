@@ -23,19 +23,23 @@ SCHEMA = 1
 
 @dataclass
 class Context:
-    """The options before the verb, and what is built from them when first needed."""
+    """The options that every verb takes, and what is built from them when first needed."""
 
     redis_url: str | None = None
     no_color: bool = False
     quiet: bool = False
     debug: bool = False
+    #: None until the verb has read its options
+    as_json: bool | None = None
+    #: the Redis spoken to last, for messages
+    redis_address: str = "?"
 
     @cached_property
     def settings(self) -> Settings:
-        """The settings in force, flags before the verb included."""
+        """The settings in force, flags included."""
         from broker import settings
 
-        return settings.load({"redis_url": self.redis_url} if self.redis_url else {})
+        return settings.load({} if self.redis_url is None else {"redis_url": self.redis_url})
 
     def redis(self, *, start: bool = False) -> redis.Redis:
         """A connected client: `--redis`, FLEET_REDIS_URL, the files, or the embedded broker.
@@ -46,7 +50,8 @@ class Context:
         from broker.connection import address, connect, translated
 
         client = connect(self.url(start=start))
-        with translated(address(client)):
+        self.redis_address = address(client)
+        with translated(self.redis_address):
             client.ping()
         return client
 
@@ -55,8 +60,10 @@ class Context:
         from broker.connection import password_from, with_password
         from fleet.embedded import embedded_url
 
-        if self.settings.redis_url:
-            return with_password(self.settings.redis_url, password_from(self.settings))
+        # an empty --redis is a mistake in somebody's script, not a wish for the embedded broker
+        url = self.settings.redis_url if self.redis_url is None else self.redis_url
+        if url or self.redis_url is not None:
+            return with_password(url or "", password_from(self.settings))
         return embedded_url(start=start, say=self.say)
 
     @cached_property

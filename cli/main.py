@@ -1,30 +1,39 @@
 """`fleet`: finds the verb, runs it, turns errors into messages and exit codes.
 
 Verbs are imported when they are called: `fleet --help` pays for none of them. A new verb
-is one line in VERBS and one click command in its module.
+is one line in VERBS and one click command in its module. What a verb returns is its exit
+code; None is 0.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from typing import Any
+import traceback
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from broker import __version__
-from broker.errors import FleetError
+from broker.errors import FleetError, UsageError
+from cli import everywhere
 from cli.context import Context, fail
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 #: verb -> (module, attribute, one line of help)
 VERBS: dict[str, tuple[str, str, str]] = {
-    "worker": ("cli.worker", "worker", "Run one worker here, in the foreground."),
     "broker": ("cli.broker", "broker", "The embedded Redis: start, stop, status, backup, restore."),
     "up": ("cli.up", "up", "Start workers on every host of a file."),
-    "down": ("cli.up", "down", "End the workers of hosts."),
     "hosts": ("cli.hosts", "hosts", "The hosts kept for up, status and down."),
+    "down": ("cli.up", "down", "End the workers of hosts."),
+    "worker": ("cli.worker", "worker", "Run one worker here, in the foreground."),
     "config": ("cli.config", "config", "Show the settings in force and where each came from."),
 }
+#: what a shell says of a program that was interrupted
+_INTERRUPTED = 130
 
 
 class LazyGroup(click.Group):
@@ -38,47 +47,97 @@ class LazyGroup(click.Group):
             return None
         module, attribute, _ = VERBS[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
+        return everywhere.teach(command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(verb, line) for verb, (_, _, line) in VERBS.items()])
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        from click.shell_completion import CompletionItem
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+        verbs = [(verb, line) for verb, (_, _, line) in VERBS.items() if verb.startswith(incomplete)]
+        if verbs and not incomplete.startswith("-"):
+            return [CompletionItem(verb, help=line) for verb, line in verbs]
+        return click.Command.shell_complete(self, ctx, incomplete)
+
+
+@click.group(
+    cls=LazyGroup,
+    params=everywhere.options(),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="fleet")
-@click.option("--redis", "redis_url", metavar="URL", help="Redis to use (or FLEET_REDIS_URL).")
-@click.option("--no-color", is_flag=True, help="No colour, even on a terminal.")
-@click.option("--quiet", "-q", is_flag=True, help="Only data and errors.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.pass_context
-def fleet(ctx: click.Context, redis_url: str | None, no_color: bool, quiet: bool, debug: bool) -> None:
+def fleet() -> None:
     """Run jobs on the machines you can reach. Nothing lost, nothing done twice."""
-    ctx.obj = Context(redis_url=redis_url, no_color=no_color, quiet=quiet, debug=debug)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script; exits with the code of docs/cli.md."""
     arguments = sys.argv[1:] if argv is None else argv
-    as_json, debug = "--json" in arguments, "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        # what cannot be printed here (bytes that are no UTF-8, a terminal of ASCII) is escaped
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    sys.exit(_run(arguments, Context()))
+
+
+def _run(arguments: list[str], context: Context) -> int:
     try:
-        result: Any = fleet.main(args=arguments, prog_name="fleet", standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except click.exceptions.Exit as exc:
-        sys.exit(exc.exit_code)
-    except click.ClickException as exc:
-        sys.exit(fail(exc.format_message(), code="usage", exit_code=2, as_json=as_json, hint=_help_hint(exc)))
-    except FleetError as exc:
-        if debug:
+        result: Any = fleet.main(args=arguments, prog_name="fleet", standalone_mode=False, obj=context)
+        sys.stdout.flush()
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _INTERRUPTED
+    except BrokenPipeError:  # `fleet jobs | head -1`: whoever read has seen enough
+        _discard_output()
+        return 0
+    except Exception as exc:
+        error = _explained(exc, context)
+        if error is None:
             raise
-        sys.exit(fail(exc.message, code=exc.code, exit_code=exc.exit_code, as_json=as_json, hint=exc.hint))
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
-    sys.exit(result if isinstance(result, int) else 0)
+        return _reported(exc, error, context, arguments)
+    return result if isinstance(result, int) else 0
+
+
+def _explained(exc: Exception, context: Context) -> FleetError | None:
+    """`exc` as an error of ours, or None where it can only be a bug."""
+    if isinstance(exc, FleetError):
+        return exc
+    if isinstance(exc, click.ClickException):
+        return UsageError(exc.format_message(), _help_hint(exc))
+    if "redis" in sys.modules:
+        from broker import connection
+
+        if isinstance(exc, connection.REDIS_ERRORS):
+            return connection.explained(exc, context.redis_address)
+    if isinstance(exc, OSError):
+        _discard_output()
+        where = f"{exc.filename}: " if exc.filename else ""
+        return FleetError(f"{where}{exc.strerror or exc}")
+    return None
+
+
+def _reported(exc: Exception, error: FleetError, context: Context, arguments: list[str]) -> int:
+    """Print the error as people or programs want it; returns the exit code."""
+    if context.debug:
+        traceback.print_exception(exc)
+    if isinstance(exc, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.message, err=True)
+        return error.exit_code
+    as_json = _wants_json(context, arguments)
+    return fail(error.message, code=error.code, exit_code=error.exit_code, as_json=as_json, hint=error.hint)
+
+
+def _wants_json(context: Context, arguments: list[str]) -> bool:
+    """As the verb read its options, where it came so far; what follows `--` is never ours."""
+    if context.as_json is not None:
+        return context.as_json
+    return "--json" in (arguments[: arguments.index("--")] if "--" in arguments else arguments)
+
+
+def _discard_output() -> None:
+    """Let what is still in the buffer of stdout go nowhere: Python writes it out once more at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
 
 
 def _help_hint(exc: click.ClickException) -> str:

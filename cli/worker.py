@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from broker.errors import UsageError
 from cli.context import Context, pass_context
+
+if TYPE_CHECKING:
+    from fleet.worker_config import WorkerConfig
 
 
 @click.command()
@@ -18,8 +21,8 @@ from cli.context import Context, pass_context
 @click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Jobs at once.")
 @click.option("--burst", is_flag=True, help="Leave when the queues are empty.")
 @click.option("--max-jobs", type=click.IntRange(min=1), help="Leave after so many jobs.")
-@click.option("--idle-timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Leave after so long idle.")
-@click.option("--startup-delay-seconds", type=click.FloatRange(min=0), default=0.0, help="Wait before starting.")
+@click.option("--idle-timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Leave after idling.")
+@click.option("--startup-delay-seconds", type=click.FloatRange(min=0), default=0.0, help="Wait first.")
 @click.option("--label", "labels", multiple=True, metavar="K=V", help="A label; may be repeated.")
 @click.option("--ephemeral", is_flag=True, help="One slot, and leave after one job.")
 @click.option("--executor", type=click.Choice(["warm", "fork"]), default="warm", show_default=True)
@@ -27,33 +30,39 @@ from cli.context import Context, pass_context
 @click.option("--path", "paths", multiple=True, metavar="DIR", help="First on the path of Python functions.")
 @click.option("--output-dir", type=click.Path(path_type=Path), help="Where jobs run and write.")
 @pass_context
-def worker(context: Context, name: str | None, queues: str, slots: int, labels: tuple[str, ...], **how: object) -> int:
+def worker(context: Context, /, **options: Any) -> int:
     """Run one worker here until it is told to stop (Ctrl-C twice hurries it)."""
     from fleet import worker as fleet_worker
+
+    config = _config(options, context.url())
+    fleet_worker.set_up_logging()
+    return fleet_worker.run(config, context.settings.worker)
+
+
+def _config(options: dict[str, Any], redis_url: str) -> WorkerConfig:
+    """What the command line says, as every launcher would say it."""
     from fleet.worker_config import WorkerConfig, default_output_dir, this_host
 
     host = this_host()
-    ephemeral = bool(how["ephemeral"])
-    config = WorkerConfig(
-        name=name or f"{host}-0",
+    ephemeral = options["ephemeral"]
+    return WorkerConfig(
+        name=options["name"] or f"{host}-0",
         host=host,
-        redis_url=context.url(),
-        output_dir=str(how["output_dir"] or default_output_dir()),
-        queues=tuple(part.strip() for part in queues.split(",")),
-        slots=1 if ephemeral else slots,
-        labels=parse_labels(labels),
-        executor=str(how["executor"]),
-        executor_python=str(how["executor_python"] or sys.executable),
+        redis_url=redis_url,
+        output_dir=str(options["output_dir"] or default_output_dir()),
+        queues=tuple(part.strip() for part in options["queues"].split(",")),
+        slots=1 if ephemeral else options["slots"],
+        labels=parse_labels(options["labels"]),
+        executor=options["executor"],
+        executor_python=options["executor_python"] or sys.executable,
         # as `rq worker` does: the folder it is started in
-        paths=tuple(how["paths"]) or (os.getcwd(),),
-        burst=bool(how["burst"]),
-        max_jobs=1 if ephemeral else how["max_jobs"],
-        idle_timeout_seconds=how["idle_timeout"],
-        startup_delay_seconds=float(how["startup_delay_seconds"]),
+        paths=options["paths"] or (str(Path.cwd()),),
+        burst=options["burst"],
+        max_jobs=1 if ephemeral else options["max_jobs"],
+        idle_timeout_seconds=options["idle_timeout"],
+        startup_delay_seconds=options["startup_delay_seconds"],
         ephemeral=ephemeral,
     )
-    fleet_worker.set_up_logging()
-    return fleet_worker.run(config, context.settings.worker)
 
 
 def parse_labels(labels: tuple[str, ...]) -> dict[str, str]:
