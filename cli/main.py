@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 #: verb -> (module, attribute, one line of help)
 VERBS: dict[str, tuple[str, str, str]] = {
+    "demo": ("cli.demo", "demo", "See all of it at work on this machine, in a minute."),
     "broker": ("cli.broker", "broker", "The embedded Redis: start, stop, status, backup, restore."),
     "up": ("cli.up", "up", "Start workers on every host of a file."),
     "hosts": ("cli.hosts", "hosts", "The hosts kept for up, status and down."),
@@ -143,3 +144,7 @@ def _discard_output() -> None:
 def _help_hint(exc: click.ClickException) -> str:
     context = getattr(exc, "ctx", None)
     return f"Try '{context.command_path} --help'." if context else "Try 'fleet --help'."
+
+
+if __name__ == "__main__":
+    main()

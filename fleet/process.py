@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def host_error(exc: OSError, doing: str) -> CannotStart:
 
 
 def spawn(
-    argv: Sequence[str], env: Mapping[str, str], cwd: str, files: tuple[int, int, int], home: int
+    argv: tuple[str, ...], env: Mapping[str, str], cwd: str, files: tuple[int, int, int], home: int
 ) -> int:
     """Start `argv` in a session of its own and return its process id, which is its group's too.
 
