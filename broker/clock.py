@@ -23,10 +23,11 @@ def boottime() -> float:
 
 
 def from_iso(text: str | bytes | None) -> datetime | None:
-    """A time as RQ and our scripts write it, or None for nothing or nonsense."""
+    """A time as RQ and our scripts write it, in UTC, or None for nothing or nonsense."""
     if not text:
         return None
     try:
-        return datetime.fromisoformat(text.decode() if isinstance(text, bytes) else text)
-    except (ValueError, UnicodeDecodeError):
+        found = datetime.fromisoformat(text.decode() if isinstance(text, bytes) else text)
+        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+    except (ValueError, TypeError, OverflowError):
         return None

@@ -85,5 +85,5 @@ def from_data(data: bytes | None) -> Command | None:
         document = args[0]
         env = {str(name): str(value) for name, value in document.get("env", {}).items()}
         return Command(tuple(map(str, document["argv"])), env, document.get("cwd")).checked()
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, UsageError) as exc:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, UsageError) as exc:
         raise Damaged(f"the job's data cannot be read: {exc}") from exc

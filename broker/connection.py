@@ -11,6 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 import redis
 from redis import exceptions
 from redis.backoff import NoBackoff
+from redis.client import Pipeline
 from redis.retry import Retry
 
 from broker.errors import (
@@ -137,6 +138,18 @@ _REFUSAL_CLASSES: dict[type[Exception], str] = {
     exceptions.ClusterCrossSlotError: "CROSSSLOT",
     exceptions.AskError: "MOVED",
 }
+
+
+def replies(pipe: Pipeline) -> list[Any]:
+    """Run `pipe` and return all replies; an error stands where a key holds something of another kind.
+
+    Such a key is somebody's damage, and no reason to show nothing. Raises any other error.
+    """
+    found: list[Any] = pipe.execute(raise_on_error=False)
+    for reply in found:
+        if isinstance(reply, Exception) and "WRONGTYPE" not in str(reply):
+            raise reply
+    return found
 
 
 @contextmanager

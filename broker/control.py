@@ -27,7 +27,7 @@ def cancel(client: redis.Redis, job_id: str) -> str:
     reply: bytes = scripts.CANCEL(client, [keys.job(job_id)], [job_id, CANCELED_TTL])
     if not reply:
         raise jobs.not_found(job_id)
-    return reply.decode()
+    return reply.decode("utf-8", "replace")
 
 
 def wait(

@@ -16,6 +16,7 @@ import redis
 
 from broker import chores, command, failures, keys
 from broker.clock import from_iso
+from broker.connection import replies
 from broker.errors import NotFound
 from broker.work import Tails
 
@@ -34,6 +35,8 @@ _REGISTRY = {
 }
 #: jobs looked at in each registry when a name is searched for
 _SEARCHED = 10_000
+#: jobs asked about in one round trip
+_AT_ONCE = 1000
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 
 
@@ -75,7 +78,7 @@ def show(client: redis.Redis, job_id: str) -> JobView:
     with client.pipeline(transaction=False) as pipe:
         pipe.hgetall(keys.job(job_id))
         pipe.xrevrange(keys.of("results", job_id), count=1)
-        fields, results = pipe.execute(raise_on_error=False)
+        fields, results = replies(pipe)
     if isinstance(fields, Exception) or not fields:
         raise not_found(job_id, damaged=isinstance(fields, Exception))
     return _view(job_id, fields, _result(results, fields.get(b"data", b"")))
@@ -101,14 +104,16 @@ def listed(
     if queue is not None and queue not in queues:
         raise NotFound(f"no queue {queue}", f"There are: {', '.join(queues) or 'none yet'}.")
     states = (state,) if state else STATES
-    depth = _SEARCHED if name else limit
+    # some registries hold more than what is asked for
+    depth = _SEARCHED if name or state in ("failed", "stopped") else limit
     ids = _candidates(client, [queue] if queue else queues, states, depth)
-    views = (_view(job_id, fields) for job_id, fields in _hashes(client, ids))
-    chosen = [
-        view for view in views if view.state in states and (not name or fnmatch.fnmatch(view.name, name))
-    ]
-    chosen.sort(key=lambda view: view.submitted_at or _EARLIEST, reverse=True)
-    return chosen[:limit]
+    heads = [head for head in _heads(client, ids) if head.state in states and _matches(head.name, name)]
+    heads.sort(key=lambda head: head.submitted_at or _EARLIEST, reverse=True)
+    return list(_views(client, [head.id for head in heads[:limit]]))
+
+
+def _matches(text: str, pattern: str | None) -> bool:
+    return pattern is None or fnmatch.fnmatchcase(text, pattern)
 
 
 def states(client: redis.Redis, ids: Sequence[str]) -> dict[str, str | None]:
@@ -116,8 +121,7 @@ def states(client: redis.Redis, ids: Sequence[str]) -> dict[str, str | None]:
     with client.pipeline(transaction=False) as pipe:
         for job_id in ids:
             pipe.hget(keys.job(job_id), "status")
-        replies = pipe.execute(raise_on_error=False)
-    known = (reply.decode() if isinstance(reply, bytes) else None for reply in replies)
+        known = [_text(reply) if isinstance(reply, bytes) else None for reply in replies(pipe)]
     return dict(zip(ids, known, strict=True))
 
 
@@ -128,18 +132,41 @@ def unfinished(client: redis.Redis) -> int:
             pipe.llen(keys.queue(queue))
             for registry in ("wip", "scheduled", "deferred"):
                 pipe.zcard(keys.of(registry, queue))
-        return sum(count for count in pipe.execute(raise_on_error=False) if isinstance(count, int))
+        return sum(count for count in replies(pipe) if isinstance(count, int))
+
+
+def unfinished_ids(client: redis.Redis) -> list[str]:
+    """The ids of the jobs of all queues that have not ended."""
+    return _candidates(client, chores.known_queues(client), ("queued", "started", "scheduled", "deferred"), 0)
+
+
+@dataclass(frozen=True)
+class OutputView:
+    """What is kept of a job's output. `lease` tells attempts apart; `state` None: no such job."""
+
+    state: str | None
+    lease: str
+    tails: Tails
 
 
 def output(client: redis.Redis, job_id: str) -> Tails:
     """The tails of a job's output, of the attempt that wrote last."""
-    names = ("stdout", "stderr", "stdout_end", "stderr_end")
-    fields: list[Any] = client.hmget(keys.output(job_id), *names)
-    out, err, out_end, err_end = fields
-    return Tails(out or b"", err or b"", int(out_end or 0), int(err_end or 0))
+    return look_at_output(client, job_id).tails
+
+
+def look_at_output(client: redis.Redis, job_id: str) -> OutputView:
+    """The tails, and the state the job is in, read in one step: where it has ended, no more comes."""
+    with client.pipeline(transaction=True) as pipe:
+        pipe.hget(keys.job(job_id), "status")
+        pipe.hmget(keys.output(job_id), "lease", "stdout", "stderr", "stdout_end", "stderr_end")
+        status, fields = replies(pipe)
+    lease, out, err, out_end, err_end = fields if isinstance(fields, list) else [None] * 5
+    tails = Tails(out or b"", err or b"", _integer(out_end) or 0, _integer(err_end) or 0)
+    return OutputView(_text(status) if isinstance(status, bytes) else None, _text(lease), tails)
 
 
 def _candidates(client: redis.Redis, queues: Iterable[str], wanted: Iterable[str], depth: int) -> list[str]:
+    """Ids of jobs that may be in a state of `wanted`: the newest `depth` of each list, or (0) all."""
     registries = sorted({_REGISTRY[state] for state in wanted if state in _REGISTRY})
     with client.pipeline(transaction=False) as pipe:
         for queue in queues:
@@ -147,26 +174,57 @@ def _candidates(client: redis.Redis, queues: Iterable[str], wanted: Iterable[str
                 pipe.lrange(keys.queue(queue), -depth, -1)
             for registry in registries:
                 pipe.zrevrange(keys.of(registry, queue), 0, depth - 1)
-        replies = pipe.execute(raise_on_error=False)
-    found = (member for reply in replies if isinstance(reply, list) for member in reply)
-    return list(dict.fromkeys(member.decode("utf-8", "replace").partition(":")[0] for member in found))
+        found = (member for reply in replies(pipe) if isinstance(reply, list) for member in reply)
+    return list(dict.fromkeys(_text(member).partition(":")[0] for member in found))
 
 
-def _hashes(client: redis.Redis, ids: Sequence[str]) -> Iterator[tuple[str, Mapping[bytes, bytes]]]:
+@dataclass(frozen=True)
+class _Head:
+    """As much of a job as choosing it needs."""
+
+    id: str
+    state: str
+    name: str
+    submitted_at: datetime | None
+
+
+def _heads(client: redis.Redis, ids: Sequence[str]) -> Iterator[_Head]:
+    for start in range(0, len(ids), _AT_ONCE):
+        some = ids[start : start + _AT_ONCE]
+        with client.pipeline(transaction=False) as pipe:
+            for job_id in some:
+                pipe.hmget(keys.job(job_id), "status", "description", "created_at")
+            for job_id, fields in zip(some, replies(pipe), strict=True):
+                if isinstance(fields, list) and fields[0]:
+                    yield _Head(job_id, _text(fields[0]), _text(fields[1]), from_iso(fields[2]))
+
+
+def _views(client: redis.Redis, ids: Sequence[str]) -> Iterator[JobView]:
     with client.pipeline(transaction=False) as pipe:
         for job_id in ids:
             pipe.hgetall(keys.job(job_id))
-        for job_id, fields in zip(ids, pipe.execute(raise_on_error=False), strict=True):
+        for job_id, fields in zip(ids, replies(pipe), strict=True):
             if fields and not isinstance(fields, Exception):
-                yield job_id, fields
+                yield _view(job_id, fields)
+
+
+def _text(value: bytes | None) -> str:
+    return (value or b"").decode("utf-8", "replace")
+
+
+def _integer(value: str | bytes | None) -> int | None:
+    try:
+        return int(value or "")
+    except ValueError:
+        return None
 
 
 def _view(job_id: str, fields: Mapping[bytes, bytes], result: Any = None) -> JobView:
     def text(name: str) -> str:
-        return fields.get(name.encode(), b"").decode("utf-8", "replace")
+        return _text(fields.get(name.encode()))
 
     argv, function = _what(fields.get(b"data"), text("description"))
-    exit_code, timeout = text("fleet_exit_code"), text("timeout")
+    timeout = _integer(text("timeout"))
     return JobView(
         id=job_id,
         name=text("description"),
@@ -174,12 +232,12 @@ def _view(job_id: str, fields: Mapping[bytes, bytes], result: Any = None) -> Job
         queue=text("origin"),
         argv=argv,
         function=function,
-        exit_code=int(exit_code) if exit_code.lstrip("-").isdigit() else None,
+        exit_code=_integer(text("fleet_exit_code")),
         reason=text("fleet_reason") or None,
         submitted_at=from_iso(text("created_at")),
         started_at=from_iso(text("started_at")),
         ended_at=from_iso(text("ended_at")),
-        timeout_seconds=int(timeout) if timeout.isdigit() else None,
+        timeout_seconds=timeout if timeout and timeout > 0 else None,
         worker=text("worker_name") or None,
         attempts=tuple(_attempts(text)),
         result=result,
@@ -197,10 +255,8 @@ def _what(data: bytes | None, description: str) -> tuple[tuple[str, ...] | None,
 def _attempts(text: Callable[[str], str]) -> Iterator[AttemptView]:
     for line in text("fleet_attempts").splitlines():
         try:
-            row = json.loads(line)
-            times = (from_iso(row.get("started_at")), from_iso(row.get("ended_at")))
-            yield AttemptView(int(row["fence"]), row["worker"], *times, row["outcome"], row.get("reason"))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            yield _attempt(json.loads(line))
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             continue  # somebody's damage: show the others
     lease = text("fleet_lease")
     if lease and text("status") == "started":
@@ -209,6 +265,18 @@ def _attempts(text: Callable[[str], str]) -> Iterator[AttemptView]:
         yield AttemptView(
             int(fence) if fence.isdigit() else 0, text("worker_name"), started, None, None, None
         )
+
+
+def _attempt(row: Mapping[str, Any]) -> AttemptView:
+    reason = row.get("reason")
+    return AttemptView(
+        fence=int(row["fence"]),
+        worker=str(row["worker"]),
+        started_at=from_iso(row.get("started_at")),
+        ended_at=from_iso(row.get("ended_at")),
+        outcome=str(row["outcome"]),
+        reason=None if reason is None else str(reason),
+    )
 
 
 def _result(results: Any, data: bytes) -> Any:

@@ -16,6 +16,7 @@ import redis
 
 from broker import chores, clock, keys
 from broker.clock import from_iso
+from broker.connection import replies
 
 WorkerState = Literal["idle", "busy", "draining", "connecting", "offline"]
 
@@ -77,8 +78,7 @@ def read(client: redis.Redis) -> FleetStatus:
             _ask_worker(pipe, name)
         for name in queue_names:
             _ask_queue(pipe, name)
-        replies = pipe.execute(raise_on_error=False)
-    rows = iter(replies)
+        rows = iter(replies(pipe))
     workers = [_worker(name, [next(rows) for _ in range(_WORKER_PARTS)], now) for name in worker_names]
     parts = {name: [next(rows) for _ in range(_QUEUE_PARTS)] for name in queue_names}
     since = _oldest(client, {name: part[-1] for name, part in parts.items()})
@@ -90,11 +90,9 @@ def _oldest(client: redis.Redis, firsts: Mapping[str, Any]) -> dict[str, datetim
     """Since when the first job of each queue waits; None where there is none."""
     with client.pipeline(transaction=False) as pipe:
         for job in firsts.values():
-            pipe.hget(
-                keys.job(job.decode("utf-8", "replace") if isinstance(job, bytes) else ""), "enqueued_at"
-            )
-        replies = pipe.execute(raise_on_error=False)
-    times = (reply if isinstance(reply, bytes) else None for reply in replies)
+            job_id = job.decode("utf-8", "replace") if isinstance(job, bytes) else ""
+            pipe.hget(keys.job(job_id), "enqueued_at")
+        times = [reply if isinstance(reply, bytes) else None for reply in replies(pipe)]
     return dict(zip(firsts, map(from_iso, times), strict=True))
 
 
@@ -112,9 +110,9 @@ def _names(client: redis.Redis) -> tuple[list[str], list[str], set[str], datetim
         workers, queues, paused, (seconds, micros), info = pipe.execute()
     at = datetime.fromtimestamp(seconds + micros / 1e6, clock.wall().tzinfo)
     return (
-        sorted(name.decode() for name in workers),
+        sorted(name.decode("utf-8", "replace") for name in workers),
         chores.queue_names(queues),
-        {name.decode() for name in paused},
+        {name.decode("utf-8", "replace") for name in paused},
         at,
         server_version(info),
     )
@@ -138,6 +136,14 @@ def _ask_worker(pipe: Any, name: str) -> None:
 
 
 def _worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus | None:
+    """One worker, or None where its record is gone, or was damaged by somebody."""
+    try:
+        return _read_worker(name, parts, now)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+
+
+def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus | None:
     record, alive, running, counts, draining = parts
     fields = _document(record)
     if not fields:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: jobs sent to Redis in one call of submit.lua: it must not hold up everybody for long
 _BATCH = 500
+#: characters of a job's name
+LONGEST_NAME = 200
 #: backoff of retries doubles up to this many seconds
 LONGEST_RETRY_DELAY = 3600
 
@@ -79,10 +81,9 @@ def _submit_batch(
 
 def _fields(command: Command, options: Options) -> Mapping[str, Any]:
     """The fields of a command's hash, as `rq.job.Job.to_dict` names them; all rows have the same."""
-    text = " ".join(command.argv)
     return {
         "data": command.to_data(),
-        "description": options.name or (text if len(text) <= 200 else text[:199] + "…"),
+        "description": _described(options.name or " ".join(command.argv)),
         "timeout": options.timeout_seconds or -1,
         "result_ttl": options.result_ttl_seconds,
         "failure_ttl": options.result_ttl_seconds,
@@ -92,6 +93,12 @@ def _fields(command: Command, options: Options) -> Mapping[str, Any]:
         "started_at": "",
         "ended_at": "",
     }
+
+
+def _described(text: str) -> str:
+    """`text` for people: not too long, and with bytes that are no UTF-8 spelled out."""
+    short = text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+    return short.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def backoff(options: Options) -> Iterator[int]:
