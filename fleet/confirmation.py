@@ -66,7 +66,7 @@ class Confirmation:
     async def _not_registered(self, pending: Mapping[str, base.Started]) -> base.NotRegistered:
         log = "\n".join(worker.log for worker in await self._look() if worker.name in pending)
         return base.NotRegistered(
-            f"{', '.join(pending)} runs, but did not register at Redis at {self.redis} within"
+            f"{', '.join(pending)} runs, but did not register at {self.redis} within"
             f" {self.limit_seconds:g} s. Last log:\n{log}",
             self._mend("Redis at"),
         )

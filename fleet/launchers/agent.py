@@ -78,7 +78,7 @@ def main(text: str) -> int:
 # --- probe -----------------------------------------------------------------------------------------
 
 
-def probe(_request: Json) -> Json:
+def probe(request: Json) -> Json:
     """What this host is, and what of ours is installed. Sizes in bytes."""
     import importlib.util
     import shutil
@@ -87,7 +87,8 @@ def probe(_request: Json) -> Json:
     return {
         "system": os.uname().sysname,
         "machine": os.uname().machine,
-        "python": sys.executable,
+        # what was named may be a wrapper, and then it is wanted; what was found may be a shim
+        "python": sys.argv[1] if request["named"] else sys.executable,
         "python_version": ".".join(map(str, sys.version_info[:3])),
         "can_make_venvs": all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")),
         "cpus": cpus(),

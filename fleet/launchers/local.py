@@ -24,7 +24,7 @@ class LocalLauncher(ShellLauncher):
     async def install(self, bundle: Bundle) -> str:
         """We are installed: nothing is brought. Another interpreter must have rq-fleet already."""
         del bundle
-        return str(self._named)
+        return (self._found or await self.probe()).python
 
     async def close(self) -> None:
         """There is nothing to let go of."""

@@ -34,7 +34,7 @@ seen=
 for candidate in {candidates}; do
   python=$(command -v "$candidate" 2>/dev/null) || continue
   if "$python" -I -S -c 'import sys; sys.exit(sys.version_info < (3, 11))' </dev/null >/dev/null 2>&1; then
-    exec "$python" -I -S - <<'RQ_FLEET_PROGRAM'
+    exec "$python" -I -S - "$python" <<'RQ_FLEET_PROGRAM'
 {program}
 RQ_FLEET_PROGRAM
   fi
@@ -94,7 +94,7 @@ class ShellLauncher(ABC):
 
     async def probe(self) -> base.Probe:
         began = time.time()
-        answer = await self._ask({"verb": "probe"})
+        answer = await self._ask({"verb": "probe", "named": bool(self._named)})
         middle = (began + time.time()) / 2
         self._found = _probe(
             answer,

@@ -47,6 +47,8 @@ class SshLauncher(ShellLauncher):
             await process.wait_closed()
         finally:
             process.close()
+        if process.exit_status is None:
+            raise base.Disconnected("the SSH connection broke while a command ran there", _LOST)
         return Output(process.exit_status, str(out or ""), str(err or ""))
 
     async def _upload(self, data: bytes, path: str) -> None:

@@ -260,7 +260,7 @@ def _is_here(ssh: asyncssh.SSHClientConnection) -> bool:
 
 def _explained_os(exc: Exception, where: str) -> base.ConnectError:
     numbers = set(_numbers(exc))
-    if isinstance(exc, socket.gaierror):
+    if isinstance(exc, socket.gaierror | UnicodeError):  # a label that no name may have
         return base.NameNotResolved(
             f"{where}: no address is known for that name",
             "Is it spelled right? ssh_config may name another HostName.",

@@ -1,0 +1,420 @@
+"""The SSH launcher against real sshd: each way to fail has its own error, and the verbs work."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fleet.bundle import Bundle
+from fleet.launchers import base
+from fleet.launchers.ssh import Address, SshLauncher, SshOptions, open_launcher
+from fleet.worker_config import WorkerConfig
+from tests.integration.sshd import PYTHON, SshdFarm, listens, write_key
+from tests.unit.test_bundle import tiny_bundle
+
+pytestmark = pytest.mark.needs("sshd")
+
+
+@pytest.fixture
+def farm(tmp_path: Path, spawn: Any) -> SshdFarm:
+    return SshdFarm(tmp_path / "farm", spawn)
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that accepts connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def at(farm: SshdFarm, name: str, work: Callable[[SshLauncher], Awaitable[Any]], **how: Any) -> Any:
+    """Do `work` with a launcher for the host `name`."""
+    python = how.pop("python", None)
+
+    async def run() -> Any:
+        launcher = await open_launcher(Address(name), SshOptions(config=farm.config, **how), python=python)
+        try:
+            return await work(launcher)
+        finally:
+            await launcher.close()
+
+    return asyncio.run(run())
+
+
+def probe(farm: SshdFarm, name: str, **how: Any) -> base.Probe:
+    found: base.Probe = at(farm, name, lambda launcher: launcher.probe(), **how)
+    return found
+
+
+# --- connecting ------------------------------------------------------------------------------------
+
+
+def test_a_new_host_key_is_accepted_once_and_recorded(farm):
+    host = farm.add("host1")
+    for _ in range(2):
+        assert probe(farm, "host1").is_here
+    (line,) = farm.known_hosts.read_text().splitlines()
+    key = (host.folder / "host_key.pub").read_text().split()[1]
+    assert line == f"[127.0.0.1]:{host.port} ssh-ed25519 {key}"
+    assert farm.known_hosts.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_key_is_added_below_what_known_hosts_holds(farm):
+    farm.known_hosts.write_text("# mine, without a line break at its end")
+    farm.add("host1")
+    probe(farm, "host1")
+    first, second = farm.known_hosts.read_text().splitlines()
+    assert first == "# mine, without a line break at its end"
+    assert second.startswith("[127.0.0.1]:")
+
+
+def test_a_changed_host_key_is_refused_and_its_line_named(farm):
+    host = farm.add("host1")
+    farm.known_hosts.write_text("# a comment\n")
+    probe(farm, "host1")
+    host.stop()
+    host.new_host_key()
+    host.start()
+    before = farm.known_hosts.read_text()
+    with pytest.raises(base.HostKeyChanged) as caught:
+        probe(farm, "host1")
+    assert f"{farm.known_hosts}:2" in caught.value.message
+    assert "has changed: SHA256:" in caught.value.message
+    assert "remove that line" in caught.value.hint
+    assert farm.known_hosts.read_text() == before
+
+
+def test_a_host_that_refuses_is_told_from_one_that_does_not_answer(farm, silent_port, free_port):
+    farm.alias("refusing", free_port())
+    farm.alias("silent", silent_port)
+    with pytest.raises(base.Refused, match="refused the connection"):
+        probe(farm, "refusing")
+    with pytest.raises(base.TimedOut, match=r"silent within 0\.3 s"):
+        probe(farm, "silent", connect_timeout_seconds=0.3)
+
+
+def test_what_is_no_ssh_server_is_told(farm, spawn, eventually, free_port):
+    port = free_port()
+    spawn([PYTHON, "-I", "-m", "http.server", "-b", "127.0.0.1", str(port)], stderr=-3, cwd=farm.folder)
+    farm.alias("web", port)
+    eventually(lambda: listens(port))
+    with pytest.raises(base.ConnectError, match=r"broke off|SSH") as caught:
+        probe(farm, "web", connect_timeout_seconds=5)
+    assert not isinstance(caught.value, base.Refused)
+
+
+@pytest.mark.parametrize("name", ["no-such-host.invalid", "a" * 64 + ".example"])
+def test_a_name_without_address_is_told(farm, name):
+    with pytest.raises(base.NameNotResolved, match="no address is known"):
+        probe(farm, name)
+
+
+def test_a_key_that_the_host_does_not_know_is_told(farm):
+    farm.add("host1")
+    write_key(farm.folder / "id2")
+    farm.alias("denied", farm.hosts["host1"].port, IdentityFile=str(farm.folder / "id2"))
+    with pytest.raises(base.KeyDenied, match="accepts none of our keys for user"):
+        probe(farm, "denied")
+
+
+def test_an_identity_file_that_is_missing_is_passed_over(farm):
+    farm.add("host1")
+    stanza = "  IdentityFile /does/not/exist\n"
+    farm.config.write_text(farm.config.read_text() + stanza)
+    assert probe(farm, "host1").cpus >= 1
+
+
+def test_a_broken_ssh_config_is_told(farm):
+    farm.config.write_text("Host *\n  Port many\n")
+    with pytest.raises(base.ConnectError, match=r"ssh_config: .* line 2"):
+        probe(farm, "host1")
+
+
+def test_a_jump_host_is_gone_through_and_its_key_recorded(farm):
+    jump, host = farm.add("jump"), farm.add("host1")
+    farm.alias("behind", host.port, ProxyJump="jump")
+    assert not probe(farm, "behind").is_here, "its loopback may not be ours"
+    recorded = farm.known_hosts.read_text()
+    assert f"[127.0.0.1]:{jump.port} " in recorded
+    assert f"[127.0.0.1]:{host.port} " in recorded
+
+
+def test_a_jump_in_circles_ends(farm):
+    farm.alias("one", 1, ProxyJump="two")
+    farm.alias("two", 1, ProxyJump="one")
+    with pytest.raises(base.ConnectError, match="in circles"):
+        probe(farm, "one")
+
+
+def test_a_proxy_command_is_used(farm):
+    host = farm.add("host1")
+    relay = farm.folder / "relay.py"
+    relay.write_text(RELAY)
+    farm.alias("proxied", host.port, ProxyCommand=f"{PYTHON} {relay} %h %p")
+    assert not probe(farm, "proxied").is_here
+
+
+RELAY = """
+import os, socket, sys, threading
+far = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+def out():
+    while data := far.recv(65536):
+        os.write(1, data)
+    os._exit(0)
+threading.Thread(target=out, daemon=True).start()
+while data := os.read(0, 65536):
+    far.sendall(data)
+"""
+
+
+def test_a_key_in_the_agent_opens_a_host(farm, spawn, eventually, tmp_path, monkeypatch):
+    host = farm.add("host1")
+    agent = tmp_path / "agent"
+    spawn(["ssh-agent", "-D", "-a", str(agent)], stdout=-3)
+    eventually(agent.exists)
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+    assert shutil.which("ssh-add")
+    spawn(["ssh-add", str(farm.folder / "id")], stderr=-3).wait()
+    (farm.folder / "id").unlink()
+    farm.config.write_text(
+        f"Host host1\n HostName 127.0.0.1\n Port {host.port}\n UserKnownHostsFile {farm.known_hosts}\n"
+    )
+    assert probe(farm, "host1").is_here
+
+
+# --- commands --------------------------------------------------------------------------------------
+
+
+def test_a_probe_tells_what_the_host_is(farm):
+    host = farm.add("host1")
+    found = probe(farm, "host1")
+    assert (found.system, found.home) == (os.uname().sysname, str(host.home))
+    assert found.output_dir == str(host.output_dir)
+    assert found.memory_bytes == psutil.virtual_memory().total
+    assert found.cpus == len(os.sched_getaffinity(0))
+    assert 0 < found.free_disk_bytes <= shutil.disk_usage(host.home).total
+    assert abs(found.clock_skew_seconds) < 2
+    assert found.venvs == found.gpus == ()
+
+
+def test_gpus_are_counted(farm, tmp_path):
+    smi = tmp_path / "bin/nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\nprintf 'NVIDIA A100, 40960\\nNVIDIA A100, 40960\\n'\n")
+    smi.chmod(0o755)
+    farm.add("host1", PATH=f"{smi.parent}:{os.environ['PATH']}")
+    assert probe(farm, "host1").gpus == (base.Gpu("NVIDIA A100", 40960 * 2**20),) * 2
+
+
+def test_what_a_login_shell_prints_does_no_harm(farm):
+    host = farm.add("host1")
+    (host.home / ".bashrc").write_text("echo welcome\necho rq-fleet-noise >&2\n")
+    assert probe(farm, "host1").home == str(host.home)
+
+
+def test_a_host_without_python_is_told(farm, tmp_path):
+    farm.add("host1", PATH=str(tmp_path / "empty"))
+    launcher_candidates = ("python3", "python3.12")
+    with pytest.raises(base.NoPython, match=r"^no Python 3\.11 or newer there$") as caught:
+        at(farm, "host1", _with_candidates(launcher_candidates))
+    assert "python=/path/to/python3" in caught.value.hint
+
+
+def test_pythons_that_are_too_old_are_named(farm, tmp_path):
+    old = tmp_path / "bin/python3"
+    old.parent.mkdir()
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.8.1\nexit 1\n')
+    old.chmod(0o755)
+    farm.add("host1", PATH=str(old.parent))
+    with pytest.raises(base.NoPython, match=rf"found {old} \(Python 3\.8\.1\)"):
+        at(farm, "host1", _with_candidates(("python3",)))
+    with pytest.raises(base.NoPython, match=rf"^{old} is no Python 3\.11 or newer there; found"):
+        probe(farm, "host1", python=str(old))
+    with pytest.raises(base.NoPython, match=r"^/none is no Python 3\.11 or newer there$"):
+        probe(farm, "host1", python="/none")
+
+
+def _with_candidates(candidates: tuple[str, ...]) -> Callable[[SshLauncher], Awaitable[Any]]:
+    """A probe that looks for few Pythons, as this machine has one in every place."""
+
+    async def work(launcher: SshLauncher) -> base.Probe:
+        launcher._candidates = candidates
+        return await launcher.probe()
+
+    return work
+
+
+def test_a_command_has_a_limit(farm):
+    farm.add("host1")
+    with pytest.raises(base.CommandTimeout, match=r"within 0\.2 s"):
+        at(farm, "host1", lambda launcher: launcher._execute("exec sleep 2", "", 0.2))
+
+
+def test_a_connection_that_breaks_is_told(farm, eventually):
+    host = farm.add("host1")
+    running = host.home / "running"
+
+    async def broken(launcher: SshLauncher) -> None:
+        command = asyncio.create_task(launcher._execute(f"touch {running}; exec sleep 2", "", 20))
+        await asyncio.to_thread(eventually, running.exists)
+        await asyncio.to_thread(host.stop)
+        await command
+
+    with pytest.raises(base.Disconnected, match="the SSH connection broke"):
+        at(farm, "host1", broken)
+
+
+def test_a_user_who_cannot_run_commands_is_told(farm):
+    host = farm.add("host1")
+    config = host._config() + "ForceCommand echo This account is closed; false\n"
+    host.stop()
+    host._config = lambda: config  # type: ignore[method-assign]
+    host.start()
+    with pytest.raises(base.CommandFailed, match="ended with 1: This account is closed"):
+        probe(farm, "host1")
+
+
+# --- install ---------------------------------------------------------------------------------------
+
+
+def install(farm: SshdFarm, bundle: Bundle) -> str:
+    python: str = at(farm, "host1", lambda launcher: launcher.install(bundle), python=PYTHON)
+    return python
+
+
+def test_an_install_is_kept_and_costs_nothing_again(farm):
+    host = farm.add("host1")
+    python = install(farm, tiny_bundle("one"))
+    assert Path(python).is_relative_to(host.home / ".local/share/rq-fleet/venvs")
+    assert psutil.Popen([python, "-I", "-c", "import fleet.worker"]).wait() == 0
+    made = Path(python).parent.parent.stat().st_mtime_ns
+    assert install(farm, tiny_bundle("one")) == python
+    assert Path(python).parent.parent.stat().st_mtime_ns == made
+    assert not list((host.home / ".local/share/rq-fleet/wheels").rglob("*.whl"))
+
+
+def test_a_failed_install_leaves_the_old_one_and_is_mended_by_the_next(farm):
+    host = farm.add("host1", PIP_NO_INDEX="1")
+    old = install(farm, tiny_bundle("one"))
+    with pytest.raises(base.InstallFailed, match=r"could not install") as caught:
+        install(farm, tiny_bundle("two", requires="rq-fleet-has-no-such-dependency"))
+    assert "rq-fleet-has-no-such-dependency" in caught.value.message
+    assert psutil.Popen([old, "-I", "-c", "import fleet.worker"]).wait() == 0
+    complete = list((host.home / ".local/share/rq-fleet/venvs").glob("*/.complete"))
+    assert [path.parent for path in complete] == [Path(old).parent.parent]
+    assert install(farm, tiny_bundle("two")) != old
+
+
+def test_two_installs_at_once_make_one_environment(farm):
+    host = farm.add("host1")
+    bundle = tiny_bundle("one")
+
+    async def both(launcher: SshLauncher) -> list[str]:
+        await launcher.probe()
+        return await asyncio.gather(launcher.install(bundle), launcher.install(bundle))
+
+    first, second = at(farm, "host1", both, python=PYTHON)
+    assert first == second
+    assert len(list((host.home / ".local/share/rq-fleet/venvs").iterdir())) == 1
+
+
+def test_a_python_without_venv_is_told_before_anything_is_brought(farm, monkeypatch):
+    host = farm.add("host1")
+
+    async def install_there(launcher: SshLauncher) -> str:
+        found = await launcher.probe()
+        object.__setattr__(found, "can_make_venvs", False)
+        return await launcher.install(tiny_bundle("one"))
+
+    with pytest.raises(base.InstallFailed, match="cannot make virtual environments"):
+        at(farm, "host1", install_there)
+    assert not (host.home / ".local/share").exists()
+
+
+# --- start, inspect, stop --------------------------------------------------------------------------
+
+
+def order(host: Any, number: int = 0) -> WorkerConfig:
+    return WorkerConfig(f"host1-{number}", "host1", "redis://:hush@127.0.0.1:1/0", str(host.output_dir))
+
+
+def test_a_worker_is_started_once_and_stopped(farm, eventually):
+    host = farm.add("host1")
+
+    async def life(launcher: SshLauncher) -> None:
+        await launcher.probe()
+        (fresh,) = await launcher.start(PYTHON, [order(host)])
+        assert fresh.fresh
+        config = host.output_dir / "run/host1-0.config.json"
+        assert config.stat().st_mode & 0o777 == 0o600
+        assert WorkerConfig.from_json(config.read_text()) == order(host)
+        # it cannot reach Redis, so it ends by itself: that is seen, with the end of its log
+        while (seen := await launcher.inspect(None, "host1", log_lines=5))[0].alive:
+            await asyncio.sleep(0.05)
+        assert seen[0].pid == fresh.pid
+        assert "is not reachable" in seen[0].log
+        assert "hush" not in seen[0].log
+        (stopped,) = await launcher.stop(None, "host1", grace_seconds=1)
+        assert stopped.how == "not running"
+        assert not config.exists(), "credentials are not left behind"
+
+    at(farm, "host1", life)
+
+
+def test_a_recycled_pid_is_never_taken_for_a_worker(farm, spawn):
+    host = farm.add("host1")
+    innocent = spawn(["sleep", "100"])
+    run = host.output_dir / "run"
+    run.mkdir(parents=True)
+    (run / "host1-0.json").write_text(f'{{"pid": {innocent.pid}, "start_time": 1000.0, "version": "0"}}')
+
+    async def look_and_stop(launcher: SshLauncher) -> Any:
+        return await launcher.inspect(None, "host1"), await launcher.stop(None, "host1", grace_seconds=0)
+
+    seen, stopped = at(farm, "host1", look_and_stop)
+    assert [worker.alive for worker in seen] == [False]
+    assert [worker.how for worker in stopped] == ["not running"]
+    assert innocent.poll() is None
+
+
+def test_a_worker_that_ignores_sigterm_is_killed_with_its_children(farm, spawn, eventually):
+    host = farm.add("host1")
+    deaf = "trap '' TERM; sleep 100 & while :; do sleep 0.1; done"
+    worker = spawn(["sh", "-c", deaf])
+    process = psutil.Process(worker.pid)
+    eventually(lambda: len(process.children()) >= 1)
+    run = host.output_dir / "run"
+    run.mkdir(parents=True)
+    note = f'{{"pid": {worker.pid}, "start_time": {process.create_time()}, "version": "0"}}'
+    (run / "host1-0.json").write_text(note)
+    children = process.children()
+
+    async def force(launcher: SshLauncher) -> Any:
+        return await launcher.stop(None, "host1", grace_seconds=100, force=True)
+
+    (stopped,) = at(farm, "host1", force)
+    assert (stopped.how, stopped.pid) == ("killed", worker.pid)
+    assert worker.wait() == -signal.SIGKILL
+    psutil.wait_procs(children, timeout=5)
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_workers_of_another_host_in_a_shared_folder_are_left_alone(farm, spawn):
+    host = farm.add("host1")
+    other = spawn(["sleep", "100"])
+    run = host.output_dir / "run"
+    run.mkdir(parents=True)
+    note = f'{{"pid": {other.pid}, "start_time": {psutil.Process(other.pid).create_time()}}}'
+    for name in ("host10-0", "host1-gpu-0", "host1"):
+        (run / f"{name}.json").write_text(note)
+    assert at(farm, "host1", lambda launcher: launcher.stop(None, "host1", grace_seconds=0)) == ()
+    assert other.poll() is None
