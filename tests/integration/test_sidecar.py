@@ -286,7 +286,7 @@ def test_a_sidecar_lives_on_after_a_missed_deadline(sidecar, job, eventually):
     sidecar.add(second.pid)
     sidecar.renew(clock.boottime() + 0.2)
     assert second.wait(5) == -signal.SIGKILL
-    assert eventually(sidecar.killed) == {second.pid}
+    eventually(lambda: second.pid in sidecar.killed())
 
 
 def test_what_is_added_after_a_missed_deadline_is_killed_at_once(sidecar, job, eventually):
