@@ -171,7 +171,7 @@ def explained(exc: BaseException, where: str) -> FleetError:
     it reads its data, RedisRefused where it takes no change, UsageError for a database it has
     not, RedisFault for all else.
     """
-    text = _one_line(exc)
+    text = one_line(exc)
     if is_denied(exc):
         return RedisDenied(
             f"Redis at {where} refused us: {text}",
@@ -213,10 +213,15 @@ def _refusal(exc: BaseException, text: str) -> str | None:
     return word if word in _REFUSALS else None
 
 
-def _one_line(exc: BaseException) -> str:
-    """Its text, without the address that our own messages have."""
+def one_line(exc: BaseException) -> str:
+    """Its text, without the address and the place in a pipeline that redis-py puts before it."""
     text = " ".join(str(exc).split())
-    return re.sub(r"^Error -?\d+ connecting to \S+\. ", "", text) or type(exc).__name__
+    for prefix in (
+        r"^Error -?\d+ connecting to \S+\. ",
+        r"^Command # \d+ \(.*?\) of pipeline caused error: ",
+    ):
+        text = re.sub(prefix, "", text)
+    return text or type(exc).__name__
 
 
 def is_denied(exc: BaseException) -> bool:

@@ -165,6 +165,25 @@ def look_at_output(client: redis.Redis, job_id: str) -> OutputView:
     return OutputView(_text(status) if isinstance(status, bytes) else None, _text(lease), tails)
 
 
+@dataclass(frozen=True)
+class OutputMark:
+    """What changes with the output of a job, or with its state."""
+
+    state: bytes | None
+    lease: bytes | None
+    ends: tuple[bytes | None, bytes | None]
+
+
+def output_mark(client: redis.Redis, job_id: str) -> OutputMark:
+    """A cheap look: as long as it returns the same there is nothing new to see."""
+    with client.pipeline(transaction=False) as pipe:
+        pipe.hget(keys.job(job_id), "status")
+        pipe.hmget(keys.output(job_id), "lease", "stdout_end", "stderr_end")
+        state, fields = replies(pipe)
+    lease, out_end, err_end = fields if isinstance(fields, list) else [None] * 3
+    return OutputMark(state if isinstance(state, bytes) else None, lease, (out_end, err_end))
+
+
 def _candidates(client: redis.Redis, queues: Iterable[str], wanted: Iterable[str], depth: int) -> list[str]:
     """Ids of jobs that may be in a state of `wanted`: the newest `depth` of each list, or (0) all."""
     registries = sorted({_REGISTRY[state] for state in wanted if state in _REGISTRY})

@@ -83,7 +83,7 @@ def _fields(command: Command, options: Options) -> Mapping[str, Any]:
     """The fields of a command's hash, as `rq.job.Job.to_dict` names them; all rows have the same."""
     return {
         "data": command.to_data(),
-        "description": _described(options.name or " ".join(command.argv)),
+        "description": described(options.name or " ".join(command.argv)),
         "timeout": options.timeout_seconds or -1,
         "result_ttl": options.result_ttl_seconds,
         "failure_ttl": options.result_ttl_seconds,
@@ -95,7 +95,7 @@ def _fields(command: Command, options: Options) -> Mapping[str, Any]:
     }
 
 
-def _described(text: str) -> str:
+def described(text: str) -> str:
     """`text` for people: not too long, and with bytes that are no UTF-8 spelled out."""
     short = text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
     return short.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

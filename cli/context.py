@@ -58,12 +58,13 @@ class Context:
     def url(self, *, start: bool = False) -> str:
         """The URL of Redis, its password included. Never print it."""
         from broker.connection import password_from, with_password
-        from fleet.embedded import embedded_url
 
         # an empty --redis is a mistake in somebody's script, not a wish for the embedded broker
         url = self.settings.redis_url if self.redis_url is None else self.redis_url
         if url or self.redis_url is not None:
             return with_password(url or "", password_from(self.settings))
+        from fleet.embedded import embedded_url
+
         return embedded_url(start=start, say=self.say)
 
     @cached_property
@@ -90,8 +91,19 @@ pass_context = click.make_pass_decorator(Context)
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One document on stdout, `"schema"` at its top; times as ISO-8601 UTC."""
-    click.echo(json.dumps({"schema": SCHEMA, **document}, default=_json_value, ensure_ascii=False))
+    """One document on stdout, in UTF-8, `"schema"` at its top; times as ISO-8601 UTC."""
+    text = json.dumps({"schema": SCHEMA, **document}, default=_json_value, ensure_ascii=False)
+    # an argument that is no UTF-8 is there as a lone surrogate, and JSON spells that \udcff
+    click.echo(text.encode("utf-8", "backslashreplace"))
+
+
+def json_value(value: Any) -> Any:
+    """`value` if JSON has it, or its repr: a job may return anything."""
+    try:
+        json.dumps(value, default=_json_value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)
+    return value
 
 
 def fail(message: str, *, code: str, exit_code: int, as_json: bool, hint: str = "") -> int:

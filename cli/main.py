@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from broker import __version__
-from broker.errors import FleetError, UsageError
+from broker.errors import FleetError
 from cli import everywhere
 from cli.context import Context, fail
+from cli.errors import explained
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -29,9 +30,19 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "broker": ("cli.broker", "broker", "The embedded Redis: start, stop, status, backup, restore."),
     "up": ("cli.up", "up", "Start workers on every host of a file."),
     "hosts": ("cli.hosts", "hosts", "The hosts kept for up, status and down."),
+    "status": ("cli.status", "status", "Workers, what they run, and the queues."),
     "down": ("cli.up", "down", "End the workers of hosts."),
+    "submit": ("cli.submit", "submit", "Submit a command as a job; prints its id."),
+    "jobs": ("cli.jobs", "jobs", "List jobs."),
+    "show": ("cli.jobs", "show", "Everything about one job."),
+    "logs": ("cli.logs", "logs", "What a job printed, also while it runs."),
+    "wait": ("cli.wait", "wait", "Wait until jobs have ended."),
+    "cancel": ("cli.jobs", "cancel", "Stop jobs, or take them from their queues."),
+    "queues": ("cli.jobs", "queues", "What waits, runs and has ended, by queue."),
     "worker": ("cli.worker", "worker", "Run one worker here, in the foreground."),
+    "doctor": ("cli.doctor", "doctor", "Check Redis and the workers; says how to mend what is wrong."),
     "config": ("cli.config", "config", "Show the settings in force and where each came from."),
+    "completion": ("cli.completion", "completion", "Completion for bash, zsh or fish."),
 }
 #: what a shell says of a program that was interrupted
 _INTERRUPTED = 130
@@ -92,29 +103,13 @@ def _run(arguments: list[str], context: Context) -> int:
         _discard_output()
         return 0
     except Exception as exc:
-        error = _explained(exc, context)
+        error = explained(exc, context)
         if error is None:
             raise
+        if isinstance(exc, OSError):  # a full disk under stdout, for one
+            _discard_output()
         return _reported(exc, error, context, arguments)
     return result if isinstance(result, int) else 0
-
-
-def _explained(exc: Exception, context: Context) -> FleetError | None:
-    """`exc` as an error of ours, or None where it can only be a bug."""
-    if isinstance(exc, FleetError):
-        return exc
-    if isinstance(exc, click.ClickException):
-        return UsageError(exc.format_message(), _help_hint(exc))
-    if "redis" in sys.modules:
-        from broker import connection
-
-        if isinstance(exc, connection.REDIS_ERRORS):
-            return connection.explained(exc, context.redis_address)
-    if isinstance(exc, OSError):
-        _discard_output()
-        where = f"{exc.filename}: " if exc.filename else ""
-        return FleetError(f"{where}{exc.strerror or exc}")
-    return None
 
 
 def _reported(exc: Exception, error: FleetError, context: Context, arguments: list[str]) -> int:
@@ -139,12 +134,3 @@ def _discard_output() -> None:
     """Let what is still in the buffer of stdout go nowhere: Python writes it out once more at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
-
-
-def _help_hint(exc: click.ClickException) -> str:
-    context = getattr(exc, "ctx", None)
-    return f"Try '{context.command_path} --help'." if context else "Try 'fleet --help'."
-
-
-if __name__ == "__main__":
-    main()

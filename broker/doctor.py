@@ -1,0 +1,396 @@
+"""What `fleet doctor` looks at: one small check each, all of the same shape, in one table.
+
+A check asks Redis and changes nothing. What Redis will not tell (managed services hide
+CONFIG, an ACL user may not ask) is `unknown`, never a failure.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import redis
+from redis import exceptions
+
+from broker import __version__, chores, clock, keys, scripts, status
+from broker.connection import one_line
+
+Level = Literal["ok", "warning", "error", "unknown"]
+
+#: oldest versions that will do, by name of the server
+OLDEST_VERSIONS = {"redis": (6, 2), "valkey": (8, 0)}
+#: seconds that the clocks may be apart before times that people see look wrong
+_SKEW_SECONDS = 2.0
+#: share of maxmemory above which there is little room left
+_NEARLY_FULL = 0.9
+_ASKS_OF_CLOCK = 3
+#: names shown in one finding
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found, and what to do about it where it is not ok."""
+
+    name: str
+    level: Level
+    found: str
+    mend: str = ""
+
+
+class Patient:
+    """What several checks look at, asked once, when first needed."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self.client = client
+
+    @cached_property
+    def info(self) -> Mapping[str, Any]:
+        """What Redis says of itself; nothing where it does not tell."""
+        return _ask(self.client.info) or {}
+
+    @cached_property
+    def fleet(self) -> status.FleetStatus:
+        """Workers and queues."""
+        return status.read(self.client)
+
+
+def examine(client: redis.Redis) -> list[Finding]:
+    """All checks, in the order of the table. Raises what redis-py raises when Redis goes away."""
+    patient = Patient(client)
+    return [_checked(check, patient) for check in CHECKS]
+
+
+def _checked(check: Callable[[Patient], Finding], patient: Patient) -> Finding:
+    """What a check found; `unknown` where we may not ask."""
+    try:
+        return check(patient)
+    except exceptions.NoPermissionError as exc:
+        name = check.__name__.removeprefix("check_").replace("_", " ")
+        return Finding(name, "unknown", f"we may not ask: {one_line(exc)}", "See 'rights'.")
+
+
+def _ask(ask: Callable[[], Any]) -> Any:
+    """The answer, or None where Redis does not know the command or does not let us."""
+    try:
+        return ask()
+    except exceptions.ResponseError:
+        return None
+
+
+def _setting(client: redis.Redis, name: str) -> str | None:
+    found = _ask(lambda: client.config_get(name))
+    return found.get(name) if found else None
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = list(names)
+    more = len(ordered) - _NAMED
+    return ", ".join(ordered[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+# --- Redis -----------------------------------------------------------------------------------------
+
+
+def check_version(patient: Patient) -> Finding:
+    """Old ones lack commands that the scripts use."""
+    if not patient.info:
+        return Finding(
+            "version", "unknown", "Redis does not tell", "It must be redis 6.2 or valkey 8, or newer."
+        )
+    kind = "valkey" if "valkey_version" in patient.info else "redis"
+    found = str(patient.info.get("valkey_version") or patient.info.get("redis_version", ""))
+    oldest = OLDEST_VERSIONS[kind]
+    needed = f"{kind} {'.'.join(map(str, oldest))}"
+    try:
+        numbers = tuple(int(part) for part in found.split(".")[:2])
+    except ValueError:
+        return Finding("version", "unknown", f"it calls itself {found!r}", f"fleet needs {needed} or newer.")
+    if numbers < oldest:
+        return Finding("version", "error", f"{kind} {found}", f"Install {needed} or newer.")
+    return Finding("version", "ok", f"{kind} {found}")
+
+
+def check_eviction(patient: Patient) -> Finding:
+    """A Redis that evicts keys when it is full throws away jobs."""
+    policy = patient.info.get("maxmemory_policy") or _setting(patient.client, "maxmemory-policy")
+    if policy is None:
+        return Finding("eviction", "unknown", "Redis does not tell", "See to it that it is noeviction.")
+    if policy == "noeviction":
+        return Finding("eviction", "ok", policy)
+    level: Level = "error" if patient.info.get("maxmemory") else "warning"
+    return Finding(
+        "eviction",
+        level,
+        f"{policy}: when memory is short, Redis throws away jobs and results",
+        "redis-cli CONFIG SET maxmemory-policy noeviction, and the same in redis.conf.",
+    )
+
+
+def check_memory(patient: Patient) -> Finding:
+    """A full Redis takes no jobs."""
+    if not patient.info:
+        return Finding("memory", "unknown", "Redis does not tell")
+    used, limit = int(patient.info.get("used_memory", 0)), int(patient.info.get("maxmemory", 0))
+    if not limit:
+        return Finding("memory", "ok", f"{used / 2**20:.0f} MiB used, no limit")
+    found = f"{used / 2**20:.0f} of {limit / 2**20:.0f} MiB used"
+    if used < _NEARLY_FULL * limit:
+        return Finding("memory", "ok", found)
+    return Finding("memory", "warning", found, "Raise maxmemory: a full Redis refuses jobs and results.")
+
+
+def check_persistence(patient: Patient) -> Finding:
+    """What a crash of Redis costs."""
+    info = patient.info
+    if "aof_enabled" not in info:
+        return Finding("persistence", "unknown", "Redis does not tell", "It should keep appendonly yes.")
+    if info["aof_enabled"]:
+        return _append_only(patient)
+    mend = "redis-cli CONFIG SET appendonly yes, and the same in redis.conf."
+    snapshots = _setting(patient.client, "save")
+    if snapshots == "":
+        return Finding("persistence", "error", "nothing is kept: a crash of Redis loses all jobs", mend)
+    found = "no append-only file: a crash loses what changed since the last snapshot"
+    if snapshots is None:
+        found += " (whether it makes any, it does not tell)"
+    if info.get("rdb_last_bgsave_status") != "ok":
+        return Finding("persistence", "error", f"{found}, and the last snapshot failed", mend)
+    return Finding("persistence", "warning", found, mend)
+
+
+def _append_only(patient: Patient) -> Finding:
+    name, info = "persistence", patient.info
+    for write in ("aof_last_write_status", "aof_last_bgrewrite_status"):
+        if info.get(write, "ok") != "ok":
+            return Finding(
+                name, "error", f"append-only file: {write} {info[write]}", "Make room on its disk."
+            )
+    policy = _setting(patient.client, "appendfsync")
+    costs = {
+        "always": "a crash loses nothing",
+        "everysec": "a crash of the machine may lose the last second",
+        "no": "a crash of the machine may lose the last half minute",
+        None: "how often it is written out Redis does not tell",
+    }
+    found = f"append-only file, {costs.get(policy, policy)}" + (f" (appendfsync {policy})" if policy else "")
+    if policy == "no":
+        return Finding(name, "warning", found, "redis-cli CONFIG SET appendfsync everysec")
+    return Finding(name, "ok", found)
+
+
+def check_role(patient: Patient) -> Finding:
+    """A replica takes no change."""
+    role = patient.info.get("role", "unknown")
+    if patient.info.get("cluster_enabled"):
+        return Finding("role", "error", "a cluster", "fleet needs a Redis that is no cluster.")
+    if role == "slave":
+        return Finding(
+            "role", "error", "a replica, which takes no change", "Name the primary with --redis URL."
+        )
+    return Finding("role", *(("ok", "primary") if role == "master" else ("unknown", "Redis does not tell")))
+
+
+# --- rights ----------------------------------------------------------------------------------------
+
+#: a command of each kind that we send; _K stands for a key, _C for a channel
+_COMMANDS = """
+DEL _K|EXISTS _K|EXPIRE _K 1|PEXPIRE _K 1|PERSIST _K|GET _K|SET _K v|INCR _K|MGET _K
+HSET _K f v|HSETNX _K f v|HGET _K f|HMGET _K f|HGETALL _K|HDEL _K f|HKEYS _K|HLEN _K
+HINCRBY _K f 1|HINCRBYFLOAT _K f 1|LPUSH _K v|RPUSH _K v|LPOP _K|BLPOP _K 1|BLMOVE _K _K LEFT LEFT 1
+LLEN _K|LINDEX _K 0|LRANGE _K 0 1|LREM _K 0 v|LTRIM _K 0 0|SADD _K v|SREM _K v|SMEMBERS _K|SCARD _K
+SISMEMBER _K v|ZADD _K 1 v|ZREM _K v|ZSCORE _K v|ZCARD _K|ZRANGE _K 0 1|ZREVRANGE _K 0 1
+ZRANGEBYSCORE _K 0 1|ZREMRANGEBYSCORE _K 0 1|XADD _K * f v|XREVRANGE _K + -|PUBLISH _C v
+SUBSCRIBE _C|TIME|INFO|PING|SCRIPT LOAD v|EVALSHA v 0|MULTI|EXEC
+"""
+#: a key of each family; what may be done to one of a family may be done to all
+_KEYS = (keys.job("doctor"), keys.queue("doctor"), keys.QUEUES, keys.LEASES, keys.worker_beat("doctor"))
+#: redis.acl_check_cmd came with Redis 7.0. Asks about each command, runs none
+_MAY_I = """
+if not redis.acl_check_cmd then return false end
+local denied = {}
+for i, words in ipairs(ARGV) do
+  local list = {}
+  for word in string.gmatch(words, '%S+') do table.insert(list, word) end
+  if not redis.acl_check_cmd(unpack(list)) then table.insert(denied, words) end
+end
+return denied
+"""
+
+
+def check_rights(patient: Patient) -> Finding:
+    """Whether the user we log in as may do what the fleet does."""
+    client = patient.client
+    who = _ask(lambda: client.acl_whoami())
+    name = who.decode() if isinstance(who, bytes) else str(who or "USER")
+    try:
+        denied: Any = client.eval(_MAY_I, 0, *_questions())
+        client.script_load(scripts.ROUND.text)
+    except exceptions.NoPermissionError as exc:
+        return Finding("rights", "error", f"{name} may not run scripts: {one_line(exc)}", _grant(name))
+    except exceptions.ResponseError as exc:
+        return Finding("rights", "unknown", f"Redis does not tell: {one_line(exc)}")
+    if denied is None:
+        return _rights_by_trying(client, name)
+    if denied:
+        return Finding("rights", "error", f"{name} may not: {_some(_words(denied))}", _grant(name))
+    return Finding("rights", "ok", f"{name} may do all that is needed")
+
+
+def _questions() -> Iterator[str]:
+    rows = [row for line in _COMMANDS.split("\n") for row in line.split("|") if row]
+    for row in rows:
+        yield row.replace("_K", _KEYS[0]).replace("_C", keys.pubsub("doctor"))
+    for key in _KEYS[1:]:
+        yield from (f"GET {key}", f"DEL {key}")
+
+
+def _words(denied: Iterable[bytes]) -> list[str]:
+    return [text.decode().replace(_KEYS[0], "rq:job:*") for text in denied]
+
+
+def _grant(name: str) -> str:
+    return f"redis-cli ACL SETUSER {name} '~rq:*' '~fleet:*' '&rq:*' +@all -@dangerous +info"
+
+
+def _rights_by_trying(client: redis.Redis, name: str) -> Finding:
+    """Before Redis 7.0: write a key of each family and remove it, in one step."""
+    text = "for _, key in ipairs(KEYS) do redis.call('SET', key, '1', 'EX', 10) redis.call('DEL', key) end"
+    mark = secrets.token_hex(8)
+    families = (keys.job(f"doctor-{mark}"), keys.worker_beat(f"doctor-{mark}"))
+    try:
+        client.eval(text, len(families), *families)
+    except exceptions.ResponseError as exc:  # in a script, NOPERM comes without a class of its own
+        return Finding("rights", "error", f"{name} may not write: {one_line(exc)}", _grant(name))
+    return Finding("rights", "ok", f"{name} may write keys of rq and of the fleet")
+
+
+# --- clocks, workers, others -----------------------------------------------------------------------
+
+
+def check_clock(patient: Patient) -> Finding:
+    """Leases go by Redis's clock; scheduled times and what people read by that of each machine."""
+    skew, error = min((_skew(patient.client) for _ in range(_ASKS_OF_CLOCK)), key=lambda found: found[1])
+    found = f"this machine is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} Redis"
+    if abs(skew) > _SKEW_SECONDS + error:
+        return Finding("clock", "warning", found, "Let NTP (chrony, systemd-timesyncd) set both clocks.")
+    return Finding("clock", "ok", f"within {max(abs(skew), error):.1g} s of Redis")
+
+
+def _skew(client: redis.Redis) -> tuple[float, float]:
+    """(seconds this machine is ahead, seconds by which that may be wrong)."""
+    begin, start = time.time(), clock.monotonic()
+    seconds, micros = client.time()
+    half = (clock.monotonic() - start) / 2
+    return begin + half - (seconds + micros / 1e6), half
+
+
+def check_workers(patient: Patient) -> Finding:
+    """Workers that fell silent."""
+    workers = patient.fleet.workers
+    offline = [worker.name for worker in workers if worker.state == "offline"]
+    if not workers:
+        return Finding(
+            "workers", "warning", "none", "'fleet worker' starts one here, 'fleet up HOSTS' elsewhere."
+        )
+    found = f"{len(workers) - len(offline)} alive"
+    if offline:
+        mend = "Look at their hosts; 'fleet up' starts them again. Their jobs were given to others."
+        return Finding("workers", "warning", f"{found}, {len(offline)} offline: {_some(offline)}", mend)
+    return Finding("workers", "ok", found)
+
+
+def check_versions(patient: Patient) -> Finding:
+    """Workers of several versions may differ in what they do."""
+    alive = [worker for worker in patient.fleet.workers if worker.state != "offline"]
+    versions = sorted({worker.version for worker in alive} | {__version__})
+    if len(versions) == 1:
+        return Finding("versions", "ok", versions[0])
+    found = "; ".join(
+        f"{version}: {_some([w.name for w in alive if w.version == version] or ['this command'])}"
+        for version in versions
+    )
+    return Finding(
+        "versions", "warning", found, "Install one version everywhere, and start the workers anew."
+    )
+
+
+def check_taking_jobs(patient: Patient) -> Finding:
+    """What keeps workers from taking jobs."""
+    said = [f"{worker.name}: {worker.notice}" for worker in patient.fleet.workers if worker.notice]
+    if patient.client.exists(keys.SUSPENDED):
+        return Finding(
+            "taking jobs", "warning", "'rq suspend' is in force: no worker takes jobs", "rq resume"
+        )
+    if said:
+        return Finding("taking jobs", "warning", _some(said), "Mend it at the hosts of these workers.")
+    paused = [queue.name for queue in patient.fleet.queues if queue.paused]
+    return Finding(
+        "taking jobs", "ok", f"paused queues: {_some(paused)}" if paused else "nothing is in the way"
+    )
+
+
+def check_rq_workers(patient: Patient) -> Finding:
+    """Stock `rq worker`s know no leases, and no command jobs."""
+    ours = {worker.name for worker in patient.fleet.workers}
+    queues = {queue for worker in patient.fleet.workers for queue in worker.queues}
+    clashing = [name for name, theirs in _rq_workers(patient.client, ours) if queues & theirs]
+    if not clashing:
+        return Finding("rq workers", "ok", "none on the fleet's queues")
+    return Finding(
+        "rq workers",
+        "error",
+        f"stock rq workers on queues of the fleet: {_some(clashing)}; this is not supported",
+        "End them, or give them queues of their own: they know no leases and cannot run commands.",
+    )
+
+
+def _rq_workers(client: redis.Redis, ours: set[str]) -> Iterator[tuple[str, set[str]]]:
+    """(name, queues) of each worker that RQ knows and the fleet does not."""
+    members: Any = client.smembers(keys.WORKERS)
+    prefix = keys.rq_worker("")
+    names = [
+        name for key in members if (name := key.decode("utf-8", "replace").removeprefix(prefix)) not in ours
+    ]
+    with client.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.hget(keys.rq_worker(name), "queues")
+        replies = pipe.execute(raise_on_error=False)
+    for name, queues in zip(names, replies, strict=True):
+        if isinstance(queues, bytes):
+            yield name, set(queues.decode("utf-8", "replace").split(","))
+
+
+def check_queues(patient: Patient) -> Finding:
+    """Queues whose names no worker of ours can be told: RQ takes any."""
+    members: Any = patient.client.smembers(keys.QUEUES)
+    every = {keys.queue_of(member.decode("utf-8", "replace")) for member in members}
+    odd = sorted(every - set(chores.queue_names(members)))
+    if not odd:
+        return Finding("queues", "ok", f"{len(every)} known")
+    return Finding(
+        "queues",
+        "warning",
+        f"names that the fleet does not work on: {_some(map(repr, odd))}",
+        "Enqueue to names of letters, digits, '_', '.', ':' and '-'.",
+    )
+
+
+CHECKS: tuple[Callable[[Patient], Finding], ...] = (
+    check_version,
+    check_role,
+    check_eviction,
+    check_memory,
+    check_persistence,
+    check_rights,
+    check_clock,
+    check_workers,
+    check_versions,
+    check_taking_jobs,
+    check_rq_workers,
+    check_queues,
+)

@@ -1,0 +1,260 @@
+"""`fleet jobs`, `show`, `cancel` and `queues`: what there is, and one end to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from broker import clock
+from broker.errors import NotFound
+from cli.context import Context, json_value, pass_context, print_json
+from cli.params import JobId, QueueName, json_option
+from cli.tables import Cell, Column, age, duration, printable, state
+from cli.tables import show as show_table
+
+if TYPE_CHECKING:
+    from broker.jobs import AttemptView, JobView
+    from broker.status import QueueStatus
+
+_STATES = ("queued", "started", "finished", "failed", "deferred", "scheduled", "stopped", "canceled")
+_JOB_COLUMNS = (
+    Column("JOB"),
+    Column("STATE"),
+    Column("QUEUE", rank=1, least=7),
+    Column("AGE", right=True),
+    Column("TIME", rank=2, right=True),
+    Column("NAME", least=12),
+    Column("REASON", rank=3, least=16),
+    Column("WORKER", rank=4, least=8),
+)
+_QUEUE_COLUMNS = (
+    Column("QUEUE", least=8),
+    Column("QUEUED", right=True),
+    Column("RUNNING", right=True),
+    Column("SCHEDULED", rank=2, right=True),
+    Column("DEFERRED", rank=2, right=True),
+    Column("FINISHED", rank=1, right=True),
+    Column("FAILED", rank=1, right=True),
+    Column("OLDEST", right=True),
+    Column("STATE", rank=1),
+)
+_ATTEMPT_COLUMNS = (
+    Column("FENCE", right=True),
+    Column("WORKER", least=8),
+    Column("STARTED", rank=1),
+    Column("TIME", rank=2, right=True),
+    Column("OUTCOME"),
+    Column("REASON", least=10),
+)
+
+
+@click.command()
+@click.option("--state", "wanted", type=click.Choice(_STATES), help="Only those in this state.")
+@click.option("--queue", type=QueueName(), help="Only those of this queue.")
+@click.option("--name", metavar="GLOB", help="Only those whose name fits, as 'train-*' does.")
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many.")
+@json_option
+@pass_context
+def jobs(
+    context: Context, /, wanted: str | None, queue: str | None, name: str | None, limit: int, as_json: bool
+) -> None:
+    """List jobs, the newest first."""
+    from broker import jobs as reader
+
+    with context.redis() as client:
+        found = reader.listed(client, state=wanted, queue=queue, name=name, limit=limit)
+    if as_json:
+        print_json({"jobs": [_job_fields(job) for job in found]})
+    elif found:
+        now = clock.wall()
+        show_table(context.console, _JOB_COLUMNS, [_job_row(job, now) for job in found])
+    else:
+        context.say("No such jobs." if wanted or queue or name else "No jobs yet: 'fleet submit -- COMMAND'.")
+
+
+def _job_row(job: JobView, now: datetime) -> list[Cell]:
+    took = _seconds(job.started_at, job.ended_at or (now if job.state == "started" else None))
+    since = age(_seconds(job.submitted_at, now))
+    reason = (job.reason or "") if job.state in ("failed", "stopped") else ""
+    name = job.name or "(damaged)"
+    return [job.id, state(job.state), job.queue, since, duration(took), name, reason, job.worker or ""]
+
+
+def _seconds(since: datetime | None, until: datetime | None) -> float | None:
+    return (until - since).total_seconds() if since and until else None
+
+
+def _job_fields(job: JobView) -> dict[str, Any]:
+    """A job in a list: as in `fleet show`, less what only a close look gives."""
+    return {name: value for name, value in _fields(job).items() if name not in ("attempts", "result")}
+
+
+def _fields(job: JobView) -> dict[str, Any]:
+    """`argv` for a command, `function` for a Python function."""
+    what = {"function": job.function} if job.argv is None and job.function else {"argv": job.argv}
+    return {
+        "id": job.id,
+        "name": job.name,
+        "state": job.state,
+        "queue": job.queue,
+        **what,
+        "exit_code": job.exit_code,
+        "reason": job.reason,
+        "submitted_at": job.submitted_at,
+        "started_at": job.started_at,
+        "ended_at": job.ended_at,
+        "attempts": [asdict(attempt) for attempt in job.attempts],
+        "result": json_value(job.result),
+    }
+
+
+@click.command()
+@click.argument("job_id", metavar="JOB", type=JobId())
+@json_option
+@pass_context
+def show(context: Context, /, job_id: str, as_json: bool) -> None:
+    """Everything about one job: state, times, exit code, reason, attempts, result."""
+    from broker import jobs as reader
+
+    with context.redis() as client:
+        job = reader.show(client, job_id)
+    if as_json:
+        print_json(_fields(job))
+        return
+    for title, cell in _lines(job):
+        context.console.print(f"{title + ':':<11}", end="")
+        text, style = cell if isinstance(cell, tuple) else (cell, "")
+        context.console.print(printable(text), style=style, markup=False)
+    if job.attempts:
+        click.echo()
+        show_table(context.console, _ATTEMPT_COLUMNS, [_attempt_row(attempt) for attempt in job.attempts])
+
+
+def _lines(job: JobView) -> Iterator[tuple[str, Cell]]:
+    """What is known of the job, line by line; what is not is left out."""
+    import shlex
+
+    from broker.submit import described
+
+    what = shlex.join(job.argv) if job.argv else job.function or "(cannot be read: somebody damaged it)"
+    known: dict[str, Cell | None] = {
+        "Job": job.id,
+        "Name": job.name if job.name != described(" ".join(job.argv or ())) else None,
+        "State": state(job.state),
+        "Queue": job.queue,
+        "Command" if job.function is None else "Function": what,
+        "Exit code": None if job.exit_code is None else str(job.exit_code),
+        "Reason": job.reason,
+        "Submitted": _time(job.submitted_at),
+        "Started": _time(job.started_at),
+        "Ended": _time(job.ended_at),
+        "Took": duration(_seconds(job.started_at, job.ended_at)),
+        "Timeout": duration(job.timeout_seconds) if job.timeout_seconds else None,
+        "Worker": job.worker,
+        "Result": _result(job),
+    }
+    return ((title, cell) for title, cell in known.items() if cell)
+
+
+def _result(job: JobView) -> str | None:
+    """What a function returned; for a failure the last line of its traceback."""
+    if job.result is None:
+        return None
+    if job.state == "finished":
+        return json.dumps(json_value(job.result), ensure_ascii=False, default=repr)
+    lines = str(job.result).strip().splitlines() if job.argv is None else []
+    return lines[-1] if lines else None
+
+
+def _time(at: datetime | None) -> str | None:
+    if at is None:
+        return None
+    return f"{at:%Y-%m-%d %H:%M:%SZ} ({age(_seconds(at, clock.wall()))} ago)"
+
+
+def _attempt_row(attempt: AttemptView) -> list[Cell]:
+    started = f"{attempt.started_at:%Y-%m-%d %H:%M:%SZ}" if attempt.started_at else ""
+    took = duration(_seconds(attempt.started_at, attempt.ended_at))
+    outcome = attempt.outcome or "running"
+    return [str(attempt.fence), attempt.worker, started, took, state(outcome), attempt.reason or ""]
+
+
+@click.command()
+@click.argument("job_ids", metavar="JOB...", type=JobId(), nargs=-1, required=True)
+@json_option
+@pass_context
+def cancel(context: Context, /, job_ids: tuple[str, ...], as_json: bool) -> int:
+    """Take jobs from their queues, or stop them (the whole process group) where they run.
+
+    A line for each. Exit code 0: all; 3: some; 1: none, for they had ended; 4: there are none.
+    """
+    with context.redis() as client:
+        outcomes = {job_id: _cancel(client, job_id) for job_id in dict.fromkeys(job_ids)}
+    if as_json:
+        print_json({"jobs": [{"id": job_id, "outcome": outcome} for job_id, outcome in outcomes.items()]})
+    else:
+        for job_id, outcome in outcomes.items():
+            click.echo(f"{job_id}  {_CANCELED.get(outcome, f'had ended already: {outcome}')}")
+    return _cancel_code(list(outcomes.values()))
+
+
+#: what became of a job that is out of the way
+_CANCELED = {
+    "canceled": "canceled",
+    "stopping": "stopping",
+    "stopped": "had been stopped already",
+    "not_found": "no such job",
+}
+_OUT_OF_THE_WAY = ("canceled", "stopping", "stopped")
+
+
+def _cancel(client: Any, job_id: str) -> str:
+    from broker import control
+
+    try:
+        return control.cancel(client, job_id)
+    except NotFound:
+        return "not_found"
+
+
+def _cancel_code(outcomes: list[str]) -> int:
+    done = sum(outcome in _OUT_OF_THE_WAY for outcome in outcomes)
+    if done == len(outcomes):
+        return 0
+    if done:
+        return 3
+    return 4 if all(outcome == "not_found" for outcome in outcomes) else 1
+
+
+@click.command()
+@json_option
+@pass_context
+def queues(context: Context, /, as_json: bool) -> None:
+    """How much waits, runs and has ended in each queue, and how long its first job waits."""
+    from broker import status
+
+    with context.redis() as client:
+        found = status.read(client).queues
+    if as_json:
+        print_json({"queues": [asdict(queue) for queue in found]})
+    elif found:
+        show_table(context.console, _QUEUE_COLUMNS, [queue_row(queue) for queue in found])
+    else:
+        context.say("No queues yet: 'fleet submit -- COMMAND' makes one.")
+
+
+def queue_row(queue: QueueStatus) -> list[Cell]:
+    """The cells of one queue, in the order of the columns."""
+    counts = (queue.queued, queue.running, queue.scheduled, queue.deferred, queue.finished)
+    failed: Cell = (str(queue.failed), "bold red" if queue.failed else "")
+    oldest = age(queue.oldest_age_seconds)
+    return [queue.name, *map(str, counts), failed, oldest, state("paused") if queue.paused else ""]
+
+
+#: for `fleet status`, which shows the same
+QUEUE_COLUMNS = _QUEUE_COLUMNS

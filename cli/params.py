@@ -1,0 +1,118 @@
+"""What words on the command line may be: durations, job ids, queues; and how Tab completes them."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from broker import names
+from broker.errors import UsageError
+from cli.context import Context
+
+if TYPE_CHECKING:
+    import redis
+    from click.shell_completion import CompletionItem
+
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # generic since click 8.4 alone
+
+_DURATION = re.compile(r"(-?\d+(?:\.\d*)?|\.\d+)\s*(ms|s|m|h|d)?", re.ASCII)
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+#: about what a Redis hash field of RQ's can hold, and longer than anyone waits: a hundred years
+_LONGEST_SECONDS = 100 * 365 * 86400
+#: seconds Tab waits for Redis
+_PATIENCE_SECONDS = 1.0
+#: jobs offered by Tab
+_OFFERED = 50
+
+
+class Duration(_ParamType):
+    """`90`, `90s`, `5m`, `1.5h`, `2d`: a number of seconds, as a float; more than 0 unless `zero`."""
+
+    name = "duration"
+
+    def __init__(self, *, zero: bool = False) -> None:
+        self._zero = zero
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, int | float):
+            return float(value)
+        found = _DURATION.fullmatch(value.strip())
+        if not found:
+            self.fail(f"{value!r} is no duration: use seconds, or 90s, 5m, 2h, 1d.", param, ctx)
+        seconds = float(found[1]) * _UNITS[found[2] or "s"]
+        if not (seconds > 0 or self._zero):
+            self.fail(f"{value!r}: must be more than 0; leave it out for no limit.", param, ctx)
+        if not math.isfinite(seconds) or seconds > _LONGEST_SECONDS:
+            self.fail(f"{value!r} is longer than a hundred years.", param, ctx)
+        return seconds
+
+
+class JobId(_ParamType):
+    """The id of a job; Tab offers the newest."""
+
+    name = "job"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return names.job_id(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        from broker import jobs
+
+        return _offer(ctx, incomplete, lambda client: [job.id for job in jobs.listed(client, limit=_OFFERED)])
+
+
+class QueueName(_ParamType):
+    """The name of a queue; Tab offers those there are."""
+
+    name = "queue"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return names.queue_name(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        from broker.chores import known_queues
+
+        return _offer(ctx, incomplete, known_queues)
+
+
+def _offer(ctx: click.Context, incomplete: str, ask: Any) -> list[CompletionItem[str]]:
+    """What `ask(client)` returns and fits; nothing where Redis is not there at once."""
+    from click.shell_completion import CompletionItem
+
+    try:
+        with _quick_client(ctx.ensure_object(Context)) as client:
+            found = ask(client)
+    except Exception:  # whatever it is: Tab stays silent, the command itself will tell
+        return []
+    return [CompletionItem(value) for value in found if value.startswith(incomplete)]
+
+
+def _quick_client(context: Context) -> redis.Redis:
+    from broker.connection import connect
+
+    return connect(context.url(), timeout_seconds=_PATIENCE_SECONDS)
+
+
+def variables(words: tuple[str, ...]) -> dict[str, str]:
+    """`("K=V", ...)` as a dictionary. Raises UsageError."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--env {word!r}: not of the form NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def json_option(command: Any) -> Any:
+    """`--json` for a verb that reports."""
+    return click.option("--json", "as_json", is_flag=True, help="One JSON document.")(command)

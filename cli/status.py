@@ -1,0 +1,207 @@
+"""`fleet status`: workers and queues, once or as long as one looks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli import tables
+from cli.context import Context, pass_context, print_json
+from cli.jobs import QUEUE_COLUMNS, queue_row
+from cli.params import json_option
+from cli.tables import Cell, Column
+
+if TYPE_CHECKING:
+    import redis
+    from rich.text import Text
+
+    from broker.status import FleetStatus, QueueStatus, WorkerStatus
+
+_WATCH_SECONDS = 1.0
+_COLUMNS = (
+    Column("WORKER", least=12),
+    Column("STATE"),
+    Column("SLOTS", right=True),
+    Column("BEAT", right=True),
+    Column("QUEUES", rank=1, least=7),
+    Column("RUNNING", rank=2, least=16),
+    Column("DONE", rank=3, right=True),
+    Column("FAILED", rank=3, right=True),
+    Column("HOST", rank=4, least=8),
+    Column("CPUS", rank=5, right=True),
+    Column("MEMORY", rank=5, right=True),
+    Column("GPUS", rank=6, least=8),
+    Column("LABELS", rank=7, least=8),
+    Column("VERSION", rank=8),
+)
+#: what docs/cli.md promises; `probe` is for `--probe`, which is to come
+_WORKER_FIELDS = (
+    *("name", "host", "pid", "state", "probe", "queues", "slots", "running", "labels", "version"),
+    *("cpus", "memory_bytes", "gpus", "started_at", "last_heartbeat", "heartbeat_age_seconds"),
+    *("finished", "failed"),
+)
+_QUEUE_FIELDS = ("name", "queued", "running", "finished", "failed", "oldest_age_seconds", "paused")
+_NO_WORKER = "No workers: 'fleet worker' starts one here, 'fleet up HOSTS' on other machines."
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Show it anew once a second, until Ctrl-C.")
+@json_option
+@pass_context
+def status(context: Context, /, watch: bool, as_json: bool) -> None:
+    """Workers, what they run and when they last beat; queues below.
+
+    BEAT is the time since the last heartbeat, SLOTS is used/total.
+    """
+    with context.redis() as client:
+        if watch and as_json:
+            _stream(context, client)
+        elif watch:
+            _watch(context, client)
+        elif as_json:
+            print_json(_document(context, client))
+        else:
+            _print(context, client)
+
+
+def _document(context: Context, client: redis.Redis) -> dict[str, Any]:
+    from broker import status as reader
+    from broker.connection import redacted
+
+    found = reader.read(client)
+    return {
+        "at": found.at,
+        "redis": {"url": redacted(context.url()), "version": found.redis_version},
+        "workers": [_worker_fields(worker) for worker in found.workers],
+        "queues": [_queue_fields(queue) for queue in found.queues],
+    }
+
+
+def _worker_fields(worker: WorkerStatus) -> dict[str, Any]:
+    fields = asdict(worker)
+    return {name: None if name == "probe" else fields[name] for name in _WORKER_FIELDS}
+
+
+def _queue_fields(queue: QueueStatus) -> dict[str, Any]:
+    fields = asdict(queue)
+    return {name: fields[name] for name in _QUEUE_FIELDS}
+
+
+def _print(context: Context, client: redis.Redis) -> None:
+    from broker import status as reader
+
+    width = context.console.width if context.console.is_terminal else None
+    for line in _lines(context, reader.read(client), width):
+        tables.print_line(context.console, line)
+
+
+def _stream(context: Context, client: redis.Redis) -> None:
+    """A document a line, for programs; Ctrl-C ends it."""
+    while True:
+        print_json(_document(context, client))
+        time.sleep(_WATCH_SECONDS)
+
+
+def _watch(context: Context, client: redis.Redis) -> None:
+    """The same lines again and again, in place on a terminal; Ctrl-C ends it."""
+    from rich.console import Group
+    from rich.live import Live
+
+    if not context.console.is_terminal:
+        while True:
+            _print(context, client)
+            click.echo()
+            time.sleep(_WATCH_SECONDS)
+    with Live(console=context.console, auto_refresh=False, vertical_overflow="crop") as live:
+        last: list[Text] = []
+        while True:
+            last = _look(context, client, last)
+            live.update(Group(*last), refresh=True)
+            time.sleep(_WATCH_SECONDS)
+
+
+def _look(context: Context, client: redis.Redis, last: list[Text]) -> list[Text]:
+    """What there is to see now; while Redis is away, what was seen last and that it is away."""
+    from rich.text import Text
+
+    from broker import status as reader
+    from broker.errors import RedisUnreachable
+    from cli.errors import explained
+
+    try:
+        return list(_lines(context, reader.read(client), context.console.width))
+    except Exception as exc:
+        error = explained(exc, context)
+        if not isinstance(error, RedisUnreachable):
+            raise
+        return [Text(f"{error.message}; trying again", style="bold red"), *last[1:]]
+
+
+# --- for people ------------------------------------------------------------------------------------
+
+
+def _lines(context: Context, found: FleetStatus, width: int | None) -> Iterator[Text]:
+    """The headline, the workers with their notices, the queues."""
+    from rich.text import Text
+
+    yield Text(_headline(context, found), overflow="ellipsis", no_wrap=True)
+    yield Text()
+    if found.workers:
+        yield from tables.lines(_COLUMNS, map(_worker_row, found.workers), width)
+        yield from _notices(found)
+    else:
+        yield Text(_NO_WORKER)
+    if found.queues:
+        yield Text()
+        yield from tables.lines(QUEUE_COLUMNS, map(queue_row, found.queues), width)
+
+
+def _headline(context: Context, found: FleetStatus) -> str:
+    queued = sum(queue.queued for queue in found.queues)
+    running = sum(queue.running for queue in found.queues)
+    states = [worker.state for worker in found.workers]
+    by_state = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+    workers = f"{len(states)} worker{'s' * (len(states) != 1)}" + (f" ({by_state})" if states else "")
+    return (
+        f"{found.at:%H:%M:%SZ}  {workers}  {queued} queued, {running} running"
+        f"  Redis {found.redis_version} at {context.redis_address}"
+    )
+
+
+def _notices(found: FleetStatus) -> Iterator[Text]:
+    """What workers have to say: why one takes no jobs, for instance."""
+    from rich.text import Text
+
+    for worker in found.workers:
+        if worker.notice:
+            yield Text(f"! {worker.name}: {tables.printable(worker.notice)}", style="yellow")
+
+
+def _worker_row(worker: WorkerStatus) -> list[Cell]:
+    offline = worker.state == "offline"
+    return [
+        worker.name,
+        tables.state(worker.state),
+        f"{len(worker.running)}/{worker.slots}",
+        (tables.age(worker.heartbeat_age_seconds), "bold red" if offline else ""),
+        ",".join(worker.queues),
+        " ".join(worker.running),
+        str(worker.finished),
+        str(worker.failed),
+        worker.host,
+        str(worker.cpus or ""),
+        tables.size(worker.memory_bytes) if worker.memory_bytes else "",
+        _gpus(worker),
+        ",".join(f"{name}={value}" for name, value in worker.labels.items()),
+        worker.version,
+    ]
+
+
+def _gpus(worker: WorkerStatus) -> str:
+    """`2x A100`, by kind."""
+    names = [str(gpu.get("name", "GPU")) for gpu in worker.gpus]
+    return ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))

@@ -1,0 +1,130 @@
+"""`fleet submit`: one command line as a job."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from broker.errors import UsageError
+from cli.context import Context, pass_context, print_json
+from cli.params import Duration, JobId, QueueName, json_option, variables
+
+if TYPE_CHECKING:
+    import redis
+
+    from broker.submit import Options
+
+Given = dict[str, Any]
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("--queue", type=QueueName(), default="default", show_default=True, help="Where it waits.")
+@click.option("--name", metavar="TEXT", help="What 'fleet jobs' calls it; default: the command.")
+@click.option(
+    "--timeout", type=Duration(), help="End it, failed, after so long (90, 5m, 2h); default: never."
+)
+@click.option("--retries", type=click.IntRange(0, 1000), default=0, help="Run it again so often if it fails.")
+@click.option(
+    "--retry-delay",
+    type=Duration(zero=True),
+    default=1.0,
+    help="Before the first retry; doubles; default 1s.",
+)
+@click.option("--env", "env", multiple=True, metavar="K=V", help="A variable for it; may be repeated.")
+@click.option("--cwd", metavar="DIR", help="Run it there, not in a folder of its own; relative: from here.")
+@click.option("--id", "job_id", type=JobId(), help="Its id; refused where a job has it. Default: a new one.")
+@click.option("--wait", is_flag=True, help="Wait until it has ended; exit code 1 if it did not finish.")
+@click.option("--follow", is_flag=True, help="Wait, and print what it prints while it runs.")
+@json_option
+@click.argument("argv", metavar="[--] COMMAND [ARGUMENT]...", nargs=-1, type=click.UNPROCESSED)
+@pass_context
+def submit(context: Context, /, argv: tuple[str, ...], **given: Any) -> int:
+    """Submit a command; prints the job's id alone.
+
+    What follows COMMAND is the command's own, options included:
+    fleet submit --timeout 1h -- ./simulate --seed 42
+    """
+    from broker.command import Command
+    from broker.submit import submit_commands
+
+    if given["follow"] and given["as_json"]:
+        raise UsageError(
+            "--follow and --json exclude each other", "'fleet submit --wait --json' says how it ended."
+        )
+    command = Command(argv, variables(given["env"]), _folder(given["cwd"])).checked()
+    options = _options(given).checked()
+    with context.redis(start=True) as client:
+        job_id = submit_commands(client, given["queue"], [(given["job_id"], command)], options)[0]
+        return _told(context, client, job_id, given)
+
+
+def _options(given: Given) -> Options:
+    from broker.submit import Options
+
+    if given["name"] == "":
+        raise UsageError("--name is empty", "Leave it out: then it is the command.")
+    timeout = given["timeout"]
+    return Options(
+        name=given["name"],
+        # RQ counts whole seconds
+        timeout_seconds=None if timeout is None else math.ceil(timeout),
+        retries=given["retries"],
+        retry_delay_seconds=given["retry_delay"],
+    )
+
+
+def _folder(cwd: str | None) -> str | None:
+    """Absolute, for the job runs elsewhere. Raises UsageError."""
+    if cwd == "":
+        raise UsageError("--cwd is empty", "Leave it out: then the job gets a folder of its own.")
+    return None if cwd is None else str(Path.cwd() / cwd)
+
+
+def _told(context: Context, client: redis.Redis, job_id: str, given: Given) -> int:
+    """Say the id, wait where asked to; returns the exit code."""
+    waits = given["wait"] or given["follow"]
+    if given["follow"]:
+        context.say(f"Job {job_id}")  # stdout is the job's
+    elif not given["as_json"]:
+        click.echo(job_id)
+        sys.stdout.flush()
+    elif not waits:
+        print_json({"id": job_id, "state": "queued", "queue": given["queue"]})
+    return _wait(context, client, job_id, given) if waits else 0
+
+
+def _wait(context: Context, client: redis.Redis, job_id: str, given: Given) -> int:
+    from broker import control, jobs
+    from cli.logs import follow
+
+    _warn_without_worker(context, client, given["queue"])
+    try:
+        if given["follow"]:
+            follow(context, client, job_id, both=True)
+        control.wait(client, [job_id])
+    except KeyboardInterrupt:
+        context.say(f"Job {job_id} goes on; 'fleet cancel {job_id}' ends it.")
+        raise
+    job = jobs.show(client, job_id)
+    if given["as_json"]:
+        fields = {"exit_code": job.exit_code, "reason": job.reason}
+        print_json({"id": job_id, "state": job.state, "queue": job.queue, **fields})
+    elif job.state != "finished":
+        context.say(f"Job {job_id} {job.state}" + (f": {job.reason}" if job.reason else ""))
+    return 0 if job.state == "finished" else 1
+
+
+def _warn_without_worker(context: Context, client: redis.Redis, queue: str) -> None:
+    """A job that nobody will take is no reason to wait in silence."""
+    from broker import status
+
+    workers = status.read(client).workers
+    if not any(queue in worker.queues and worker.state != "offline" for worker in workers):
+        context.say(
+            f"No worker listens on queue {queue} yet; the job waits for one. "
+            f"'fleet worker --queues {queue}' starts one here, 'fleet up HOSTS' elsewhere."
+        )

@@ -1,0 +1,176 @@
+"""Tables for people: as wide as the terminal where there is one, whole and plain elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+#: what is printed: a text, or a text and its style
+Cell = str | tuple[str, str]
+
+_GAP = "  "
+#: how each state looks; its word says the same without colour
+STYLES = {
+    "busy": "cyan",
+    "started": "cyan",
+    "idle": "green",
+    "finished": "green",
+    "ok": "green",
+    "failed": "bold red",
+    "offline": "bold red",
+    "error": "bold red",
+    "connecting": "yellow",
+    "draining": "yellow",
+    "stopped": "yellow",
+    "canceled": "yellow",
+    "paused": "yellow",
+    "warning": "yellow",
+    "unknown": "magenta",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. `least`: it may be cut to so many characters; None: never cut.
+
+    Where a terminal is too narrow even so, the column with the highest `rank` is left out
+    first; those of rank 0 stay.
+    """
+
+    title: str
+    rank: int = 0
+    right: bool = False
+    least: int | None = None
+
+
+def state(word: str) -> Cell:
+    """A state, in its colour."""
+    return word, STYLES.get(word, "")
+
+
+def show(console: Console, columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> None:
+    """Print a table on stdout."""
+    for line in lines(columns, rows, console.width if console.is_terminal else None):
+        print_line(console, line)
+
+
+def print_line(console: Console, line: Text) -> None:
+    """Print one line, cut at the terminal's edge and nowhere else."""
+    if console.is_terminal:
+        console.print(line, no_wrap=True, overflow="ellipsis")
+    else:
+        click.echo(line.plain)
+
+
+def lines(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], width: int | None) -> list[Text]:
+    """The lines of a table that is at most `width` wide; None: as wide as it is."""
+    body = [[_plain(cell) for cell in row] for row in rows]
+    chosen = [i for i, column in enumerate(columns) if column.rank == 0 or any(row[i][0] for row in body)]
+    natural = [_widest(columns[i].title, (row[i][0] for row in body)) for i in range(len(columns))]
+    sizes = _fit(columns, natural, chosen, width)
+    head = [(column.title, "bold") for column in columns]
+    return [_line(columns, row, sizes) for row in [head, *body]]
+
+
+def _plain(cell: Cell) -> tuple[str, str]:
+    text, style = (cell, "") if isinstance(cell, str) else cell
+    return printable(text), style
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with whatever could move the cursor or colour the terminal spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _spelled(c) for c in text)
+
+
+def _spelled(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # a byte that is no UTF-8, as Python carries it
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode()
+
+
+def _widest(title: str, texts: Iterable[str]) -> int:
+    from rich.cells import cell_len
+
+    return max([cell_len(title), *map(cell_len, texts)])
+
+
+def _fit(
+    columns: Sequence[Column], natural: Sequence[int], chosen: list[int], width: int | None
+) -> dict[int, int]:
+    """The width of each column that is shown, by its index."""
+    if width is None:
+        return {i: natural[i] for i in chosen}
+    chosen = list(chosen)
+    while _total(_least(columns, natural, chosen)) > width and (rank := max(columns[i].rank for i in chosen)):
+        chosen.remove(max(i for i in chosen if columns[i].rank == rank))
+    sizes = _least(columns, natural, chosen)
+    spare = width - _total(sizes)
+    for i in chosen:
+        more = min(natural[i] - sizes[i], max(spare, 0))
+        sizes[i] += more
+        spare -= more
+    return sizes
+
+
+def _least(columns: Sequence[Column], natural: Sequence[int], chosen: Iterable[int]) -> dict[int, int]:
+    return {i: min(natural[i], columns[i].least or natural[i]) for i in chosen}
+
+
+def _total(sizes: dict[int, int]) -> int:
+    return sum(sizes.values()) + len(_GAP) * (len(sizes) - 1)
+
+
+def _line(columns: Sequence[Column], row: Sequence[tuple[str, str]], sizes: dict[int, int]) -> Text:
+    from rich.text import Text
+
+    line = Text()
+    for i, size in sizes.items():
+        text, style = row[i]
+        cell = Text(text, style=style)
+        cell.truncate(size, overflow="ellipsis")
+        blanks = " " * (size - cell.cell_len)
+        line.append(blanks if columns[i].right else "").append_text(cell)
+        line.append(("" if columns[i].right else blanks) + _GAP)
+    line.rstrip()
+    return line
+
+
+def age(seconds: float | None) -> str:
+    """How long ago, in one or two units: 4s, 12m, 3h, 5d."""
+    if seconds is None:
+        return ""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
+
+
+def duration(seconds: float | None) -> str:
+    """How long something took: 0.2s, 12s, 3m12s, 2h05m."""
+    if seconds is None:
+        return ""
+    if seconds < 10:
+        return f"{max(seconds, 0):.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def size(count: int) -> str:
+    """Bytes for people: 512 B, 3.8 GiB."""
+    if count < 1024:
+        return f"{count} B"
+    power = min((count.bit_length() - 1) // 10, 4)
+    amount = count / 1024**power
+    return f"{amount:.{0 if amount >= 100 else 1}f} {'KMGT'[power - 1]}iB"
