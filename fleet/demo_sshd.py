@@ -60,6 +60,7 @@ class DemoHosts:
         self._environ = dict(environ or {})
         self._servers: list[asyncssh.SSHAcceptor] = []
         self._sessions: set[asyncio.subprocess.Process] = set()
+        self._connections: set[asyncssh.SSHServerConnection] = set()
         self._thread: _LoopThread | None = None
 
     @property
@@ -88,6 +89,9 @@ class DemoHosts:
         for process in self._sessions:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        for connection in list(self._connections):
+            connection.close()
+            await connection.wait_closed()
         for server in self._servers:
             await server.wait_closed()
         self._servers.clear()
@@ -98,7 +102,7 @@ class DemoHosts:
         server = await asyncssh.listen(
             *(ADDRESS, 0),
             server_host_keys=[_key(self.folder / f"{name}.host-key")],
-            server_factory=functools.partial(_OnlyOurKey, key.convert_to_public()),
+            server_factory=functools.partial(_OnlyOurKey, key.convert_to_public(), self._connections),
             process_factory=functools.partial(self._run, home),
             sftp_factory=True,
             encoding=None,
@@ -182,8 +186,16 @@ class DemoHosts:
 class _OnlyOurKey(asyncssh.SSHServer):
     """Lets in who has the key that was made for the occasion, and nobody else."""
 
-    def __init__(self, key: asyncssh.SSHKey) -> None:
+    def __init__(self, key: asyncssh.SSHKey, connections: set[asyncssh.SSHServerConnection]) -> None:
         self._key = key
+        self._connections = connections
+
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        self._connection = conn
+        self._connections.add(conn)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.discard(self._connection)
 
     def begin_auth(self, username: str) -> bool:
         return True

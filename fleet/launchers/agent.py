@@ -252,7 +252,8 @@ def taken(descriptor: int) -> bool:
 def start(request: Json) -> Json:
     """Start each worker that does not live, one caller at a time."""
     run_dir = run_dir_of(request)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(mode=0o700, exist_ok=True)
     with lock(run_dir / ".start.lock", request["time_limit_seconds"]):
         return {"workers": [start_one(run_dir, request["python"], order) for order in request["orders"]]}
 

@@ -1,0 +1,373 @@
+"""`fleet up` and `fleet down` as typed, against real sshd, real workers and a real Redis."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from broker import keys
+from broker.command import Command
+from broker.submit import Options, submit_commands
+from fleet.worker_config import this_host
+from tests.conftest import fleet_script
+from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes
+
+pytestmark = pytest.mark.needs("sshd")
+FAST = {
+    "FLEET_WORKER__HEARTBEAT_SECONDS": "0.5",
+    "FLEET_WORKER__LEASE_SECONDS": "3",
+    "FLEET_WORKER__STOP_GRACE_SECONDS": "5",
+}
+
+
+@pytest.fixture
+def farm(tmp_path: Path, spawn: Any) -> Iterator[SshdFarm]:
+    farm = SshdFarm(tmp_path / "farm", spawn)
+    yield farm
+    for process in fleet_processes(farm.folder):
+        process.kill()
+
+
+@pytest.fixture
+def fleet(run_fleet: Any, farm: SshdFarm, fleet_redis_url: str, tmp_path: Path) -> Callable[..., Any]:
+    """`fleet("up", "a", "b")` with a hosts file of these hosts; without names just the verb."""
+
+    def run(verb: str, *names: str, options: tuple[str, ...] = (), **how: Any) -> Any:
+        file = tmp_path / "hosts.txt"
+        file.write_text("".join(f"{name}\n" for name in names))
+        words = [verb, *options, "--ssh-config", farm.config, *([file] if names else [])]
+        words += ["--no-install", "--python", PYTHON] if verb == "up" and "--python" not in options else []
+        return run_fleet(*words, env={**FAST, **how.pop("env", {})}, **how)
+
+    return run
+
+
+def rows(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    """The hosts of a JSON document on stdout."""
+    document = json.loads(done.stdout)
+    assert document["schema"] == 1
+    return {row["host"]: row for row in document["hosts"]}
+
+
+def pids(found: dict[str, dict[str, Any]]) -> dict[str, int]:
+    return {worker["name"]: worker["pid"] for row in found.values() for worker in row["workers"]}
+
+
+def submit(client: Any, script: str) -> str:
+    """Submit one line of shell; returns the job's id."""
+    return submit_commands(client, "default", [(None, Command(("sh", "-c", script)))], Options())[0]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits for init to collect it does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def beating(client: Any) -> list[str]:
+    names = [name.decode() for name in client.smembers(keys.FLEET_WORKERS)]
+    return sorted(name for name in names if client.exists(keys.worker_beat(name)))
+
+
+def test_five_hosts_of_which_one_is_down(farm, fleet, redis_client):
+    names = ["host1", "host2", "host3", "host4", "host5"]
+    for name in names:
+        farm.add(name, start=name != "host3")
+
+    done = fleet("up", *names)
+    assert done.returncode == 3, done.stdout + done.stderr
+    lines = dict(line.split("  ", 1) for line in done.stdout.splitlines() if not line.startswith(" "))
+    assert "refused the connection" in lines.pop("host3")
+    assert all(line.startswith("started: ") for line in lines.values())
+    assert "[FAILED] host3: connect: " in done.stderr
+    assert beating(redis_client) == ["host1-0", "host2-0", "host4-0", "host5-0"]
+
+    first = pids(rows(fleet("up", *names, options=("--json",))))
+    again = rows(fleet("up", options=("--json",)))
+    assert {row["outcome"] for name, row in again.items() if name != "host3"} == {"running"}
+    assert again["host3"]["error"]["code"] == "refused"
+    assert pids(again) == first, "nothing is started twice"
+    assert len([p for p in fleet_processes(farm.folder) if "fleet.worker" in p.cmdline()]) == 4
+
+    farm.hosts["host3"].start()
+    mended = fleet("up", options=("--json",))
+    assert mended.returncode == 0
+    assert rows(mended)["host3"]["outcome"] == "started"
+
+    ended = fleet("down")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert fleet_processes(farm.folder) == []
+    assert beating(redis_client) == []
+    assert not list(farm.folder.rglob("*.config.json")), "no credentials are left behind"
+
+
+def test_down_does_not_take_a_host_that_is_away_for_stopped(farm, fleet):
+    farm.add("host1")
+    farm.add("host2")
+    assert fleet("up", "host1", "host2").returncode == 0
+    farm.hosts["host2"].stop()
+    done = fleet("down", options=("--json",))
+    assert done.returncode == 3
+    assert rows(done)["host1"]["outcome"] == "stopped"
+    assert rows(done)["host2"]["error"]["code"] == "refused"
+    assert fleet_processes(farm.folder / "host2") != []
+    farm.hosts["host2"].start()
+    assert fleet("down", options=("host2",)).returncode == 0
+    assert fleet_processes(farm.folder) == []
+
+
+def test_down_force_leaves_nothing_of_a_running_job(farm, fleet, redis_client, eventually):
+    farm.add("host1")
+    assert fleet("up", "host1").returncode == 0
+    submit(redis_client, f"echo up > {farm.folder}/job; sleep 1000")
+    eventually((farm.folder / "job").exists)
+    done = fleet("down", options=("--force",))
+    assert (done.returncode, "killed" in done.stdout) == (0, True), done.stdout
+    assert fleet_processes(farm.folder) == []
+
+
+def test_a_down_with_grace_hands_back_what_runs(farm, fleet, redis_client, eventually):
+    farm.add("host1")
+    assert fleet("up", "host1").returncode == 0
+    job = submit(redis_client, f"echo up > {farm.folder}/job; sleep 1000")
+    eventually((farm.folder / "job").exists)
+    done = fleet("down", options=("--grace", "0.5"))
+    assert (done.returncode, "stopped" in done.stdout) == (0, True), done.stdout
+    assert redis_client.hget(keys.job(job), "status") == b"queued"
+    assert fleet_processes(farm.folder) == []
+
+
+@pytest.mark.parametrize(
+    "options", [("--workers-per-host", "2"), ("--workers-per-host", "2", "--slots", "3")]
+)
+def test_what_is_started_is_what_was_asked_for(farm, fleet, redis_client, options):
+    farm.add("host1")
+    more = ("--queues", "high,low", "--label", "kind=test", "--output-dir", "~/out", *options)
+    done = fleet("up", "host1 label.own=yes", options=(*more, "--json"))
+    assert done.returncode == 0, done.stderr
+    assert beating(redis_client) == ["host1-0", "host1-1"]
+    record = json.loads(redis_client.get(keys.worker_record("host1-1")))
+    assert (record["host"], record["queues"]) == ("host1", ["high", "low"])
+    assert record["labels"] == {"kind": "test", "own": "yes"}
+    assert record["slots"] == (3 if "--slots" in options else max(1, record["cpus"] // 2))
+    assert (farm.hosts["host1"].home / "out/log/host1-1.log").exists()
+    assert fleet("down").returncode == 0, "it is known where they write"
+    assert fleet_processes(farm.folder) == []
+
+
+def test_a_hosts_file_with_faults_starts_nothing_and_no_broker(farm, run_fleet, tmp_path, home):
+    farm.add("host1")
+    file = tmp_path / "hosts.txt"
+    file.write_text("host1\n@nobody\nhost1:0 slot=1\n")
+    done = run_fleet("up", file, "--ssh-config", farm.config)
+    assert done.returncode == 2
+    for line in (2, 3):
+        assert f"{file}:{line}: " in done.stderr
+    assert not list(home.rglob("broker*")), "no broker was started"
+    assert not farm.known_hosts.exists(), "no host was reached"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--max-parallel-ssh", "0"), "0 is not in the range"),
+        (("--connect-timeout", "0"), "0.0 is not in the range"),
+        (("--workers-per-host", "0"), "0 is not in the range"),
+        (("--queues", "a b"), "is no queue name"),
+        (("--label", "novalue"), "key=value"),
+        (("--output-dir", "relative"), "must begin with / or ~/"),
+        (("--local", "2"), "exclude each other"),
+    ],
+)
+def test_words_that_are_off_are_refused_before_anything_happens(farm, fleet, options, said):
+    done = fleet("up", "host1", options=options)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("verb", ["up", "down"])
+def test_an_ssh_config_that_is_not_there_is_told(run_fleet, fleet_redis_url, verb, tmp_path):
+    (tmp_path / "hosts.txt").write_text("host1\n")
+    words = [verb, "--ssh-config", "/none", *([tmp_path / "hosts.txt"] if verb == "up" else [])]
+    done = run_fleet(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cannot read --ssh-config /none" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["up", "down"])
+def test_no_hosts_at_all(fleet, verb):
+    done = fleet(verb)
+    assert done.returncode == 2
+    assert "No hosts configured. Use 'fleet hosts add' or 'fleet up HOSTS'." in done.stderr
+
+
+def test_down_of_a_host_that_is_not_kept(fleet, run_fleet):
+    assert run_fleet("hosts", "add", "host1").returncode == 0
+    done = fleet("down", options=("host9",))
+    assert done.returncode == 4
+    assert "no host host9 is kept" in done.stderr
+
+
+def test_a_dry_run_changes_nothing(farm, fleet, redis_client):
+    host = farm.add("host1")
+    done = fleet("up", "host1", options=("--dry-run", "--python", PYTHON, "--json"))
+    assert done.returncode == 0, done.stderr
+    row = rows(done)["host1"]
+    assert (row["outcome"], row["note"]) == ("planned", "would install")
+    assert [worker["state"] for worker in row["workers"]] == ["would start"]
+    assert list(host.home.iterdir()) == []
+    assert redis_client.dbsize() == 0
+
+
+def test_a_worker_that_dies_is_told_with_its_log(farm, fleet):
+    host = farm.add("host1")
+    (host.home / "out").mkdir()
+    (host.home / "out/jobs").write_text("a file where the worker wants a folder")
+    done = fleet("up", "host1", options=("--output-dir", "~/out", "--json"))
+    assert done.returncode == 1
+    row = rows(done)["host1"]
+    assert (row["step"], row["error"]["code"]) == ("confirm", "worker_died")
+    assert row["error"]["message"].startswith("worker host1-0 died. Last log:\n")
+    assert f"cannot write to {host.home}/out" in row["error"]["message"]
+    shown = fleet("up", "host1", options=("--output-dir", "~/out"))
+    assert "[FAILED] host1: confirm: worker host1-0 died. Last log:" in shown.stderr
+
+
+def test_rq_fleet_that_is_not_there_is_told(farm, fleet):
+    farm.add("host1")
+    done = fleet("up", "host1", options=("--no-install", "--python", "/usr/bin/python3", "--json"))
+    assert done.returncode == 1
+    assert rows(done)["host1"]["error"]["code"] == "install_failed"
+
+
+def test_an_interrupt_tells_who_was_started_and_who_was_not(
+    farm, fleet_redis_url, spawn, tmp_path, eventually
+):
+    farm.add("host1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        farm.alias("silent", silent.getsockname()[1])
+        file = tmp_path / "hosts.txt"
+        file.write_text("host1\nsilent\n")
+        argv = [fleet_script(), "up", file, "--ssh-config", farm.config, "--no-install", "--python", PYTHON]
+        out, err = tmp_path / "out", tmp_path / "err"
+        with out.open("w") as stdout, err.open("w") as stderr:
+            up = spawn(argv, stdout=stdout, stderr=stderr)
+            eventually(lambda: "host1: confirm ok" in err.read_text(), timeout_seconds=30)
+            up.send_signal(signal.SIGINT)
+            assert up.wait(timeout=20) == 130
+    lines = out.read_text().splitlines()
+    assert lines[0].startswith("host1   started: host1-0")
+    assert lines[1].startswith("silent  untouched")
+    assert "Traceback" not in err.read_text()
+
+
+def test_no_secret_is_seen_in_a_process_list_a_log_or_an_environment(farm, fleet, own_redis, eventually):
+    secret = "hunt-for-this-secret"
+    server = own_redis("--requirepass", secret)
+    url = f"redis://:{secret}@127.0.0.1:{server.port}/0"
+    farm.add("host1")
+    with Watcher(secret) as watcher:
+        done = fleet("up", "host1", env={"FLEET_REDIS_URL": url})
+        assert done.returncode == 0, done.stderr
+        with server.client(password=secret) as client:
+            submit(client, f"env > {farm.folder}/environ")
+        eventually(lambda: (farm.folder / "environ").exists() and (farm.folder / "environ").read_text())
+        workers = fleet_processes(farm.folder)
+        assert workers
+        assert not [p for p in workers if secret in " ".join(p.environ().values())]
+        assert secret not in (farm.folder / "environ").read_text()
+        assert fleet("down", env={"FLEET_REDIS_URL": url}).returncode == 0
+    assert watcher.rounds > 10
+    assert watcher.found == set()
+    assert secret not in done.stdout + done.stderr
+    holding = [
+        path for path in farm.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()
+    ]
+    assert holding == []
+
+
+class Watcher:
+    """Looks for a word in all command lines, again and again, from a thread. The server's own is known."""
+
+    def __init__(self, word: str) -> None:
+        self.word, self.found, self.rounds = word, set[str](), 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.005):
+            self.rounds += 1
+            for file in Path("/proc").glob("[0-9]*/cmdline"):
+                self._look(file)
+
+    def _look(self, file: Path) -> None:
+        try:
+            line = file.read_bytes().decode("utf-8", "replace")
+        except OSError:
+            return
+        if self.word in line and "redis-server" not in line:
+            self.found.add(line)
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def test_the_bundle_is_installed_for_real(farm, fleet, redis_client):
+    host = farm.add("host1", **{name: value for name, value in os.environ.items() if name.startswith("PIP_")})
+    done = fleet("up", "host1", options=("--python", PYTHON, "--json"), timeout_seconds=110)
+    assert done.returncode == 0, done.stderr
+    assert beating(redis_client) == ["host1-0"]
+    (worker,) = [p for p in fleet_processes(host.folder) if "fleet.worker" in p.cmdline()]
+    venvs = host.home / ".local/share/rq-fleet/venvs"
+    assert worker.cmdline()[0].startswith(str(venvs))
+    again = fleet("up", "host1", options=("--no-install", "--json", "--python", PYTHON))
+    assert rows(again)["host1"]["outcome"] == "running"
+    assert fleet("down").returncode == 0
+    assert fleet_processes(farm.folder) == []
+
+
+def test_workers_on_this_machine_without_ssh(run_fleet, redis_client, fleet_redis_url, home, tmp_path):
+    name = this_host()
+    done = run_fleet("up", "--local", "2", "--json", env=FAST, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert beating(redis_client) == [f"{name}-0", f"{name}-1"]
+    first = pids(rows(done))
+    again = run_fleet("up", "--local", "2", "--json", env=FAST)
+    assert pids(rows(again)) == first
+    assert rows(again)[name]["outcome"] == "running"
+    assert "this machine" in run_fleet("hosts", "list").stdout
+    assert run_fleet("down", env=FAST).returncode == 0
+    assert not [pid for pid in first.values() if is_alive(pid)]
+    assert "not running" in run_fleet("down", name).stdout
+
+
+def test_hosts_are_kept_listed_and_removed(run_fleet, fleet_redis_url, tmp_path):
+    file = tmp_path / "hosts.txt"
+    file.write_text("alice@gpu7:2222 slots=2 label.a=b\n[2001:db8::1]\n")
+    assert run_fleet("hosts", "add-file", file).returncode == 0
+    assert run_fleet("hosts", "add", "one", "GPU7 slots=3").returncode == 0
+    listed = run_fleet("hosts", "list")
+    assert listed.stdout.splitlines() == ["[2001:db8::1]", "GPU7  slots=3", "one"]
+    assert run_fleet("hosts", "add", "two", "bad:0").returncode == 2
+    assert run_fleet("hosts", "remove", "one", "three").returncode == 4
+    assert run_fleet("hosts", "remove", "one", "2001:DB8::1").returncode == 0
+    document = json.loads(run_fleet("hosts", "list", "--json").stdout)
+    assert [(row["name"], row["slots"]) for row in document["hosts"]] == [("GPU7", 3)]
