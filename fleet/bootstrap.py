@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: seconds a worker gets from its start to its first beat
 CONFIRM_SECONDS = 30.0
+#: a clock that is off by more is worth telling; leases go by the clock of Redis, logs do not
+_SKEW_SECONDS = 5.0
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 
 
@@ -224,7 +226,11 @@ def _note(started: Sequence[base.Started]) -> str:
 def _described(probe: base.Probe) -> str:
     gpus = f", {len(probe.gpus)} GPUs" if probe.gpus else ""
     size = probe.memory_bytes / 2**30
-    return f"{probe.system}, Python {probe.python_version}, {probe.cpus} CPUs, {size:.0f} GiB{gpus}"
+    skew = probe.clock_skew_seconds
+    clock = (
+        f", clock {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}" if abs(skew) > _SKEW_SECONDS else ""
+    )
+    return f"{probe.system}, Python {probe.python_version}, {probe.cpus} CPUs, {size:.0f} GiB{gpus}{clock}"
 
 
 def _told(started: Sequence[base.Started]) -> str:

@@ -27,6 +27,8 @@ CANDIDATES = (
 )
 #: an install gets this many times the limit of other commands
 INSTALL_FACTOR = 10
+#: what the environment of a bundle takes, with pip's own room to unpack
+INSTALL_BYTES = 250 * 2**20
 _NO_PYTHON = "rq-fleet-no-python:"
 #: stands in for the first Python that is new enough, and feeds it the program below
 _FINDER = """\
@@ -109,6 +111,12 @@ class ShellLauncher(ABC):
         ready = [venv.python for venv in found.venvs if venv.key == bundle.key]
         if ready:
             return ready[-1]
+        if found.free_disk_bytes < INSTALL_BYTES:
+            raise base.DiskFull(
+                f"{found.free_disk_bytes / 2**20:.0f} MiB are free at {found.data_dir}:"
+                f" an install takes up to {INSTALL_BYTES / 2**20:.0f} MiB",
+                _HINTS["no_space"],
+            )
         if not found.can_make_venvs:
             raise base.InstallFailed(
                 f"{found.python} cannot make virtual environments: its module venv or ensurepip is missing",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
+import logging
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ import asyncssh
 from broker.errors import UsageError
 from fleet.launchers import base
 from fleet.launchers.ssh_known_hosts import Entry, KnownHosts
+
+log = logging.getLogger(__name__)
 
 #: a jump through more hosts than this goes in circles
 _MOST_JUMPS = 8
@@ -171,7 +174,10 @@ class _Attempt:
         self.shown_key = key.get_fingerprint()
         if any(entry.kind == "key" for entry in self.known):
             return False
-        self.known_hosts.record(host, None if self.settings.host_key_alias else port, key)
+        try:
+            self.known_hosts.record(host, None if self.settings.host_key_alias else port, key)
+        except OSError as exc:  # as ssh(1): the connection is made, and next time is the first again
+            log.warning("the host key of %s could not be recorded: %s", host, exc)
         return True
 
     def _explained(self, exc: Exception, hops: Sequence[object]) -> base.ConnectError:

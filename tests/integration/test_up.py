@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -371,3 +372,34 @@ def test_hosts_are_kept_listed_and_removed(run_fleet, fleet_redis_url, tmp_path)
     assert run_fleet("hosts", "remove", "one", "2001:DB8::1").returncode == 0
     document = json.loads(run_fleet("hosts", "list", "--json").stdout)
     assert [(row["name"], row["slots"]) for row in document["hosts"]] == [("GPU7", 3)]
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with no space left."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
+    try:
+        with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b"x" * 4096):
+                pass
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("how", [("--no-install",), ()])
+def test_a_full_disk_is_told_and_the_other_host_goes_on(farm, fleet, full_disk, how):
+    farm.add("host1", XDG_STATE_HOME=str(full_disk), XDG_DATA_HOME=str(full_disk))
+    farm.add("host2")
+    # what is to be installed would be so at both hosts: the second is given what is there
+    options = ("--python", PYTHON, "--json", *how)
+    names = ("host1", "host2") if how else ("host1",)
+    done = fleet("up", *names, options=options)
+    row = rows(done)["host1"]
+    assert row["error"]["code"] == "disk_full"
+    assert row["step"] == ("start" if how else "install")
+    assert done.returncode == (3 if how else 1)
+    assert fleet("down").returncode == 0

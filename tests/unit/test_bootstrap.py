@@ -281,6 +281,13 @@ def test_a_dry_run_starts_nothing_and_tells_what_would_be(stub):
     assert not stub.started
 
 
+def test_a_clock_that_is_off_is_told(stub):
+    stub.probe = dataclasses.replace(PROBE, clock_skew_seconds=-3600.0)
+    asyncio.run(stub.up(["a"]))
+    (detail,) = [event.detail for event in stub.events if event.step == "probe" and event.state == "done"]
+    assert detail == "Linux, Python 3.12.1, 8 CPUs, 16 GiB, clock 3600 s behind"
+
+
 @pytest.mark.parametrize(
     ("how", "outcome", "exit_code"),
     [
