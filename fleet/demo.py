@@ -157,8 +157,8 @@ class Demo:
                 os.kill(worker.pid, signal.SIGKILL)
                 self._stage.command(f"kill -9 {worker.pid}")
                 self._stage.note(
-                    f"{worker.name} is dead, with {len(worker.running)} jobs running. Their processes died with"
-                    " it; its lease runs out in 8 s (30 s by default), then others run them."
+                    f"{worker.name} is dead, with {len(worker.running)} jobs running. Their processes died"
+                    " with it; its lease runs out in 8 s (30 s by default), then others run them."
                 )
                 return worker.name
         return ""
@@ -185,7 +185,7 @@ class Demo:
             self._fleet("show", recovered[0].id)
         self._fleet("logs", ids[0])
         if finished < len(ids):
-            raise FleetError(f"{len(ids) - finished} jobs did not finish", "'fleet jobs --state failed' says why.")
+            raise FleetError(f"{len(ids) - finished} jobs did not finish")
 
     def _compare_with_rq(self) -> None:
         self._stage.scene("What we see, and what RQ's own tools see")
@@ -276,5 +276,3 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-

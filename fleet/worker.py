@@ -32,8 +32,10 @@ from fleet.chores import ChoreThread
 from fleet.executors import ExecutorConfig, ExecutorPool
 from fleet.guard import Guard
 from fleet.links import Links
-from fleet.loop import Mailbox, WorkerLoop, install_signals
+from fleet.loop import Parts, WorkerLoop
+from fleet.mailbox import Mailbox, install_signals
 from fleet.outputs import Folders
+from fleet.slots import Slots
 from fleet.worker_config import WorkerConfig
 
 log = logging.getLogger("fleet.worker")
@@ -97,36 +99,44 @@ def _work(
         stack.callback(partial(note.unlink, missing_ok=True))
         guard = Guard(session.identity.incarnation, lock.fd)
         stack.callback(guard.close)
-        environ = job_environ(os.environ, config, session.identity.incarnation)
-        pool = ExecutorPool(
-            _executor_config(config, session.settings, folders, environ),
-            on_spawn=guard.add,
-            on_exit=guard.remove,
-        )
-        stack.callback(pool.close)
-        selector = stack.enter_context(selectors.DefaultSelector())
-        links = Links(session, client, selector)
-        stack.callback(links.close)
-        context = CommandContext(
-            folders, environ, os.open(os.devnull, os.O_RDONLY), os.open(".", os.O_RDONLY)
-        )
-        mail = Mailbox()
-        loop = WorkerLoop(config, session, links, selector, context, pool, guard, mail)
+        parts = _parts(stack, config, session, client, folders, guard)
+        loop = WorkerLoop(config, parts)
         describe.loop = loop
+        install_signals(parts.mail, loop.request_stop)
         loop.beater = Beater(
             session,
             connect(config.redis_url),
-            leases=loop.leases,
+            leases=parts.slots.leases,
             record=describe,
             renewed=guard.renew,
-            post=mail.post,
+            post=parts.mail.post,
         )
         loop.chores = ChoreThread(session, connect(config.redis_url), folders)
-        install_signals(mail, loop.request_stop)
         for thread in (loop.beater, loop.chores):
             thread.start()
             stack.callback(thread.stop)
         return loop.run()
+
+
+def _parts(
+    stack: ExitStack,
+    config: WorkerConfig,
+    session: Session,
+    client: redis.Redis,
+    folders: Folders,
+    guard: Guard,
+) -> Parts:
+    settings = session.settings
+    environ = job_environ(os.environ, config, session.identity.incarnation)
+    executors = _executor_config(config, settings, folders, environ)
+    pool = ExecutorPool(executors, on_spawn=guard.add, on_exit=guard.remove)
+    stack.callback(pool.close)
+    selector = stack.enter_context(selectors.DefaultSelector())
+    links = Links(session, client, selector)
+    stack.callback(links.close)
+    null, home = (os.open(path, os.O_RDONLY) for path in (os.devnull, "."))
+    slots = Slots(settings, CommandContext(folders, environ, null, home), pool, guard, selector)
+    return Parts(session, selector, links, slots, pool, guard, Mailbox(), folders)
 
 
 def _executor_config(

@@ -1,0 +1,59 @@
+"""How other threads, and signals, reach the worker's loop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+
+from broker.work import Beat
+from fleet.beater import Denied
+
+
+class Mailbox:
+    """Letters from other threads, and a file number that becomes readable with them."""
+
+    def __init__(self) -> None:
+        self._letters: SimpleQueue[Beat | Denied] = SimpleQueue()
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+
+    def fileno(self) -> int:
+        """For the selector."""
+        return self._read
+
+    @property
+    def wake_fd(self) -> int:
+        """For signal.set_wakeup_fd: signals wake the loop too."""
+        return self._write
+
+    def post(self, letter: Beat | Denied) -> None:
+        """Leave a letter; from any thread."""
+        self._letters.put(letter)
+        try:
+            os.write(self._write, b"\0")
+        except BlockingIOError:
+            return  # full: it is readable already
+
+    def open(self) -> Iterator[Beat | Denied]:
+        """All letters there are."""
+        try:
+            while os.read(self._read, 4096):
+                continue
+        except BlockingIOError:
+            pass
+        try:
+            while True:
+                yield self._letters.get_nowait()
+        except Empty:
+            return
+
+
+def install_signals(mail: Mailbox, stop: Callable[[], None]) -> None:
+    """SIGTERM, SIGINT and SIGHUP stop the worker; the end of a child wakes it."""
+    signal.set_wakeup_fd(mail.wake_fd, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop())
+    signal.signal(signal.SIGCHLD, lambda *_: None)

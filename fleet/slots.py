@@ -1,0 +1,187 @@
+"""What runs in a worker's slots: attempts from their start to the end that is to be reported.
+
+An attempt leaves its slot when its process is gone; its lease stays known until Redis has
+accepted, or refused, its end.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+from broker import clock, command
+from broker.settings import WorkerSettings
+from broker.work import Claim, End, Outcome
+from fleet.attempt import Attempt, Cause, CommandAttempt, CommandContext, never_started
+from fleet.executors import ExecutorPool
+from fleet.function_attempt import FunctionAttempt
+from fleet.guard import Guard
+from fleet.process import CannotStart
+
+log = logging.getLogger("fleet.worker")
+
+#: seconds without claims after this host could not start a job
+_HOST_FAULT_SECONDS = 10.0
+
+
+class Slots:
+    """Starts attempts, watches their times, collects their ends. For the loop's thread, but for `leases`."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        context: CommandContext,
+        pool: ExecutorPool,
+        guard: Guard,
+        selector: selectors.BaseSelector,
+    ) -> None:
+        self._settings = settings
+        self._context = context
+        self._pool = pool
+        self._guard = guard
+        self._selector = selector
+        #: by lease: what runs, what ended and is not reported yet, and the jobs of both
+        self._attempts: dict[str, Attempt] = {}
+        self._ends: dict[str, End] = {}
+        self._leases: dict[str, str] = {}
+        #: why this host cannot run jobs at the moment, and when it may be tried again
+        self.fault = ""
+        self.fault_until = 0.0
+        #: when something last started or ended, monotonic seconds
+        self.busy_at = clock.monotonic()
+
+    def __len__(self) -> int:
+        """How many attempts run."""
+        return len(self._attempts)
+
+    def __iter__(self) -> Iterator[Attempt]:
+        """What runs."""
+        return iter(list(self._attempts.values()))
+
+    def get(self, lease: str) -> Attempt | None:
+        """The attempt under that lease, if it runs."""
+        return self._attempts.get(lease)
+
+    @property
+    def ends(self) -> list[End]:
+        """What ended and is not reported yet."""
+        return list(self._ends.values())
+
+    def leases(self) -> dict[str, str]:
+        """Lease -> job of all that runs or is not reported yet; also called from the heartbeat's thread."""
+        return self._leases.copy()
+
+    # -- claims and ends -------------------------------------------------------------------
+
+    def admit(self, claims: Iterable[Claim]) -> None:
+        """Make claims known to the heartbeat. They are started after that."""
+        for claim in claims:
+            self._leases[claim.lease] = claim.job_id
+
+    def start(self, claim: Claim) -> None:
+        """Start an attempt; one that cannot be started ends at once."""
+        try:
+            what = command.from_data(claim.fields.get(b"data"))
+            if what is None:
+                self._run(FunctionAttempt.start(claim, self._pool, self._context.folders))
+            else:
+                attempt = CommandAttempt.start(claim, what, self._context)
+                self._guard.add(attempt.pgid)
+                self._run(attempt)
+        except command.Damaged as exc:
+            self._ends[claim.lease] = never_started(claim, f"DamagedJob: {exc}")
+        except CannotStart as exc:
+            self._could_not_start(claim, exc)
+
+    def settled(self, end: End) -> None:
+        """Redis has heard of this end, and accepted or refused it."""
+        self._ends.pop(end.claim.lease, None)
+        self._leases.pop(end.claim.lease, None)
+
+    def drop_ends(self) -> None:
+        """Nothing can be reported any more."""
+        self._ends.clear()
+
+    def collect(self, *, redis_is_away: bool) -> bool:
+        """Turn attempts that ended into ends to report; says whether there were any.
+
+        What the sidecar killed when the leases were about to end is lost, and did not fail; if
+        Redis was away it is lost through nobody's fault.
+        """
+        ended = [(lease, attempt) for lease, attempt in self._attempts.items() if attempt.has_ended()]
+        if ended:
+            self._mark_killed(uncounted=redis_is_away)
+        for lease, attempt in ended:
+            self._finish(lease, attempt)
+        return bool(ended)
+
+    def _run(self, attempt: Attempt) -> None:
+        self._attempts[attempt.claim.lease] = attempt
+        self.busy_at = clock.monotonic()
+        if isinstance(attempt, FunctionAttempt):
+            self._selector.register(attempt.execution, attempt.events(), partial(self._on_execution, attempt))
+
+    def _on_execution(self, attempt: FunctionAttempt) -> None:
+        attempt.execution.flush()
+        if not attempt.has_ended():
+            self._selector.modify(attempt.execution, attempt.events(), partial(self._on_execution, attempt))
+
+    def _could_not_start(self, claim: Claim, exc: CannotStart) -> None:
+        outcome: Outcome = "failed"
+        if exc.host_fault:
+            outcome = "handed-back"
+            self.fault, self.fault_until = exc.reason, clock.monotonic() + _HOST_FAULT_SECONDS
+            log.warning("this host cannot start jobs: %s", exc.reason)
+        self._ends[claim.lease] = never_started(claim, exc.reason, outcome=outcome)
+
+    def _finish(self, lease: str, attempt: Attempt) -> None:
+        if isinstance(attempt, FunctionAttempt):
+            self._selector.unregister(attempt.execution)
+        else:
+            self._guard.remove(attempt.pgid)
+        self._ends[lease] = attempt.collect(self._settings.output_tail_bytes)
+        del self._attempts[lease]
+        self.busy_at = clock.monotonic()
+
+    # -- interruptions ---------------------------------------------------------------------
+
+    def next_time(self) -> float:
+        """When an attempt has run too long, or its grace ends; monotonic seconds."""
+        times = (at for attempt in self for at in (attempt.timeout_at, attempt.kill_at) if at is not None)
+        return min(times, default=float("inf"))
+
+    def enforce_times(self) -> None:
+        """Interrupt what ran too long, kill what was given its grace."""
+        now = clock.monotonic()
+        for attempt in self:
+            if attempt.timeout_at is not None and now >= attempt.timeout_at:
+                attempt.interrupt("timeout", self._settings.kill_grace_seconds)
+            if attempt.kill_at is not None and now >= attempt.kill_at:
+                attempt.kill()
+
+    def stop_job(self, job_id: object) -> None:
+        """An operator, or RQ's stop-job, wants it ended."""
+        for attempt in self:
+            if attempt.claim.job_id == job_id:
+                self.end(attempt, "stop")
+
+    def end(self, attempt: Attempt, cause: Cause) -> None:
+        """End one attempt: a command gets a grace to stop in, a function is killed, as RQ does."""
+        log.info("job %s: %s", attempt.claim.job_id, cause)
+        if cause == "stop" and isinstance(attempt, CommandAttempt):
+            attempt.interrupt(cause, self._settings.kill_grace_seconds)
+        else:
+            attempt.kill(cause)
+
+    def kill_all(self, cause: Cause) -> None:
+        """End everything now."""
+        for attempt in self:
+            attempt.kill(cause)
+
+    def _mark_killed(self, *, uncounted: bool) -> None:
+        killed = self._guard.killed()
+        for attempt in self if killed else ():
+            if attempt.pgid in killed:
+                attempt.cause, attempt.uncounted = "lost", uncounted
