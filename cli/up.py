@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fleet.bootstrap import Orders
     from fleet.hosts import Host
     from fleet.launchers.ssh import SshOptions
-    from fleet.results import HostResult, OnEvent, Report
+    from fleet.results import HostResult, OnEvent, Report, WorkerResult
 
 Options = dict[str, Any]
 Command = Callable[..., Any]
@@ -229,16 +229,18 @@ def _print(report: Report) -> None:
 
 
 def _line(result: HostResult) -> str:
-    workers = ", ".join(_worker(worker.name, worker.state, worker.pid) for worker in result.workers)
     if result.error:
         return f"[FAILED] {result.step}: {result.error.message}"
+    workers = ", ".join(_worker(worker, result.outcome) for worker in result.workers)
     note = f" ({result.note})" if result.note else ""
     return f"{result.outcome}{': ' if workers else ''}{workers}{note}"
 
 
-def _worker(name: str, state: str, pid: int | None) -> str:
-    about = state if pid is None else f"{state}, pid {pid}"
-    return f"{name} ({about})"
+def _worker(worker: WorkerResult, outcome: str) -> str:
+    """The worker, and its state where that is not the host's."""
+    about = [] if worker.state == outcome else [worker.state]
+    about += [] if worker.pid is None else [f"pid {worker.pid}"]
+    return f"{worker.name} ({', '.join(about)})" if about else worker.name
 
 
 def _document(result: HostResult) -> dict[str, Any]:

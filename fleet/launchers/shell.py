@@ -138,7 +138,8 @@ class ShellLauncher(ABC):
                 "python": python,
                 "output_dir": orders[0].output_dir,
                 "orders": [dataclasses.asdict(order) for order in orders],
-            }
+            },
+            self._limit + _SECONDS_A_WORKER * len(orders),
         )
         return tuple(base.Started(**worker) for worker in answer["workers"])
 
@@ -199,6 +200,8 @@ class ShellLauncher(ABC):
         )
 
 
+#: what one worker adds to the limit of `start`: they are started one after the other
+_SECONDS_A_WORKER = 1.0
 #: what `stop` at the host may take after the grace
 _AFTER_GRACE_SECONDS = agent.HURRY_SECONDS + agent.CHILDREN_SECONDS + 2 * agent.KILL_SECONDS
 
