@@ -192,7 +192,9 @@ def check_role(patient: Patient) -> Finding:
         return Finding(
             "role", "error", "a replica, which takes no change", "Name the primary with --redis URL."
         )
-    return Finding("role", *(("ok", "primary") if role == "master" else ("unknown", "Redis does not tell")))
+    if role != "master":
+        return Finding("role", "unknown", "Redis does not tell")
+    return Finding("role", "ok", "primary")
 
 
 # --- rights ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     rq:finished|failed|deferred|scheduled|canceled:Q   zset   jobs of that state
     rq:group:G                    set     ids of the jobs of a group
     rq:workers, rq:workers:Q      set     keys of workers
-    rq:worker:NAME                hash    the worker as RQ knows it; TTL of two leases
+    rq:worker:NAME                hash    the worker as RQ knows it; TTL as its heartbeat key
     rq:pubsub:NAME                channel RQ's commands to a worker
     rq:suspended                  string  `rq suspend`
 

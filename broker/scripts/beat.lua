@@ -20,7 +20,7 @@ end
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5])
 redis.call('HSET', KEYS[3], 'last_heartbeat', NOW)
-redis.call('PEXPIRE', KEYS[3], 2 * ARGV[3])
+redis.call('PEXPIRE', KEYS[3], ARGV[3])
 
 local known, lost, stopped, foreign = {}, {}, {}, {}
 local seconds = string.format('%.3f', NOW_MS / 1000)

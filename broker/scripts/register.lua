@@ -16,7 +16,7 @@ redis.call('SET', KEYS[2], ARGV[5], 'EX', ARGV[6])
 redis.call('SADD', K.FLEET_WORKERS, worker)
 redis.call('DEL', KEYS[3], KEYS[4])
 redis.call('HSET', KEYS[3], 'birth', NOW, 'last_heartbeat', NOW, 'state', 'idle', unpack(ARGV, 8 + queue_count))
-redis.call('PEXPIRE', KEYS[3], 2 * ARGV[4])
+redis.call('PEXPIRE', KEYS[3], ARGV[4])
 redis.call('SADD', K.WORKERS, KEYS[3])
 for i = 8, 7 + queue_count do
   redis.call('SADD', key('queue_workers', ARGV[i]), KEYS[3])
