@@ -312,6 +312,20 @@ def test_down_does_not_take_unreachable_for_stopped(stub):
     assert report.exit_code == 3
 
 
+def test_an_interrupted_down_does_not_claim_what_it_did_not_see(stub):
+    async def down(ready: asyncio.Event) -> Report:
+        async def hang() -> None:
+            ready.set()
+            await asyncio.Event().wait()
+
+        stub.steps["stop", "a"] = hang
+        return await stub.down(["a"])
+
+    report = interrupted(down)
+    assert (outcomes(report), report.exit_code) == (["unconfirmed"], 130)
+    assert stub.open == 0
+
+
 def test_a_hosts_own_options_come_before_those_of_the_command_line():
     orders = Orders(
         URL, workers_per_host=2, slots=3, labels={"a": "1", "b": "1"}, output_dir="~/out", paths=("~/p",)
