@@ -4,6 +4,10 @@ It keeps an append-only file, evicts nothing, listens on loopback unless told ot
 always asks for its password. It outlives the command that started it, and its terminal.
 Nothing here ever sends a signal: a server ends by its own SHUTDOWN, and whether it lives is
 told by a lock that it holds. fleet/embedded_folder.py says which file is which.
+
+What a kill -9 of the server may lose: while the disk is busy with an fsync, Redis answers
+writes before it hands them to the kernel (for 2 s at the most: `aof_buffer_length` of INFO,
+"appendfsync everysec" of redis.conf). A machine that loses power loses a second, as ever.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+from urllib.parse import quote
 
 from broker.errors import FleetError
 
@@ -189,11 +190,11 @@ def throwaway(program: ServerProgram, data_dir: Path) -> Iterator[redis.Redis]:
     It listens on a unix socket alone and writes no append-only file until told to.
     Raises ServerDied when it cannot load the file.
     """
-    import redis
+    from broker.connection import connect
 
     with _short_folder() as folder:
         process = _launch_throwaway(program, data_dir, folder)
-        client = redis.Redis(unix_socket_path=str(folder / "s"), socket_timeout=ANSWER_SECONDS)
+        client = connect(f"unix://{quote(str(folder / 's'))}", timeout_seconds=ANSWER_SECONDS)
         try:
             _await_throwaway(process, client, folder / "log")
             yield client
