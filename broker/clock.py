@@ -18,8 +18,8 @@ def monotonic() -> float:
 
 def boottime() -> float:
     """Seconds on a clock that runs on while the machine is suspended: the one leases are watched by."""
-    clock = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic() if clock is None else time.clock_gettime(clock)
+    # macOS has no CLOCK_BOOTTIME; its CLOCK_MONOTONIC runs on in sleep, time.monotonic() does not
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def from_iso(text: str | bytes | None) -> datetime | None:

@@ -71,9 +71,13 @@ def password_from(settings: Settings) -> str | None:
 
 
 def with_password(url: str, password: str | None) -> str:
-    """`url` carrying `password`, where it has none of its own. Never print what this returns."""
+    """`url` carrying `password`, where it has none of its own. Never print what this returns.
+
+    Raises UsageError for a URL that cannot be read.
+    """
     from urllib.parse import quote
 
+    check_url(url)
     parts = urlsplit(url)
     if password is None or parts.password is not None or parts.scheme == "unix":
         return url

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from broker import failures
 from broker.work import Claim, End, Tails
-from fleet.attempt import Attempt
+from fleet.attempt import Attempt, never_started
 from fleet.executors import Execution, ExecutorPool, Outcome
 from fleet.outputs import Folders, file_end, output_paths, tail_of
 
@@ -52,6 +52,8 @@ class FunctionAttempt(Attempt):
         tails = self._final_tails(outcome, tail_bytes)
         if self.cause and (outcome.kind == "died" or self.cause == "lost"):
             return self.interrupted_end(self.cause, tails)
+        if outcome.could_not_start:
+            return never_started(self.claim, outcome.exc_string or "no executor", outcome="handed-back")
         return _ENDS[outcome.kind](self.claim, outcome, tails)
 
     def output_ends(self) -> tuple[int, int]:

@@ -70,7 +70,8 @@ class Guard:
     def _replace(self) -> None:
         log.warning("the sidecar died: starting another")
         self._unwatch()
-        with self._lock, suppress(SidecarGone):
+        # where none can be started now, the next turn tries again
+        with self._lock, suppress(SidecarGone, OSError):
             self._killed |= self._sidecar.killed()
             self._sidecar = self._sidecar.successor()
         if self._selector:

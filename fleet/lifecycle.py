@@ -10,6 +10,8 @@ import fcntl
 import json
 import logging
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,23 +26,24 @@ from fleet.outputs import Folders
 
 log = logging.getLogger("fleet.worker")
 
-#: seconds to wait for a worker of this name that is just leaving
-_LOCK_WAIT_SECONDS = 5.0
+#: seconds to wait for a worker of this name that is just leaving, or whose sidecar is still killing
+_LOCK_WAIT_SECONDS = 40.0
 
 
 class NameLock:
     """An exclusive lock on NAME.lock; `fd` is handed to the sidecar too."""
 
     def __init__(self, folders: Folders, name: str) -> None:
+        self._note = run_file(folders, name)
         self._path = folders.run / f"{name}.lock"
         self._name = name
         self.fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def acquire(self) -> None:
-        """Take it, waiting a little. Raises Conflict where another worker has it."""
+        """Take it, waiting for what a dead worker left. Raises Conflict where a live one has it."""
         deadline = clock.monotonic() + _LOCK_WAIT_SECONDS
         while not self._try():
-            if clock.monotonic() > deadline:
+            if clock.monotonic() > deadline or _is_live(self._note):
                 raise Conflict(
                     f"a worker named {self._name} runs here already (it holds {self._path})",
                     "Give this one another --name, or stop that one first.",
@@ -64,6 +67,15 @@ class NameLock:
         return True
 
 
+def _is_live(note: Path) -> bool:
+    """Whether the process that wrote this note is still that process."""
+    try:
+        fields = json.loads(note.read_text())
+        return bool(psutil.Process(fields["pid"]).create_time() == fields["start_time"])
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return False
+
+
 def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -81,9 +93,31 @@ def prepare(folders: Folders) -> None:
         ) from exc
 
 
+def check_executor(python: str) -> None:
+    """Refuse an interpreter that could run no function. Raises UsageError.
+
+    Better now than with the first job: a worker that fails every job it claims empties a queue.
+    """
+    if python == sys.executable:
+        return
+    try:
+        command = [python, "-I", "-c", "import rq"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise UsageError(f"--executor-python {python} cannot be run: {exc}") from exc
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UsageError(f"--executor-python {python} cannot import rq: {said}", "Install rq for it.")
+
+
+def run_file(folders: Folders, name: str) -> Path:
+    """Where a worker leaves a note of its process."""
+    return folders.run / f"{name}.json"
+
+
 def write_run_file(folders: Folders, name: str, incarnation: str) -> Path:
     """Leave a note of this process for `fleet down`: it is ours if pid and start time agree."""
-    path = folders.run / f"{name}.json"
+    path = run_file(folders, name)
     started = psutil.Process().create_time()
     note = {"pid": os.getpid(), "start_time": started, "incarnation": incarnation, "version": __version__}
     temporary = path.with_suffix(".tmp")

@@ -12,17 +12,17 @@ import selectors
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import redis
 
-from broker import clock, failures
+from broker import clock
 from broker.connection import is_denied
 from broker.session import Session
 from broker.work import Beat, End, Round
+from fleet.asides import Asides
 from fleet.beater import Beater, Denied
 from fleet.chores import ChoreThread
-from fleet.executors import Execution, ExecutorPool
+from fleet.executors import ExecutorPool
 from fleet.guard import Guard
 from fleet.links import Links
 from fleet.mailbox import Mailbox
@@ -67,7 +67,7 @@ class WorkerLoop:
         self._mail = parts.mail
         self._folders = parts.folders
         self._shown: dict[str, tuple[int, int]] = {}
-        self._asides: set[Execution] = set()
+        self._asides = Asides(parts.pool, parts.selector)
         self._claim_due = True
         self._taken = 0
         self._found_nothing = False
@@ -100,6 +100,7 @@ class WorkerLoop:
         self._guard.keep_alive()
         self._claim_due |= self._slots.collect(redis_is_away=not self._is_beating())
         self._slots.enforce_times()
+        self._asides.enforce_times()
         self._enforce_stop()
         self._reconnect()
         self._exchange()
@@ -125,7 +126,7 @@ class WorkerLoop:
         return max(0.0, min(times) - clock.monotonic())
 
     def _is_done(self) -> bool:
-        if len(self._slots) or self._asides:
+        if len(self._slots) or len(self._asides):
             return False
         if self._stop_at is not None:
             # ends that cannot be told: recovery will find the leases
@@ -195,7 +196,7 @@ class WorkerLoop:
         self._slots.settled(end)
         self._shown.pop(end.claim.lease, None)
         if accepted:
-            self._follow_up(end)
+            self._asides.follow(end)
         else:
             log.warning("job %s: its lease was no longer ours, %s dropped", end.claim.job_id, end.outcome)
 
@@ -262,31 +263,6 @@ class WorkerLoop:
                     tails = attempt.tails(self._settings.output_tail_bytes)
                     self._session.save_output(self._links.client, attempt.claim, tails)
                     self._shown[attempt.claim.lease] = ends
-
-    # -- after the end of a function, as RQ does -------------------------------------------
-
-    def _follow_up(self, end: End) -> None:
-        """Its stopped callback, its webhooks: once the end is stored."""
-        job_id, fields = end.claim.job_id, end.claim.fields
-        if end.outcome == "stopped":
-            self._run_aside(self._pool.stopped_callback(job_id, fields))
-        elif end.outcome in ("finished", "failed") and fields.get(b"webhooks"):
-            now = clock.wall().strftime("%Y-%m-%dT%H:%M:%S.%fZ").encode()
-            text = failures.decoded(end.exc_string or "")
-            self._run_aside(self._pool.webhooks(job_id, {**fields, b"ended_at": now}, end.outcome, text))
-
-    def _run_aside(self, execution: Execution | None) -> None:
-        """Watch an execution that is no attempt at a job, and take its executor back."""
-        if execution is not None:
-            self._asides.add(execution)
-            self._selector.register(execution, selectors.EVENT_READ, partial(self._on_aside, execution))
-
-    def _on_aside(self, execution: Execution) -> None:
-        execution.flush()
-        if execution.receive() is not None:
-            self._selector.unregister(execution)
-            self._asides.discard(execution)
-            self._pool.release(execution)
 
     # -- what arrives ----------------------------------------------------------------------
 

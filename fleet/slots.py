@@ -91,7 +91,7 @@ class Slots:
                 self._guard.add(attempt.pgid)
                 self._run(attempt)
         except command.Damaged as exc:
-            self._ends[claim.lease] = never_started(claim, f"DamagedJob: {exc}")
+            self._end(never_started(claim, f"DamagedJob: {exc}"))
         except CannotStart as exc:
             self._could_not_start(claim, exc)
 
@@ -129,19 +129,21 @@ class Slots:
             self._selector.modify(attempt.execution, attempt.events(), partial(self._on_execution, attempt))
 
     def _could_not_start(self, claim: Claim, exc: CannotStart) -> None:
-        outcome: Outcome = "failed"
-        if exc.host_fault:
-            outcome = "handed-back"
-            self.fault, self.fault_until = exc.reason, clock.monotonic() + _HOST_FAULT_SECONDS
-            log.warning("this host cannot start jobs: %s", exc.reason)
-        self._ends[claim.lease] = never_started(claim, exc.reason, outcome=outcome)
+        outcome: Outcome = "handed-back" if exc.host_fault else "failed"
+        self._end(never_started(claim, exc.reason, outcome=outcome))
+
+    def _end(self, end: End) -> None:
+        """Note an end; one that never began for this host's fault keeps claims away for a while."""
+        if end.outcome == "handed-back" and end.duration_seconds is None:
+            self.fault, self.fault_until = end.reason, clock.monotonic() + _HOST_FAULT_SECONDS
+        self._ends[end.claim.lease] = end
 
     def _finish(self, lease: str, attempt: Attempt) -> None:
         if isinstance(attempt, FunctionAttempt):
             self._selector.unregister(attempt.execution)
         else:
             self._guard.remove(attempt.pgid)
-        self._ends[lease] = attempt.collect(self._settings.output_tail_bytes)
+        self._end(attempt.collect(self._settings.output_tail_bytes))
         del self._attempts[lease]
         self.busy_at = clock.monotonic()
 

@@ -54,6 +54,7 @@ def run(config: WorkerConfig, settings: WorkerSettings) -> int:
     time.sleep(config.startup_delay_seconds)
     folders = Folders(config.output_dir)
     lifecycle.prepare(folders)
+    lifecycle.check_executor(config.executor_python)
     lock = lifecycle.NameLock(folders, config.name)
     try:
         lock.acquire()

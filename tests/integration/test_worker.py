@@ -244,10 +244,21 @@ def test_a_function_in_fork_mode_has_a_process_of_its_own(workers: Workers) -> N
     assert [job.state for job in workers.wait(ids)] == ["finished"] * 3
 
 
-def test_an_executor_that_cannot_start_says_why(workers: Workers) -> None:
-    job = enqueue(workers, "add", 1, 1)
-    workers.start("w0", executor_python="/no/such/python")
-    assert "/no/such/python" in workers.wait([job.id])[0].reason
+@pytest.mark.parametrize(
+    ("python", "why"),
+    [("/no/such/python", "No such file"), ("/bin/false", "exit code 1"), ("rqless", "No module named 'rq'")],
+)
+def test_a_worker_whose_executors_could_run_nothing_does_not_start(
+    workers: Workers, tmp_path: Path, python: str, why: str
+) -> None:
+    if python == "rqless":
+        python = str(tmp_path / "rqless")
+        Path(python).write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+        Path(python).chmod(0o755)
+    worker = workers.start("w0", executor_python=python, wait=False)
+    assert worker.wait(20) == 2
+    assert why in workers.log("w0")
+    assert "Traceback" not in workers.log("w0")
 
 
 # -- rq's own hands ------------------------------------------------------------------------
