@@ -162,13 +162,10 @@ def _lines(job: JobView) -> Iterator[tuple[str, Cell]]:
 
 
 def _result(job: JobView) -> str | None:
-    """What a function returned; for a failure the last line of its traceback."""
-    if job.result is None:
+    """What a function returned; why it failed is its reason."""
+    if job.result is None or job.state != "finished":
         return None
-    if job.state == "finished":
-        return json.dumps(json_value(job.result), ensure_ascii=False, default=repr)
-    lines = str(job.result).strip().splitlines() if job.argv is None else []
-    return lines[-1] if lines else None
+    return json.dumps(json_value(job.result), ensure_ascii=False, default=repr)
 
 
 def _time(at: datetime | None) -> str | None:

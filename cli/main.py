@@ -48,8 +48,18 @@ VERBS: dict[str, tuple[str, str, str]] = {
 _INTERRUPTED = 130
 
 
+class ReaderGone(Exception):
+    """Nobody reads our output any more."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called, not when they are listed."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as exc:  # click would exit with 1, as if something had failed
+            raise ReaderGone from exc
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -99,7 +109,7 @@ def _run(arguments: list[str], context: Context) -> int:
         sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt):
         return _INTERRUPTED
-    except BrokenPipeError:  # `fleet jobs | head -1`: whoever read has seen enough
+    except (ReaderGone, BrokenPipeError):  # `fleet jobs | head -1`: whoever read has seen enough
         _discard_output()
         return 0
     except Exception as exc:

@@ -45,8 +45,8 @@ class Duration(_ParamType):
         if not found:
             self.fail(f"{value!r} is no duration: use seconds, or 90s, 5m, 2h, 1d.", param, ctx)
         seconds = float(found[1]) * _UNITS[found[2] or "s"]
-        if not (seconds > 0 or self._zero):
-            self.fail(f"{value!r}: must be more than 0; leave it out for no limit.", param, ctx)
+        if seconds < 0 or (seconds == 0 and not self._zero):
+            self.fail(f"{value!r}: must be {'0 or ' * self._zero}more than 0.", param, ctx)
         if not math.isfinite(seconds) or seconds > _LONGEST_SECONDS:
             self.fail(f"{value!r} is longer than a hundred years.", param, ctx)
         return seconds
@@ -82,6 +82,13 @@ class QueueName(_ParamType):
         from broker.chores import known_queues
 
         return _offer(ctx, incomplete, known_queues)
+
+
+def files(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    """Files, which the shell itself knows best."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
 
 
 def _offer(ctx: click.Context, incomplete: str, ask: Any) -> list[CompletionItem[str]]:

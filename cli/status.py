@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 _WATCH_SECONDS = 1.0
 _COLUMNS = (
-    Column("WORKER", least=12),
+    Column("WORKER", least=24),
     Column("STATE"),
     Column("SLOTS", right=True),
     Column("BEAT", right=True),
-    Column("QUEUES", rank=1, least=7),
-    Column("RUNNING", rank=2, least=16),
+    Column("QUEUES", rank=1, least=10, separator=","),
+    Column("RUNNING", rank=2, least=19, separator=" "),
     Column("DONE", rank=3, right=True),
     Column("FAILED", rank=3, right=True),
-    Column("HOST", rank=4, least=8),
+    Column("HOST", rank=4, least=16),
     Column("CPUS", rank=5, right=True),
     Column("MEMORY", rank=5, right=True),
     Column("GPUS", rank=6, least=8),
-    Column("LABELS", rank=7, least=8),
+    Column("LABELS", rank=7, least=12, separator=","),
     Column("VERSION", rank=8),
 )
 #: what docs/cli.md promises; `probe` is for `--probe`, which is to come
@@ -161,15 +161,11 @@ def _lines(context: Context, found: FleetStatus, width: int | None) -> Iterator[
 
 
 def _headline(context: Context, found: FleetStatus) -> str:
-    queued = sum(queue.queued for queue in found.queues)
-    running = sum(queue.running for queue in found.queues)
     states = [worker.state for worker in found.workers]
     by_state = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-    workers = f"{len(states)} worker{'s' * (len(states) != 1)}" + (f" ({by_state})" if states else "")
-    return (
-        f"{found.at:%H:%M:%SZ}  {workers}  {queued} queued, {running} running"
-        f"  Redis {found.redis_version} at {context.redis_address}"
-    )
+    workers = f"{len(states)} worker{'s' * (len(states) != 1)}" + (f": {by_state}" if states else "")
+    redis = f"Redis {found.redis_version} at {context.redis_address}"
+    return f"{found.at:%H:%M:%SZ}  {workers}  {redis}"
 
 
 def _notices(found: FleetStatus) -> Iterator[Text]:

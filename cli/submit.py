@@ -11,7 +11,7 @@ import click
 
 from broker.errors import UsageError
 from cli.context import Context, pass_context, print_json
-from cli.params import Duration, JobId, QueueName, json_option, variables
+from cli.params import Duration, JobId, QueueName, files, json_option, variables
 
 if TYPE_CHECKING:
     import redis
@@ -40,7 +40,9 @@ Given = dict[str, Any]
 @click.option("--wait", is_flag=True, help="Wait until it has ended; exit code 1 if it did not finish.")
 @click.option("--follow", is_flag=True, help="Wait, and print what it prints while it runs.")
 @json_option
-@click.argument("argv", metavar="[--] COMMAND [ARGUMENT]...", nargs=-1, type=click.UNPROCESSED)
+@click.argument(
+    "argv", metavar="[--] COMMAND [ARG]...", nargs=-1, type=click.UNPROCESSED, shell_complete=files
+)
 @pass_context
 def submit(context: Context, /, argv: tuple[str, ...], **given: Any) -> int:
     """Submit a command; prints the job's id alone.

@@ -40,14 +40,16 @@ STYLES = {
 class Column:
     """One column. `least`: it may be cut to so many characters; None: never cut.
 
-    Where a terminal is too narrow even so, the column with the highest `rank` is left out
-    first; those of rank 0 stay.
+    `separator` parts a cell into words: such a cell is cut between two of them, and says how
+    many more there are. Where a terminal is too narrow even so, the column with the highest
+    `rank` is left out first; those of rank 0 stay.
     """
 
     title: str
     rank: int = 0
     right: bool = False
     least: int | None = None
+    separator: str = ""
 
 
 def state(word: str) -> Cell:
@@ -114,7 +116,8 @@ def _fit(
         chosen.remove(max(i for i in chosen if columns[i].rank == rank))
     sizes = _least(columns, natural, chosen)
     spare = width - _total(sizes)
-    for i in chosen:
+    # who lacks little is served first, so that as many as can be are whole
+    for i in sorted(chosen, key=lambda i: natural[i] - sizes[i]):
         more = min(natural[i] - sizes[i], max(spare, 0))
         sizes[i] += more
         spare -= more
@@ -135,13 +138,24 @@ def _line(columns: Sequence[Column], row: Sequence[tuple[str, str]], sizes: dict
     line = Text()
     for i, size in sizes.items():
         text, style = row[i]
-        cell = Text(text, style=style)
+        cell = Text(_shortened(text, columns[i].separator, size), style=style)
         cell.truncate(size, overflow="ellipsis")
         blanks = " " * (size - cell.cell_len)
         line.append(blanks if columns[i].right else "").append_text(cell)
         line.append(("" if columns[i].right else blanks) + _GAP)
     line.rstrip()
     return line
+
+
+def _shortened(text: str, separator: str, size: int) -> str:
+    """As many words as fit, and how many more there are: "a,b +3"; a first word that is too long is kept."""
+    words = text.split(separator) if separator and len(text) > size else [text]
+    for count in range(len(words), 0, -1):
+        more = f" +{len(words) - count}" if count < len(words) else ""
+        short = separator.join(words[:count]) + more
+        if len(short) <= size:
+            return short
+    return text
 
 
 def age(seconds: float | None) -> str:
@@ -155,11 +169,13 @@ def age(seconds: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """How long something took: 0.2s, 12s, 3m12s, 2h05m."""
+    """How long something took: 4ms, 1.2s, 12s, 3m12s, 2h05m."""
     if seconds is None:
         return ""
+    if seconds < 1:
+        return f"{max(seconds, 0) * 1000:.0f}ms"
     if seconds < 10:
-        return f"{max(seconds, 0):.1f}s"
+        return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

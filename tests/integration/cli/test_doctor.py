@@ -1,0 +1,134 @@
+"""`fleet doctor`: what is wrong, and how to mend it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import rq
+
+from broker import keys
+
+
+@pytest.fixture
+def checks(run_fleet):
+    """`checks(url, code=0)`: the findings by name."""
+
+    def run(url: str, code: int = 0) -> dict[str, dict[str, str]]:
+        done = run_fleet("doctor", "--json", "--redis", url)
+        assert done.returncode == code, done
+        document = json.loads(done.stdout)
+        assert document["healthy"] == (code == 0)
+        return {check["name"]: check for check in document["checks"]}
+
+    return run
+
+
+def test_a_good_redis_is_called_good(checks, own_redis):
+    found = checks(own_redis().url)
+    assert {check["level"] for check in found.values()} == {"ok", "warning"}
+    assert [name for name, check in found.items() if check["level"] == "warning"] == ["workers"]
+    assert "everysec" in found["persistence"]["found"]
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "level", "word"),
+    [
+        (["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"], "eviction", "error", "allkeys-lru"),
+        (["--maxmemory-policy", "volatile-lru"], "eviction", "warning", "volatile-lru"),
+        (["--appendonly", "no"], "persistence", "error", "nothing is kept"),
+        (["--appendonly", "no", "--save", "60 1"], "persistence", "warning", "last snapshot"),
+        (["--appendfsync", "no"], "persistence", "warning", "half minute"),
+        (["--appendfsync", "always"], "persistence", "ok", "loses nothing"),
+        (["--replicaof", "127.0.0.1 1"], "role", "error", "replica"),
+        (["--rename-command", "CONFIG", ""], "persistence", "ok", "does not tell"),
+    ],
+)
+def test_what_is_wrong_with_redis_is_found(run_fleet, own_redis, options, name, level, word):
+    done = run_fleet("doctor", "--json", "--redis", own_redis(*options).url)
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}[name]
+    assert found["level"] == level
+    assert word in found["found"]
+    assert done.returncode == (1 if level == "error" else 0)
+    assert found["mend"] or level == "ok"
+
+
+def test_a_redis_that_is_nearly_full_is_told(checks, own_redis):
+    server = own_redis()
+    with server.client() as client:
+        client.config_set("maxmemory", client.info()["used_memory"])
+    assert checks(server.url)["memory"]["level"] == "warning"
+
+
+_ALL = "~fleet:* ~rq:* &rq:* +@all -@dangerous +info"
+
+
+@pytest.mark.parametrize(
+    ("rights", "level", "word"),
+    [
+        (_ALL, "ok", "all that is needed"),
+        (f"{_ALL} -zadd", "error", "ZADD"),
+        (f"{_ALL} -eval", "error", "eval"),
+        ("~fleet:* &rq:* +@all", "error", "rq:job:*"),
+        ("~fleet:* ~rq:* +@all", "error", "PUBLISH"),
+        ("~fleet:* +@read +ping", "error", "may not run scripts"),
+    ],
+)
+def test_the_rights_of_the_user_are_tried(run_fleet, own_redis, rights, level, word):
+    server = own_redis()
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "somebody", "on", ">pw", *rights.split())
+        before = client.dbsize()
+    done = run_fleet("doctor", "--json", "--redis", f"redis://somebody:pw@127.0.0.1:{server.port}")
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}["rights"]
+    assert found["level"] == level
+    assert word in found["found"]
+    assert "pw" not in done.stdout.replace("no password", "")
+    with server.client() as client:
+        assert client.dbsize() == before
+
+
+def test_workers_are_looked_at(checks, own_redis):
+    server = own_redis()
+    with server.client() as client:
+        _worker(client, "alive", version="9.9.9")
+        client.set(keys.worker_beat("alive"), "x")
+        _worker(client, "dead")
+        client.set(keys.SUSPENDED, "1")
+        client.sadd(keys.QUEUES, "rq:queue:a b")
+    found = checks(server.url)
+    assert "dead" in found["workers"]["found"]
+    assert "9.9.9: alive" in found["versions"]["found"]
+    assert "rq suspend" in found["taking jobs"]["found"]
+    assert "'a b'" in found["queues"]["found"]
+    levels = {found[name]["level"] for name in ("workers", "versions", "taking jobs", "queues")}
+    assert levels == {"warning"}
+
+
+def _worker(client, name: str, **fields: object) -> None:
+    record = {"name": name, "host": "h", "pid": 1, "queues": ["default"], "version": "0.1.0", **fields}
+    client.sadd(keys.FLEET_WORKERS, name)
+    client.set(keys.worker_record(name), json.dumps(record))
+
+
+def test_a_stock_rq_worker_on_our_queues_is_an_error(checks, own_redis):
+    server = own_redis()
+    with server.client() as client:
+        rq.Worker(["elsewhere"], connection=client, name="stock").register_birth()
+        _worker(client, "ours")
+        assert checks(server.url)["rq workers"]["level"] == "ok"
+        rq.Worker(["default"], connection=client, name="clashing").register_birth()
+    assert "clashing" in checks(server.url, code=1)["rq workers"]["found"]
+
+
+def test_the_text_says_how_to_mend(run_fleet, own_redis):
+    done = run_fleet("doctor", "--redis", own_redis("--appendonly", "no").url)
+    assert done.returncode == 1
+    assert "error    persistence" in done.stdout
+    assert "-> redis-cli CONFIG SET appendonly yes" in done.stdout
+
+
+def test_no_redis_is_exit_code_6(run_fleet, free_port):
+    done = run_fleet("doctor", "--json", "--redis", f"redis://127.0.0.1:{free_port()}")
+    assert done.returncode == 6
+    assert json.loads(done.stderr)["error"]["code"] == "redis_unreachable"
