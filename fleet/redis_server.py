@@ -40,6 +40,9 @@ _VERSION = re.compile(r"(Redis|Valkey) server v=((\d+)\.(\d+)\.(\d+)\S*)")
 #: detaches $0 with the configuration $1 and the log $2; the shell's end leaves it to init, which reaps it
 _DETACH = 'umask 077; "$0" "$1" </dev/null >>"$2" 2>&1 &'
 
+#: kills process $0 when its standard input ends
+_WATCH = 'read -r never; kill -9 "$0"'
+
 
 @dataclass(frozen=True)
 class ServerProgram:
@@ -196,8 +199,9 @@ def throwaway(program: ServerProgram, data_dir: Path) -> Iterator[redis.Redis]:
         process = _launch_throwaway(program, data_dir, folder)
         client = connect(f"unix://{quote(str(folder / 's'))}", timeout_seconds=ANSWER_SECONDS)
         try:
-            _await_throwaway(process, client, folder / "log")
-            yield client
+            with _dies_with_us(process.pid):
+                _await_throwaway(process, client, folder / "log")
+                yield client
         finally:
             client.close()
             process.kill()
@@ -225,6 +229,17 @@ def _launch_throwaway(program: ServerProgram, data_dir: Path, folder: Path) -> s
             start_new_session=True,
             umask=0o077,
         )
+
+
+@contextmanager
+def _dies_with_us(pid: int) -> Iterator[None]:
+    """Have our child `pid` killed should we be killed ourselves: a shell sees our end of a pipe close."""
+    argv = ["/bin/sh", "-c", _WATCH, str(pid)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True) as watch:
+        try:
+            yield
+        finally:
+            watch.kill()
 
 
 def _await_throwaway(process: subprocess.Popen[bytes], client: redis.Redis, log: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,6 +298,34 @@ def test_a_long_path_for_temporary_files_does_not_matter(
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
     assert stopped.restore(file)[0] == 0
+
+
+def test_a_server_started_to_check_a_backup_dies_with_the_restore(
+    stopped: Any,
+    program: ServerProgram,
+    file: Path,
+    tmp_path: Path,
+    spawn: Callable[..., Any],
+    is_alive: Callable[[int], bool],
+    eventually: Callable[..., Any],
+) -> None:
+    folder = tmp_path / "throwaway"
+    folder.mkdir()
+    shutil.copy(file, folder / "dump.rdb")
+    script = (
+        "import sys, pathlib\n"
+        "from fleet.redis_server import inspect, throwaway\n"
+        "with throwaway(inspect(sys.argv[1]), pathlib.Path(sys.argv[2])) as client:\n"
+        "    print(client.info('server')['process_id'], flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    argv = [sys.executable, "-c", script, program.path, folder]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    restore = spawn(argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = int(restore.stdout.readline())
+    assert is_alive(server)
+    restore.kill()
+    eventually(lambda: not is_alive(server))
 
 
 # --- the command -----------------------------------------------------------------------------------
