@@ -108,8 +108,19 @@ def user_config_file(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(home).expanduser() / "fleet" / "config.toml"
 
 
+#: variables that would set a whole group of fields at once
+_GROUPS = ("fleet_worker", "fleet_ssh")
+
+
 class _FleetEnvironment(EnvSettingsSource):
-    """The FLEET_* variables that are settings; those a job is given (FLEET_JOB_ID) are not."""
+    """The FLEET_* variables that are settings; those a job is given (FLEET_JOB_ID) are not.
+
+    FLEET_WORKER is one of these: the fields of `worker` are set one by one, as FLEET_WORKER__...
+    """
+
+    def __init__(self, settings_cls: type[BaseSettings], **options: Any) -> None:
+        super().__init__(settings_cls, **options)
+        self.env_vars = {name: value for name, value in self.env_vars.items() if name not in _GROUPS}
 
     def __call__(self) -> dict[str, Any]:
         known = set(Settings.model_fields)

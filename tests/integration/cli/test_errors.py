@@ -215,6 +215,14 @@ def test_options_before_and_after_the_verb(run_fleet, redis_url, free_port):
     assert "No jobs" not in run_fleet("jobs", "-q", "--state", "failed", "--redis", redis_url).stderr
 
 
+def test_a_job_may_use_fleet_itself(fleet, burst, submit, fleet_redis_url):
+    """What a job finds in its environment (FLEET_WORKER, ...) is no setting."""
+    job = submit(fleet_script(), "submit", "--redis", fleet_redis_url, "--queue", "inner", "--", "true")
+    burst()
+    inner = fleet("logs", job).stdout.strip()
+    assert "inner" in fleet("show", inner).stdout
+
+
 def test_debug_shows_the_traceback(free_port):
     words = [fleet_script(), "jobs", "--debug", "--redis", f"redis://127.0.0.1:{free_port()}"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
