@@ -125,6 +125,14 @@ def states(client: redis.Redis, ids: Sequence[str]) -> dict[str, str | None]:
     return dict(zip(ids, known, strict=True))
 
 
+def gone(client: redis.Redis, ids: Sequence[str]) -> set[str]:
+    """Which of these jobs are not kept any more."""
+    with client.pipeline(transaction=False) as pipe:
+        for job_id in ids:
+            pipe.exists(keys.job(job_id))
+        return {job_id for job_id, kept in zip(ids, pipe.execute(), strict=True) if not kept}
+
+
 def unfinished(client: redis.Redis) -> int:
     """How many jobs of all queues have not ended."""
     with client.pipeline(transaction=False) as pipe:

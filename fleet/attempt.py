@@ -15,7 +15,7 @@ from broker import clock, failures
 from broker.command import Command
 from broker.work import Claim, End, Outcome, Tails
 from fleet import process
-from fleet.outputs import Folders, OutputFiles, job_folder, leave_folder
+from fleet.outputs import Folders, OutputFiles, WorkingFolders
 
 #: why an attempt was interrupted: its time ran out, an operator or RQ's stop-job, RQ's kill-horse,
 #: its lease is gone, or this worker leaves
@@ -115,6 +115,7 @@ class CommandContext:
     """What all commands of a worker share: folders, environment, and two open files."""
 
     folders: Folders
+    working: WorkingFolders
     environ: Mapping[str, str]
     #: /dev/null, and the directory this process lives in
     null: int
@@ -127,22 +128,24 @@ class CommandAttempt(Attempt):
 
     files: OutputFiles = field(kw_only=True)
     folder: str | None = field(kw_only=True)
+    working: WorkingFolders = field(kw_only=True)
 
     @classmethod
     def start(cls, claim: Claim, command: Command, context: CommandContext) -> CommandAttempt:
         """Start it. Raises fleet.process.CannotStart."""
-        folder = None if command.cwd else job_folder(context.folders, claim.job_id)
         files = OutputFiles.create(context.folders, claim)
-        env = {**context.environ, **job_variables(claim), **command.env}
-        where = command.cwd or folder or ""
+        folder: str | None = None
         try:
+            folder = None if command.cwd else context.working.enter(claim.job_id)
+            env = {**context.environ, **job_variables(claim), **command.env}
             stdio = (context.null, files.stdout, files.stderr)
-            pid = process.spawn(command.argv, env, where, stdio, context.home)
+            pid = process.spawn(command.argv, env, command.cwd or folder or "", stdio, context.home)
         except BaseException:
             files.close()
-            leave_folder(folder or "")
+            context.working.leave(folder or "")
             raise
-        return cls(claim, pid, timeout_of(claim), files=files, folder=folder)
+        timeout = timeout_of(claim)
+        return cls(claim, pid, timeout, files=files, folder=folder, working=context.working)
 
     def has_ended(self) -> bool:
         return process.has_exited(self.pgid)
@@ -154,7 +157,7 @@ class CommandAttempt(Attempt):
         tails = self.files.tails(tail_bytes)
         self.files.close()
         if self.folder:
-            leave_folder(self.folder)
+            self.working.leave(self.folder)
         if self.cause:
             return self.interrupted_end(self.cause, tails)
         if ended.code == 0:

@@ -15,7 +15,7 @@ from typing import Any
 
 import redis
 
-from broker import chores, clock, keys, scripts
+from broker import chores, clock, jobs, keys, scripts
 from broker.session import Session
 from fleet.outputs import Folders
 
@@ -81,7 +81,8 @@ class ChoreThread:
     def _prune(self) -> None:
         if clock.monotonic() >= self._prune_at:
             self._prune_at = clock.monotonic() + _PRUNE_SECONDS
-            self._folders.prune(self._session.settings.result_ttl_seconds)
+            ttl = self._session.settings.result_ttl_seconds
+            self._folders.prune(ttl, lambda ids: jobs.gone(self._client, ids))
 
     def _run_due(self) -> None:
         for index, chore in enumerate(self._table):

@@ -68,6 +68,7 @@ class WorkerLoop:
         self._folders = parts.folders
         self._shown: dict[str, tuple[int, int]] = {}
         self._asides = Asides(parts.pool, parts.selector)
+        self._foreign: tuple[tuple[str, str], ...] = ()
         self._claim_due = True
         self._taken = 0
         self._found_nothing = False
@@ -103,6 +104,7 @@ class WorkerLoop:
         self._asides.enforce_times()
         self._enforce_stop()
         self._reconnect()
+        self._give_up_foreign()
         self._exchange()
         self._listen()
         self._show_outputs()
@@ -179,6 +181,13 @@ class WorkerLoop:
         with self._linked():
             self._links.connect(self._on_wake, self._on_rq_command)
             self._claim_due = True
+
+    def _give_up_foreign(self) -> None:
+        """What an earlier life of this worker held is lost: the lock on our name says that it is over."""
+        if self._foreign and self._links.up:
+            with self._linked():
+                self._session.lose_foreign(self._links.client, self._foreign)
+                self._foreign = ()
 
     def _exchange(self) -> None:
         """Report all ends and claim for all free slots, in one round trip."""
@@ -309,6 +318,4 @@ class WorkerLoop:
             attempt = self._slots.get(lease)
             if attempt:
                 self._slots.end(attempt, "lost" if lease in beat.lost else "stop")
-        if beat.foreign and self._links.up:
-            with self._linked():
-                self._session.lose_foreign(self._links.client, beat.foreign)
+        self._foreign = beat.foreign

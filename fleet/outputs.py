@@ -1,9 +1,9 @@
 """Where a job runs and writes at its host, and the tail of it that goes to Redis.
 
-    OUTPUT_DIR/jobs/JOB/              its working directory, the same for every attempt on this host
-    OUTPUT_DIR/output/JOB.FENCE.out   stdout of one attempt; .err for stderr
-    OUTPUT_DIR/log/WORKER.log         what the worker itself says
-    OUTPUT_DIR/run/WORKER.*           its lock, its process, its configuration (0600)
+OUTPUT_DIR/jobs/JOB/              its working directory, the same for every attempt on this host
+OUTPUT_DIR/output/JOB.FENCE.out   stdout of one attempt; .err for stderr
+OUTPUT_DIR/log/WORKER.log         what the worker itself says
+OUTPUT_DIR/run/WORKER.*           its lock, its process, its configuration (0600)
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from broker.work import Claim, Tails
 from fleet.process import host_error
+
+#: jobs asked for in one go when old folders are removed
+_PRUNED_AT_ONCE = 500
 
 
 class Folders:
@@ -39,26 +43,101 @@ class Folders:
         room = os.statvfs(self.root)
         return room.f_bavail * room.f_frsize
 
-    def prune(self, older_than_seconds: float) -> int:
-        """Remove what jobs left that ended so long ago; returns how many entries went."""
-        limit, removed = time.time() - older_than_seconds, 0
-        for folder in (self.jobs, self.output):
-            for entry in os.scandir(folder):
-                removed += _prune_entry(entry, limit)
+    def prune(self, older_than_seconds: float, gone: Callable[[list[str]], set[str]]) -> int:
+        """Remove what jobs left here that was not touched for so long, if they are gone from Redis.
+
+        `gone(ids)` tells which of these jobs are not kept any more. Returns how many entries went.
+        """
+        limit = time.time() - older_than_seconds
+        old = [
+            entry
+            for folder in (self.jobs, self.output)
+            for entry in os.scandir(folder)
+            if _is_old(entry, limit)
+        ]
+        removed = 0
+        for start in range(0, len(old), _PRUNED_AT_ONCE):
+            batch = {
+                entry.path: entry.name.partition(".")[0] for entry in old[start : start + _PRUNED_AT_ONCE]
+            }
+            dead = gone(sorted(set(batch.values())))
+            removed += sum(_remove(Path(path)) for path, job_id in batch.items() if job_id in dead)
         return removed
 
 
-def _prune_entry(entry: os.DirEntry[str], limit: float) -> int:
+def _is_old(entry: os.DirEntry[str], limit: float) -> bool:
     try:
-        if entry.stat(follow_symlinks=False).st_mtime > limit:
-            return 0
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path, ignore_errors=True)
-        else:
-            Path(entry.path).unlink()
+        return entry.stat(follow_symlinks=False).st_mtime < limit
     except OSError:
-        return 0  # a job's own mischief (another's file, a mount): the next prune looks again
-    return 1
+        return False
+
+
+def _remove(path: Path) -> bool:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    except OSError:
+        return False  # a job's own mischief (another's file, a mount): the next prune looks again
+    return True
+
+
+class WorkingFolders:
+    """A working directory for each job, kept if anything was put into it.
+
+    Most jobs leave theirs empty, and making and removing a directory costs a disk more than all
+    else we do for a short job: so an empty one is renamed for the next.
+    """
+
+    def __init__(self, folders: Folders) -> None:
+        self._root = folders.jobs
+        self._spare: list[str] = []
+
+    def enter(self, job_id: str) -> str:
+        """The directory of a job: that of its last attempt here, or an empty one. Raises CannotStart."""
+        path = f"{self._root}/{job_id}"
+        try:
+            self._rename_or_make(path)
+        except OSError as exc:
+            raise host_error(exc, f"cannot make a working directory in {self._root}") from exc
+        return path
+
+    def leave(self, path: str) -> None:
+        """The attempt in it ended."""
+        try:
+            with os.scandir(path) as entries:
+                if next(entries, None) is None:
+                    self._spare.append(path)
+        except OSError:
+            return  # the job removed it, or took our rights to look
+
+    def close(self) -> None:
+        """Remove those that nobody needs."""
+        while self._spare:
+            _rmdir(self._spare.pop())
+
+    def _rename_or_make(self, path: str) -> None:
+        while self._spare:
+            spare = self._spare.pop()
+            if spare == path:
+                return
+            try:
+                os.rename(spare, path)  # noqa: PTH104  # once a job: Path would cost three times as much
+                return
+            except OSError:
+                _rmdir(spare)  # an earlier attempt left something at `path`, or somebody took the spare
+        try:
+            os.mkdir(path)  # noqa: PTH102  # as above
+        except FileExistsError:
+            return
+
+
+def _rmdir(path: str) -> None:
+    try:
+        os.rmdir(path)  # noqa: PTH106  # as above
+    except OSError:
+        return
 
 
 @dataclass
@@ -133,23 +212,3 @@ def _tail(fd: int, limit: int) -> tuple[bytes, int]:
     if size == 0 or limit == 0:
         return b"", size
     return os.pread(fd, limit, max(0, size - limit)), size
-
-
-def job_folder(folders: Folders, job_id: str) -> str:
-    """The working directory of a job, made if it is not there. Raises CannotStart."""
-    path = f"{folders.jobs}/{job_id}"
-    try:
-        os.mkdir(path)  # noqa: PTH102  # once a job: Path would cost three times as much
-    except FileExistsError:
-        return path
-    except OSError as exc:
-        raise host_error(exc, f"cannot make a working directory in {folders.jobs}") from exc
-    return path
-
-
-def leave_folder(path: str) -> None:
-    """Remove a working directory that nothing was put into."""
-    try:
-        os.rmdir(path)  # noqa: PTH106  # as above
-    except OSError:
-        return

@@ -23,6 +23,9 @@ _HOST_ERRORS = {
     errno.EAGAIN,
 }
 _DEFAULT_PATH = os.defpath
+#: where programs were found last, and how many of them are remembered; looked at again before use
+_resolved: dict[tuple[str, str], str] = {}
+_MOST_RESOLVED = 1000
 
 
 class CannotStart(Exception):
@@ -83,13 +86,17 @@ def resolve(program: str, path: str) -> str:
     """The file that `program` names on `path`, as execvp finds it. Raises CannotStart."""
     if "/" in program:
         return program
-    blocked = False
-    for folder in path.split(":"):
-        candidate = f"{folder or '.'}/{program}"
+    found = _resolved.get((program, path))
+    if found and os.access(found, os.X_OK):
+        return found
+    candidates = [f"{folder or '.'}/{program}" for folder in path.split(":")]
+    for candidate in candidates:
         if os.access(candidate, os.X_OK) and not Path(candidate).is_dir():
+            if len(_resolved) >= _MOST_RESOLVED:
+                _resolved.clear()
+            _resolved[program, path] = candidate
             return candidate
-        blocked = blocked or Path(candidate).is_file()
-    if blocked:
+    if any(Path(candidate).is_file() for candidate in candidates):
         raise CannotStart(f"not executable: {program}")
     raise CannotStart(f"command not found: {program}")
 

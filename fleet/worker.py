@@ -34,7 +34,7 @@ from fleet.guard import Guard
 from fleet.links import Links
 from fleet.loop import Parts, WorkerLoop
 from fleet.mailbox import Mailbox, install_signals
-from fleet.outputs import Folders
+from fleet.outputs import Folders, WorkingFolders
 from fleet.slots import Slots
 from fleet.worker_config import WorkerConfig
 
@@ -136,7 +136,10 @@ def _parts(
     links = Links(session, client, selector)
     stack.callback(links.close)
     null, home = (os.open(path, os.O_RDONLY) for path in (os.devnull, "."))
-    slots = Slots(settings, CommandContext(folders, environ, null, home), pool, guard, selector)
+    working = WorkingFolders(folders)
+    stack.callback(working.close)
+    context = CommandContext(folders, working, environ, null, home)
+    slots = Slots(settings, context, pool, guard, selector)
     return Parts(session, selector, links, slots, pool, guard, Mailbox(), folders)
 
 
