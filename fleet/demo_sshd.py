@@ -34,6 +34,9 @@ from broker import names as checked
 
 USER = "demo"
 ADDRESS = "127.0.0.1"
+_CHUNK_BYTES = 65536
+#: seconds that sessions get to end when the server does
+_SESSION_SECONDS = 5.0
 #: what a session is given of the environment of whoever started the server
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH")
 
@@ -59,7 +62,8 @@ class DemoHosts:
         self.hosts: tuple[DemoHost, ...] = ()
         self._environ = dict(environ or {})
         self._servers: list[asyncssh.SSHAcceptor] = []
-        self._sessions: set[asyncio.subprocess.Process] = set()
+        self._sessions: set[asyncio.Task[None]] = set()
+        self._processes: set[asyncio.subprocess.Process] = set()
         self._connections: set[asyncssh.SSHServerConnection] = set()
         self._thread: _LoopThread | None = None
 
@@ -86,12 +90,15 @@ class DemoHosts:
         """Close every connection, end what its commands still run. Started workers are not ours."""
         for server in self._servers:
             server.close()
-        for process in self._sessions:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
         for connection in list(self._connections):
             connection.close()
             await connection.wait_closed()
+        for process in self._processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        # each has its process collected before the loop may end; what left its group may hold the streams
+        if self._sessions:
+            await asyncio.wait(self._sessions, timeout=_SESSION_SECONDS)
         for server in self._servers:
             await server.wait_closed()
         self._servers.clear()
@@ -103,13 +110,19 @@ class DemoHosts:
             *(ADDRESS, 0),
             server_host_keys=[_key(self.folder / f"{name}.host-key")],
             server_factory=functools.partial(_OnlyOurKey, key.convert_to_public(), self._connections),
-            process_factory=functools.partial(self._run, home),
+            process_factory=functools.partial(self._begin, home),
             sftp_factory=True,
             encoding=None,
             config=[],
         )
         self._servers.append(server)
         return DemoHost(name, server.get_port(), home)
+
+    def _begin(self, home: Path, session: asyncssh.SSHServerProcess[bytes]) -> None:
+        """Run a session in a task of ours: one of asyncssh's would be cut with the connection."""
+        task = asyncio.get_running_loop().create_task(self._run(home, session))
+        self._sessions.add(task)
+        task.add_done_callback(self._sessions.discard)
 
     async def _run(self, home: Path, session: asyncssh.SSHServerProcess[bytes]) -> None:
         """Run the command of a session as a real process, its streams joined to the client's."""
@@ -127,15 +140,16 @@ class DemoHosts:
             env=self._session_environ(home),
             start_new_session=True,
         )
-        self._sessions.add(process)
+        self._processes.add(process)
+        feeding = asyncio.create_task(_feed(session.stdin, process.stdin))
         try:
-            await session.redirect(process.stdin, process.stdout, process.stderr)
+            await asyncio.gather(_copy(process.stdout, session.stdout), _copy(process.stderr, session.stderr))
             status = _exit_status(await process.wait())
-            await asyncio.gather(session.stdout.drain(), session.stderr.drain())
-            session.exit(status)
-            await session.wait_closed()
         finally:
-            self._sessions.discard(process)
+            feeding.cancel()
+            self._processes.discard(process)
+        with suppress(OSError, asyncssh.Error):
+            session.exit(status)
 
     def _session_environ(self, home: Path) -> dict[str, str]:
         passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
@@ -205,6 +219,25 @@ class _OnlyOurKey(asyncssh.SSHServer):
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
         return username == USER and key == self._key
+
+
+async def _feed(client: asyncssh.SSHReader[bytes], program: asyncio.StreamWriter | None) -> None:
+    """What the client sends, until it has no more, goes away, or the program reads no more."""
+    if program is None:
+        return
+    with suppress(OSError, asyncssh.Error):
+        while data := await client.read(_CHUNK_BYTES):
+            program.write(data)
+            await program.drain()
+    program.close()
+
+
+async def _copy(program: asyncio.StreamReader | None, client: asyncssh.SSHWriter[bytes]) -> None:
+    """What the program prints. A client that goes away ends no program: the rest is read and dropped."""
+    while program and (data := await program.read(_CHUNK_BYTES)):
+        with suppress(OSError, asyncssh.Error):
+            client.write(data)
+            await client.drain()
 
 
 class _LoopThread:

@@ -113,3 +113,16 @@ def test_a_bad_client_does_it_no_harm(tmp_path):
         with socket.create_connection(("127.0.0.1", hosts.hosts[0].port)) as client:
             client.sendall(b"GET / HTTP/1.0\r\n\r\n" * 100)
         assert probe(hosts, "demo1").is_here
+
+
+def test_a_client_that_goes_away_ends_no_program(tmp_path, eventually):
+    home = tmp_path / "demo/demo1"
+    with DemoHosts(tmp_path / "demo", ["demo1"]) as hosts:
+        words = ["ssh", "-F", str(hosts.ssh_config), "-o", "StrictHostKeyChecking=accept-new", "demo1"]
+        script = "touch running; while [ ! -e gone ]; do echo waiting; sleep 0.05; done; touch ended"
+        client = subprocess.Popen([*words, script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        eventually((home / "running").exists)
+        client.kill()
+        client.wait()
+        (home / "gone").touch()
+        eventually((home / "ended").exists)
