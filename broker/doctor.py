@@ -6,20 +6,17 @@ CONFIG, an ACL user may not ask) is `unknown`, never a failure.
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import redis
 from redis import exceptions
 
-from broker import __version__, chores, clock, keys, scripts, status
-from broker.connection import one_line
-
-Level = Literal["ok", "warning", "error", "unknown"]
+from broker import __version__, chores, clock, keys
+from broker.connection import one_line, replies
+from broker.findings import Finding, Level, Patient, setting, some
+from broker.rights import check_rights
 
 #: oldest versions that will do, by name of the server
 OLDEST_VERSIONS = {"redis": (6, 2), "valkey": (8, 0)}
@@ -28,35 +25,6 @@ _SKEW_SECONDS = 2.0
 #: share of maxmemory above which there is little room left
 _NEARLY_FULL = 0.9
 _ASKS_OF_CLOCK = 3
-#: names shown in one finding
-_NAMED = 5
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found, and what to do about it where it is not ok."""
-
-    name: str
-    level: Level
-    found: str
-    mend: str = ""
-
-
-class Patient:
-    """What several checks look at, asked once, when first needed."""
-
-    def __init__(self, client: redis.Redis) -> None:
-        self.client = client
-
-    @cached_property
-    def info(self) -> Mapping[str, Any]:
-        """What Redis says of itself; nothing where it does not tell."""
-        return _ask(self.client.info) or {}
-
-    @cached_property
-    def fleet(self) -> status.FleetStatus:
-        """Workers and queues."""
-        return status.read(self.client)
 
 
 def examine(client: redis.Redis) -> list[Finding]:
@@ -72,25 +40,6 @@ def _checked(check: Callable[[Patient], Finding], patient: Patient) -> Finding:
     except exceptions.NoPermissionError as exc:
         name = check.__name__.removeprefix("check_").replace("_", " ")
         return Finding(name, "unknown", f"we may not ask: {one_line(exc)}", "See 'rights'.")
-
-
-def _ask(ask: Callable[[], Any]) -> Any:
-    """The answer, or None where Redis does not know the command or does not let us."""
-    try:
-        return ask()
-    except exceptions.ResponseError:
-        return None
-
-
-def _setting(client: redis.Redis, name: str) -> str | None:
-    found = _ask(lambda: client.config_get(name))
-    return found.get(name) if found else None
-
-
-def _some(names: Iterable[str]) -> str:
-    ordered = list(names)
-    more = len(ordered) - _NAMED
-    return ", ".join(ordered[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 # --- Redis -----------------------------------------------------------------------------------------
@@ -117,7 +66,7 @@ def check_version(patient: Patient) -> Finding:
 
 def check_eviction(patient: Patient) -> Finding:
     """A Redis that evicts keys when it is full throws away jobs."""
-    policy = patient.info.get("maxmemory_policy") or _setting(patient.client, "maxmemory-policy")
+    policy = patient.info.get("maxmemory_policy") or setting(patient.client, "maxmemory-policy")
     if policy is None:
         return Finding("eviction", "unknown", "Redis does not tell", "See to it that it is noeviction.")
     if policy == "noeviction":
@@ -152,7 +101,7 @@ def check_persistence(patient: Patient) -> Finding:
     if info["aof_enabled"]:
         return _append_only(patient)
     mend = "redis-cli CONFIG SET appendonly yes, and the same in redis.conf."
-    snapshots = _setting(patient.client, "save")
+    snapshots = setting(patient.client, "save")
     if snapshots == "":
         return Finding("persistence", "error", "nothing is kept: a crash of Redis loses all jobs", mend)
     found = "no append-only file: a crash loses what changed since the last snapshot"
@@ -170,7 +119,7 @@ def _append_only(patient: Patient) -> Finding:
             return Finding(
                 name, "error", f"append-only file: {write} {info[write]}", "Make room on its disk."
             )
-    policy = _setting(patient.client, "appendfsync")
+    policy = setting(patient.client, "appendfsync")
     costs = {
         "always": "a crash loses nothing",
         "everysec": "a crash of the machine may lose the last second",
@@ -195,80 +144,6 @@ def check_role(patient: Patient) -> Finding:
     if role != "master":
         return Finding("role", "unknown", "Redis does not tell")
     return Finding("role", "ok", "primary")
-
-
-# --- rights ----------------------------------------------------------------------------------------
-
-#: a command of each kind that we send; _K stands for a key, _C for a channel
-_COMMANDS = """
-DEL _K|EXISTS _K|EXPIRE _K 1|PEXPIRE _K 1|PERSIST _K|GET _K|SET _K v|INCR _K|MGET _K
-HSET _K f v|HSETNX _K f v|HGET _K f|HMGET _K f|HGETALL _K|HDEL _K f|HKEYS _K|HLEN _K
-HINCRBY _K f 1|HINCRBYFLOAT _K f 1|LPUSH _K v|RPUSH _K v|LPOP _K|BLPOP _K 1|BLMOVE _K _K LEFT LEFT 1
-LLEN _K|LINDEX _K 0|LRANGE _K 0 1|LREM _K 0 v|LTRIM _K 0 0|SADD _K v|SREM _K v|SMEMBERS _K|SCARD _K
-SISMEMBER _K v|ZADD _K 1 v|ZREM _K v|ZSCORE _K v|ZCARD _K|ZRANGE _K 0 1|ZREVRANGE _K 0 1
-ZRANGEBYSCORE _K 0 1|ZREMRANGEBYSCORE _K 0 1|XADD _K * f v|XREVRANGE _K + -|PUBLISH _C v
-SUBSCRIBE _C|TIME|INFO|PING|SCRIPT LOAD v|EVALSHA v 0|MULTI|EXEC
-"""
-#: a key of each family; what may be done to one of a family may be done to all
-_KEYS = (keys.job("doctor"), keys.queue("doctor"), keys.QUEUES, keys.LEASES, keys.worker_beat("doctor"))
-#: redis.acl_check_cmd came with Redis 7.0. Asks about each command, runs none
-_MAY_I = """
-if not redis.acl_check_cmd then return false end
-local denied = {}
-for i, words in ipairs(ARGV) do
-  local list = {}
-  for word in string.gmatch(words, '%S+') do table.insert(list, word) end
-  if not redis.acl_check_cmd(unpack(list)) then table.insert(denied, words) end
-end
-return denied
-"""
-
-
-def check_rights(patient: Patient) -> Finding:
-    """Whether the user we log in as may do what the fleet does."""
-    client = patient.client
-    who = _ask(lambda: client.acl_whoami())
-    name = who.decode() if isinstance(who, bytes) else str(who or "USER")
-    try:
-        denied: Any = client.eval(_MAY_I, 0, *_questions())
-        client.script_load(scripts.ROUND.text)
-    except exceptions.NoPermissionError as exc:
-        return Finding("rights", "error", f"{name} may not run scripts: {one_line(exc)}", _grant(name))
-    except exceptions.ResponseError as exc:
-        return Finding("rights", "unknown", f"Redis does not tell: {one_line(exc)}")
-    if denied is None:
-        return _rights_by_trying(client, name)
-    if denied:
-        return Finding("rights", "error", f"{name} may not: {_some(_words(denied))}", _grant(name))
-    return Finding("rights", "ok", f"{name} may do all that is needed")
-
-
-def _questions() -> Iterator[str]:
-    rows = [row for line in _COMMANDS.split("\n") for row in line.split("|") if row]
-    for row in rows:
-        yield row.replace("_K", _KEYS[0]).replace("_C", keys.pubsub("doctor"))
-    for key in _KEYS[1:]:
-        yield from (f"GET {key}", f"DEL {key}")
-
-
-def _words(denied: Iterable[bytes]) -> list[str]:
-    return [text.decode().replace(_KEYS[0], "rq:job:*") for text in denied]
-
-
-def _grant(name: str) -> str:
-    return f"redis-cli ACL SETUSER {name} '~rq:*' '~fleet:*' '&rq:*' +@all -@dangerous +info"
-
-
-def _rights_by_trying(client: redis.Redis, name: str) -> Finding:
-    """Before Redis 7.0: write a key of each family and remove it, in one step."""
-    text = "for _, key in ipairs(KEYS) do redis.call('SET', key, '1', 'EX', 10) redis.call('DEL', key) end"
-    mark = secrets.token_hex(8)
-    families = (keys.job(f"doctor-{mark}"), keys.worker_beat(f"doctor-{mark}"))
-    try:
-        client.eval(text, len(families), *families)
-    except exceptions.ResponseError as exc:  # in a script, NOPERM comes without a class of its own
-        return Finding("rights", "error", f"{name} may not write: {one_line(exc)}", _grant(name))
-    return Finding("rights", "ok", f"{name} may write keys of rq and of the fleet")
 
 
 # --- clocks, workers, others -----------------------------------------------------------------------
@@ -302,7 +177,7 @@ def check_workers(patient: Patient) -> Finding:
     found = f"{len(workers) - len(offline)} alive"
     if offline:
         mend = "Look at their hosts; 'fleet up' starts them again. Their jobs were given to others."
-        return Finding("workers", "warning", f"{found}, {len(offline)} offline: {_some(offline)}", mend)
+        return Finding("workers", "warning", f"{found}, {len(offline)} offline: {some(offline)}", mend)
     return Finding("workers", "ok", found)
 
 
@@ -313,7 +188,7 @@ def check_versions(patient: Patient) -> Finding:
     if len(versions) == 1:
         return Finding("versions", "ok", versions[0])
     found = "; ".join(
-        f"{version}: {_some([w.name for w in alive if w.version == version] or ['this command'])}"
+        f"{version}: {some([w.name for w in alive if w.version == version] or ['this command'])}"
         for version in versions
     )
     return Finding(
@@ -329,10 +204,10 @@ def check_taking_jobs(patient: Patient) -> Finding:
             "taking jobs", "warning", "'rq suspend' is in force: no worker takes jobs", "rq resume"
         )
     if said:
-        return Finding("taking jobs", "warning", _some(said), "Mend it at the hosts of these workers.")
+        return Finding("taking jobs", "warning", some(said), "Mend it at the hosts of these workers.")
     paused = [queue.name for queue in patient.fleet.queues if queue.paused]
     return Finding(
-        "taking jobs", "ok", f"paused queues: {_some(paused)}" if paused else "nothing is in the way"
+        "taking jobs", "ok", f"paused queues: {some(paused)}" if paused else "nothing is in the way"
     )
 
 
@@ -346,7 +221,7 @@ def check_rq_workers(patient: Patient) -> Finding:
     return Finding(
         "rq workers",
         "error",
-        f"stock rq workers on queues of the fleet: {_some(clashing)}; this is not supported",
+        f"stock rq workers on queues of the fleet: {some(clashing)}; this is not supported",
         "End them, or give them queues of their own: they know no leases and cannot run commands.",
     )
 
@@ -361,8 +236,8 @@ def _rq_workers(client: redis.Redis, ours: set[str]) -> Iterator[tuple[str, set[
     with client.pipeline(transaction=False) as pipe:
         for name in names:
             pipe.hget(keys.rq_worker(name), "queues")
-        replies = pipe.execute(raise_on_error=False)
-    for name, queues in zip(names, replies, strict=True):
+        found = replies(pipe)
+    for name, queues in zip(names, found, strict=True):
         if isinstance(queues, bytes):
             yield name, set(queues.decode("utf-8", "replace").split(","))
 
@@ -377,7 +252,7 @@ def check_queues(patient: Patient) -> Finding:
     return Finding(
         "queues",
         "warning",
-        f"names that the fleet does not work on: {_some(map(repr, odd))}",
+        f"names that the fleet does not work on: {some(map(repr, odd))}",
         "Enqueue to names of letters, digits, '_', '.', ':' and '-'.",
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import redis
 
-from broker import chores, command, failures, keys
+from broker import chores, command, failures, keys, outputs
 from broker.clock import from_iso
 from broker.connection import replies
 from broker.errors import NotFound
@@ -148,48 +148,9 @@ def unfinished_ids(client: redis.Redis) -> list[str]:
     return _candidates(client, chores.known_queues(client), ("queued", "started", "scheduled", "deferred"), 0)
 
 
-@dataclass(frozen=True)
-class OutputView:
-    """What is kept of a job's output. `lease` tells attempts apart; `state` None: no such job."""
-
-    state: str | None
-    lease: str
-    tails: Tails
-
-
 def output(client: redis.Redis, job_id: str) -> Tails:
     """The tails of a job's output, of the attempt that wrote last."""
-    return look_at_output(client, job_id).tails
-
-
-def look_at_output(client: redis.Redis, job_id: str) -> OutputView:
-    """The tails, and the state the job is in, read in one step: where it has ended, no more comes."""
-    with client.pipeline(transaction=True) as pipe:
-        pipe.hget(keys.job(job_id), "status")
-        pipe.hmget(keys.output(job_id), "lease", "stdout", "stderr", "stdout_end", "stderr_end")
-        status, fields = replies(pipe)
-    lease, out, err, out_end, err_end = fields if isinstance(fields, list) else [None] * 5
-    tails = Tails(out or b"", err or b"", _integer(out_end) or 0, _integer(err_end) or 0)
-    return OutputView(_text(status) if isinstance(status, bytes) else None, _text(lease), tails)
-
-
-@dataclass(frozen=True)
-class OutputMark:
-    """What changes with the output of a job, or with its state."""
-
-    state: bytes | None
-    lease: bytes | None
-    ends: tuple[bytes | None, bytes | None]
-
-
-def output_mark(client: redis.Redis, job_id: str) -> OutputMark:
-    """A cheap look: as long as it returns the same there is nothing new to see."""
-    with client.pipeline(transaction=False) as pipe:
-        pipe.hget(keys.job(job_id), "status")
-        pipe.hmget(keys.output(job_id), "lease", "stdout_end", "stderr_end")
-        state, fields = replies(pipe)
-    lease, out_end, err_end = fields if isinstance(fields, list) else [None] * 3
-    return OutputMark(state if isinstance(state, bytes) else None, lease, (out_end, err_end))
+    return outputs.look(client, job_id).tails
 
 
 def _candidates(client: redis.Redis, queues: Iterable[str], wanted: Iterable[str], depth: int) -> list[str]:

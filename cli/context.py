@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -116,11 +115,6 @@ def fail(message: str, *, code: str, exit_code: int, as_json: bool, hint: str = 
         if hint:
             click.echo(f"  {hint}", err=True)
     return exit_code
-
-
-def coloured() -> bool:
-    """Whether people see colour: a terminal, and NO_COLOR unset."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _json_value(value: Any) -> Any:

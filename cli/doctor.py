@@ -13,7 +13,7 @@ from cli.context import Context, pass_context, print_json
 from cli.params import json_option
 
 if TYPE_CHECKING:
-    from broker.doctor import Finding
+    from broker.findings import Finding
 
 #: the longest level
 _LEVELS = len("warning")

@@ -16,7 +16,7 @@ from cli.tables import size
 if TYPE_CHECKING:
     import redis
 
-    from broker.jobs import OutputView
+    from broker.outputs import View
 
 #: seconds between two looks at a running job's output; its worker shows it once a second
 _LOOK_SECONDS = 0.2
@@ -29,13 +29,13 @@ _LOOK_SECONDS = 0.2
 @pass_context
 def logs(context: Context, /, job_id: str, follows: bool, stderr: bool) -> None:
     """Print what a job printed: the end of it, for Redis keeps no more (see docs/cli.md)."""
-    from broker import jobs
+    from broker import jobs, outputs
 
     with context.redis() as client:
         if follows:
             follow(context, client, job_id, stderr=stderr)
             return
-        view = jobs.look_at_output(client, job_id)
+        view = outputs.look(client, job_id)
         if view.state is None:
             raise jobs.not_found(job_id)
         Printer(context, job_id, stderr=stderr).show(view)
@@ -49,16 +49,16 @@ def follow(
 
     One stream goes to stdout; `both` sends each to its own.
     """
-    from broker import jobs
+    from broker import jobs, outputs
 
     printers = [Printer(context, job_id, stderr=stderr, onto_stderr=stderr and both)]
     if both:
         printers.append(Printer(context, job_id, stderr=not stderr, onto_stderr=not stderr))
-    seen: jobs.OutputMark | None = None
+    seen: outputs.Mark | None = None
     while True:
-        mark = jobs.output_mark(client, job_id)
+        mark = outputs.mark(client, job_id)
         if mark != seen:
-            view = jobs.look_at_output(client, job_id)
+            view = outputs.look(client, job_id)
             if seen is None and view.state is None:
                 raise jobs.not_found(job_id)
             for printer in printers:
@@ -80,7 +80,7 @@ class Printer:
     lease: str = ""
     position: int = 0
 
-    def show(self, view: OutputView) -> None:
+    def show(self, view: View) -> None:
         """Print what is new in `view`."""
         if self.lease and view.lease != self.lease:
             self.context.say(f"fleet: job {self.job_id} starts anew")
@@ -108,7 +108,7 @@ def _write(data: bytes, *, onto_stderr: bool) -> None:
     raw.flush()
 
 
-def _tell_of_the_other(context: Context, job_id: str, view: OutputView, stderr: bool) -> None:
+def _tell_of_the_other(context: Context, job_id: str, view: View, stderr: bool) -> None:
     """Nothing on the stream asked for: the reason for a failure is often on the other."""
     shown, other = view.tails.stdout_end, view.tails.stderr_end
     if not stderr and not shown and other:
