@@ -164,8 +164,9 @@ def _headline(context: Context, found: FleetStatus) -> str:
     states = [worker.state for worker in found.workers]
     by_state = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     workers = f"{len(states)} worker{'s' * (len(states) != 1)}" + (f": {by_state}" if states else "")
-    redis = f"Redis {found.redis_version} at {context.redis_address}"
-    return f"{found.at:%H:%M:%SZ}  {workers}  {redis}"
+    version = found.redis_version
+    server = version if version.startswith("valkey") else f"Redis {version}"
+    return f"{found.at:%H:%M:%SZ}  {workers}  {server} at {context.redis_address}"
 
 
 def _notices(found: FleetStatus) -> Iterator[Text]:
