@@ -70,10 +70,13 @@ class Guard:
     def _replace(self) -> None:
         log.warning("the sidecar died: starting another")
         self._unwatch()
-        # where none can be started now, the next turn tries again
-        with self._lock, suppress(SidecarGone, OSError):
+        with self._lock:
             self._killed |= self._sidecar.killed()
-            self._sidecar = self._sidecar.successor()
+            try:
+                self._sidecar = self._sidecar.successor()
+            except (SidecarGone, OSError) as exc:
+                log.warning("it could not be started, trying again: %s", exc)
+                return
         if self._selector:
             self._selector.register(self._sidecar, selectors.EVENT_READ, self._handler)
 
