@@ -129,7 +129,7 @@ class Sidecar:
         data = self._rest
         if self._reports.closed:
             return data
-        with suppress(BlockingIOError, ValueError):  # nothing more, or closed
+        with suppress(BlockingIOError):
             while chunk := os.read(self._reports.fileno(), 1 << 12):
                 data += chunk
             self._at_end = True
