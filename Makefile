@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 SETUP := pyproject.toml constraints.txt tools/set-up tools/find-python
 
-.PHONY: help demo test check lint types layers tests format pins clean
+.PHONY: help demo test check lint types layers tests bench format pins clean
 # Steps print one after the other, and share one environment.
 .NOTPARALLEL:
 
@@ -41,6 +41,9 @@ layers: .venv/.ready-test
 # Last, so that the closing line is pytest's own count.
 tests: .venv/.ready-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: .venv/.ready-test  ## figures beside the peers'; not tests
+	$(BIN)/python -m benchmarks.commands
 
 format: .venv/.ready-test  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

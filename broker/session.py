@@ -105,7 +105,7 @@ class Session:
         """Leave the registry; False where leases are left, or another life has the name."""
         return retire(client, self.identity.name, self.identity.queues, self.identity.incarnation)
 
-    def round(self, client: redis.Redis, ends: Sequence[End], wanted: int) -> Round:
+    def round(self, client: scripts.Runner, ends: Sequence[End], wanted: int) -> Round:
         """Report `ends` and claim up to `wanted` jobs, in one round trip.
 
         Call `settle` once the claims are where a beat will see them.

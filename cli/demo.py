@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -27,7 +26,8 @@ def demo(context: Context, keep: bool) -> int:
     from fleet.demo import Demo, uninterrupted
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        # SIGINT's own handler, which raises KeyboardInterrupt: they end the demo as Ctrl-C does
+        signal.signal(number, signal.default_int_handler)
     stage = _Terminal(context)
     play = Demo(stage)
     try:
@@ -38,7 +38,7 @@ def demo(context: Context, keep: bool) -> int:
     finally:
         stage.close()
         if keep:
-            _say_how_to_go_on(context, str(play.folder))
+            _say_how_to_go_on(str(play.folder))
         else:
             with uninterrupted():
                 context.say("Cleaning up ...")
@@ -46,11 +46,7 @@ def demo(context: Context, keep: bool) -> int:
     return 0
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _say_how_to_go_on(context: Context, folder: str) -> None:
+def _say_how_to_go_on(folder: str) -> None:
     click.echo(f"\nStill running, in {folder}:\n")
     click.echo(f"    export XDG_STATE_HOME={folder}/state; cd {folder}")
     click.echo("    fleet up --ssh-config ssh_config; fleet status; fleet submit -- hostname")

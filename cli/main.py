@@ -144,7 +144,3 @@ def _discard_output() -> None:
     """Let what is still in the buffer of stdout go nowhere: Python writes it out once more at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
-
-
-if __name__ == "__main__":
-    main()

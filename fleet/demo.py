@@ -205,7 +205,7 @@ class Demo:
         """Run `fleet ARGUMENTS`, shown. Raises FleetError where it fails; `partial` allows exit code 3."""
         shown = " ".join(part if part.isprintable() and " " not in part else repr(part) for part in arguments)
         shown = shown.replace(sys.executable, "PYTHON").replace(str(self.folder), ".")
-        command = [sys.executable, "-I", "-m", "cli.main", *arguments]
+        command = [sys.executable, "-I", "-m", "cli", *arguments]
         return self._run(command, shown=f"fleet {shown}", output=output, partial=partial)
 
     def _run(

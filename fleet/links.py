@@ -11,6 +11,7 @@ from contextlib import suppress
 import redis
 
 from broker import clock
+from broker.connection import Line
 from broker.session import Session
 from broker.waiting import RqCommands, Waiter
 
@@ -23,10 +24,12 @@ _RETURNS_PER_SECOND = 50
 
 
 class Links:
-    """One connection for scripts, one that waits, one for RQ's commands."""
+    """A connection for rounds, one that waits, one for RQ's commands, and a client for the rest."""
 
     def __init__(self, session: Session, client: redis.Redis, selector: selectors.BaseSelector) -> None:
         self.client = client
+        #: for the rounds: one every few hundred microseconds
+        self.line = Line(client)
         block = max(1, int(session.settings.lease_seconds))
         self.waiter = Waiter(client, session.identity, block)
         self.rq = RqCommands(client, session.identity)
@@ -62,6 +65,7 @@ class Links:
         self._watched.clear()
         self.up = False
         with suppress(redis.RedisError, OSError):
+            self.line.close()
             self.waiter.close()
             self.rq.close()
             self.client.connection_pool.disconnect()

@@ -34,6 +34,8 @@ log = logging.getLogger("fleet.worker")
 
 #: seconds between looks at what running jobs have written
 _OUTPUT_SECONDS = 1.0
+#: seconds between looks at the disk
+_DISK_SECONDS = 1.0
 #: longest a turn waits, seconds
 _LONGEST_WAIT = 5.0
 
@@ -73,6 +75,8 @@ class WorkerLoop:
         self._taken = 0
         self._found_nothing = False
         self._outputs_at = 0.0
+        self._disk_at = 0.0
+        self._disk = ""
         self._stop_at: float | None = None
         self._said_stopping = False
         self._exit_code = 0
@@ -196,7 +200,7 @@ class WorkerLoop:
         if not self._links.up or not (ends or wanted):
             return
         with self._linked():
-            done = self._session.round(self._links.client, ends, wanted)
+            done = self._session.round(self._links.line, ends, wanted)
             for end, accepted in zip(ends, done.accepted, strict=True):
                 self._settle(end, accepted)
             self._admit(done, wanted)
@@ -242,6 +246,14 @@ class WorkerLoop:
         return not fault
 
     def _disk_fault(self) -> str:
+        """What is wrong with the disk; looked at once a second."""
+        now = clock.monotonic()
+        if now >= self._disk_at:
+            self._disk_at = now + _DISK_SECONDS
+            self._disk = self._look_at_disk()
+        return self._disk
+
+    def _look_at_disk(self) -> str:
         try:
             room = self._folders.free_bytes()
         except OSError as exc:

@@ -10,14 +10,21 @@ import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from importlib import resources
-from typing import Any
+from typing import Any, Protocol
 
-import redis
 from redis.exceptions import NoScriptError
 
 from broker import keys
 
 _CONSTANTS = ("QUEUES", "WORKERS", "SUSPENDED", "FENCE", "LEASES", "FLEET_WORKERS", "PAUSED", "COUNTERS")
+
+
+class Runner(Protocol):
+    """Who can run a script: a client of redis-py, or a `broker.connection.Line`."""
+
+    def evalsha(self, sha: str, numkeys: int, *keys_and_args: Any) -> Any: ...
+
+    def script_load(self, script: str) -> Any: ...
 
 
 class Script:
@@ -36,7 +43,7 @@ class Script:
         """What EVALSHA calls it."""
         return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
-    def __call__(self, client: redis.Redis, script_keys: Sequence[str], args: Sequence[Any]) -> Any:
+    def __call__(self, client: Runner, script_keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run it; raises what redis-py raises. After NOSCRIPT it is safe to repeat: nothing was run."""
         try:
             return client.evalsha(self.sha, len(script_keys), *script_keys, *args)

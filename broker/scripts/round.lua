@@ -23,6 +23,8 @@ local function save_output(id, ended, out, err)
     redis.call('HSET', key('output', id), 'lease', ended.lease, 'stdout', out, 'stderr', err,
       'stdout_end', ended.stdout_end or 0, 'stderr_end', ended.stderr_end or 0)
     redis.call('EXPIRE', key('output', id), result_ttl)
+  else
+    redis.call('DEL', key('output', id)) -- what an earlier attempt wrote is not this one's
   end
 end
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-DEMO = [sys.executable, "-I", "-m", "cli.main", "demo"]
+DEMO = [sys.executable, "-I", "-m", "cli", "demo"]
 
 
 @pytest.fixture
