@@ -69,6 +69,7 @@ class Session:
         #: attempts of this life that were accepted as finished, and as failed or stopped
         self.finished = 0
         self.failed = 0
+        self.seconds_worked = 0.0
         name = identity.name
         self._round_keys = [
             keys.worker_beat(name),
@@ -85,7 +86,11 @@ class Session:
         `replaces` is the incarnation of an earlier life that is known to be over.
         """
         who = self.identity
-        counts = {"successful_job_count": self.finished, "failed_job_count": self.failed}
+        counts = {
+            "successful_job_count": self.finished,
+            "failed_job_count": self.failed,
+            "total_working_time": self.seconds_worked,
+        }
         fields = who.rq_fields(_own_address(client)) | counts
         flat = [part for row in fields.items() for part in row]
         reply: bytes = scripts.REGISTER(
@@ -133,15 +138,17 @@ class Session:
         who, settings = self.identity, self.settings
         arguments: list[Any] = [who.name, who.incarnation, self.lease_ms, settings.result_ttl_seconds]
         arguments += [settings.losses_limit, number, wanted, f"{who.incarnation}{number:012x}"]
-        arguments += [len(who.queues), *who.queues]
+        arguments += [self.finished, self.failed, self.seconds_worked, len(who.queues), *who.queues]
         for end in ends:
             arguments += end.arguments()
         return arguments
 
     def _tally(self, ends: Sequence[End], outcomes: Sequence[int]) -> None:
-        kinds = [end.outcome for end, outcome in zip(ends, outcomes, strict=True) if outcome == 1]
-        self.finished += kinds.count("finished")
-        self.failed += kinds.count("failed") + kinds.count("stopped")
+        for end, outcome in zip(ends, outcomes, strict=True):
+            if outcome == 1:
+                self.finished += end.outcome == "finished"
+                self.failed += end.outcome in ("failed", "stopped")
+                self.seconds_worked += end.duration_seconds or 0.0
 
     def settle(self, done: Round) -> None:
         """The claims of `done` are known to the worker: a beat may give back what it does not name."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import selectors
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from broker import failures
 from broker.work import Claim, End, Tails
@@ -20,7 +19,7 @@ class FunctionAttempt(Attempt):
 
     execution: Execution = field(kw_only=True)
     pool: ExecutorPool = field(kw_only=True)
-    paths: tuple[Path, Path] = field(kw_only=True)
+    paths: tuple[str, str] = field(kw_only=True)
 
     @classmethod
     def start(cls, claim: Claim, pool: ExecutorPool, folders: Folders) -> FunctionAttempt:

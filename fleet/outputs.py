@@ -87,12 +87,15 @@ class WorkingFolders:
     """A working directory for each job, kept if anything was put into it.
 
     Most jobs leave theirs empty, and making and removing a directory costs a disk more than all
-    else we do for a short job: so an empty one is renamed for the next.
+    else we do for a short job: so an empty one is put aside, under a name that no other worker
+    of this host looks at, and renamed for the next.
     """
 
-    def __init__(self, folders: Folders) -> None:
-        self._root = folders.jobs
+    def __init__(self, folders: Folders, worker: str) -> None:
+        self._root = str(folders.jobs)
+        self._aside = f"{folders.run}/{worker}.spare"
         self._spare: list[str] = []
+        self._serial = 0
 
     def enter(self, job_id: str) -> str:
         """The directory of a job: that of its last attempt here, or an empty one. Raises CannotStart."""
@@ -107,10 +110,14 @@ class WorkingFolders:
         """The attempt in it ended."""
         try:
             with os.scandir(path) as entries:
-                if next(entries, None) is None:
-                    self._spare.append(path)
+                if next(entries, None) is not None:
+                    return
+            self._serial += 1
+            spare = f"{self._aside}{self._serial}"
+            os.rename(path, spare)  # noqa: PTH104  # once a job: Path would cost three times as much
+            self._spare.append(spare)
         except OSError:
-            return  # the job removed it, or took our rights to look
+            return  # the job removed it, took our rights to look, or is busy with it
 
     def close(self) -> None:
         """Remove those that nobody needs."""
@@ -118,12 +125,10 @@ class WorkingFolders:
             _rmdir(self._spare.pop())
 
     def _rename_or_make(self, path: str) -> None:
-        while self._spare:
+        if self._spare:
             spare = self._spare.pop()
-            if spare == path:
-                return
             try:
-                os.rename(spare, path)  # noqa: PTH104  # once a job: Path would cost three times as much
+                os.rename(spare, path)  # noqa: PTH104  # as above
                 return
             except OSError:
                 _rmdir(spare)  # an earlier attempt left something at `path`, or somebody took the spare
@@ -144,8 +149,8 @@ def _rmdir(path: str) -> None:
 class OutputFiles:
     """The two files of an attempt, open for as long as it runs."""
 
-    stdout_path: Path
-    stderr_path: Path
+    stdout_path: str
+    stderr_path: str
     stdout: int
     stderr: int
 
@@ -177,25 +182,32 @@ class OutputFiles:
         """Close both, and remove those that nothing was written to: most jobs say nothing."""
         for fd, path in ((self.stdout, self.stdout_path), (self.stderr, self.stderr_path)):
             if os.fstat(fd).st_size == 0:
-                path.unlink(missing_ok=True)
+                _unlink(path)
             os.close(fd)
 
 
-def output_paths(folders: Folders, claim: Claim) -> tuple[Path, Path]:
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)  # noqa: PTH108  # as above
+    except OSError:
+        return
+
+
+def output_paths(folders: Folders, claim: Claim) -> tuple[str, str]:
     """Where stdout and stderr of an attempt go: each attempt has files of its own."""
-    stem = f"{claim.job_id}.{claim.fence}"
-    return folders.output / f"{stem}.out", folders.output / f"{stem}.err"
+    stem = f"{folders.output}/{claim.job_id}.{claim.fence}"
+    return f"{stem}.out", f"{stem}.err"
 
 
-def file_end(path: Path) -> int:
+def file_end(path: str | Path) -> int:
     """How many bytes a file has; 0 where there is none."""
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size  # noqa: PTH116  # as above
     except OSError:
         return 0
 
 
-def tail_of(path: Path, limit: int) -> tuple[bytes, int]:
+def tail_of(path: str | Path, limit: int) -> tuple[bytes, int]:
     """The last `limit` bytes of a file and its size; nothing where there is none."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -136,7 +136,7 @@ def _parts(
     links = Links(session, client, selector)
     stack.callback(links.close)
     null, home = (os.open(path, os.O_RDONLY) for path in (os.devnull, "."))
-    working = WorkingFolders(folders)
+    working = WorkingFolders(folders, config.name)
     stack.callback(working.close)
     context = CommandContext(folders, working, environ, null, home)
     slots = Slots(settings, context, pool, guard, selector)

@@ -216,7 +216,9 @@ local function stamp(id, fields, ended, status)
   redis.call('HSET', key('job', id), 'status', status, 'ended_at', NOW,
     'started_at', ended.duration and iso(NOW_MS - ended.duration * 1000) or fields.started_at or NOW,
     'fleet_reason', ended.reason or '', 'fleet_exit_code', ended.exit_code or '')
-  redis.call('HDEL', key('job', id), 'fleet_losses', 'fleet_stop')
+  if fields.fleet_losses or fields.fleet_stop then
+    redis.call('HDEL', key('job', id), 'fleet_losses', 'fleet_stop')
+  end
 end
 
 -- Back to a queue, to be run again.

@@ -4,7 +4,9 @@
 --       then for each queue, most urgent first: rq:queue:Q, fleet:wake:Q
 -- ARGV  1 worker  2 incarnation  3 lease ms  4 result ttl s  5 losses limit
 --       6 number of this claim, counted up by the worker  7 jobs wanted
---       8 prefix for execution ids, unique to this call  9 number of queues, then their names
+--       8 prefix for execution ids, unique to this call
+--       9 finished, 10 failed, 11 seconds worked: this worker's totals before these ends
+--       12 number of queues, then their names
 --       then for each end: JSON {job, lease, queue, outcome, duration, ...}, tail of stdout,
 --       tail of stderr (empty: nothing new)
 -- Returns {{outcome of each end: 1 accepted, 0 stale}, {{queue, job, lease, flat hash} of each claim},
@@ -15,8 +17,9 @@
 local worker, incarnation = ARGV[1], ARGV[2]
 local lease_ms, result_ttl, limit = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local claim_number, wanted, prefix = ARGV[6], tonumber(ARGV[7]), ARGV[8]
-local queue_count = tonumber(ARGV[9])
-local first_end = 10 + queue_count
+local finished, failed, worked = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
+local queue_count = tonumber(ARGV[12])
+local first_end = 13 + queue_count
 
 local function save_output(id, ended, out, err)
   if ended.stdout_end or ended.stderr_end then
@@ -57,11 +60,12 @@ local function refuse(ended)
 end
 
 local function tally(ended)
-  local won = ended.outcome == 'finished'
-  if won or ended.outcome == 'failed' or ended.outcome == 'stopped' then
-    redis.call('HINCRBY', KEYS[4], won and 'successful_job_count' or 'failed_job_count', 1)
-    redis.call('HINCRBYFLOAT', KEYS[4], 'total_working_time', ended.duration or 0)
+  if ended.outcome == 'finished' then
+    finished = finished + 1
+  elseif ended.outcome == 'failed' or ended.outcome == 'stopped' then
+    failed = failed + 1
   end
+  worked = worked + (ended.duration or 0)
 end
 
 local function settle(ended, out, err)
@@ -111,7 +115,7 @@ local function claim_one(queue, id, execution)
 end
 
 local function claim_from(index, claims)
-  local queue, jobs, bell = ARGV[9 + index], KEYS[3 + 2 * index], KEYS[4 + 2 * index]
+  local queue, jobs, bell = ARGV[12 + index], KEYS[3 + 2 * index], KEYS[4 + 2 * index]
   local id = #claims < wanted and redis.call('LPOP', jobs)
   while id do
     local claim = claim_one(queue, id, prefix .. string.format('%04x', #claims))
@@ -130,8 +134,9 @@ end
 local outcomes, alive = {}, redis.call('GET', KEYS[1]) == incarnation
 for i = first_end, #ARGV, 3 do
   local ended = cjson.decode(ARGV[i])
-  table.insert(outcomes, settle(ended, ARGV[i + 1], ARGV[i + 2]))
-  if alive then
+  local accepted = settle(ended, ARGV[i + 1], ARGV[i + 2])
+  table.insert(outcomes, accepted)
+  if accepted == 1 then
     tally(ended)
   end
 end
@@ -140,16 +145,16 @@ local claims = {}
 local draining, suspended = redis.call('EXISTS', KEYS[3]), redis.call('EXISTS', K.SUSPENDED)
 if alive and wanted > 0 and draining == 0 and suspended == 0 then
   for index = 1, queue_count do
-    if redis.call('SISMEMBER', K.PAUSED, ARGV[9 + index]) == 0 then
+    if redis.call('SISMEMBER', K.PAUSED, ARGV[12 + index]) == 0 then
       claim_from(index, claims)
     end
   end
 end
 if alive and (#claims > 0 or #outcomes > 0) then
   local last = claims[#claims]
-  if last then
-    redis.call('HSET', KEYS[4], 'state', 'busy', 'current_job', last[2])
-  elseif redis.call('HLEN', KEYS[2]) == 0 then
+  redis.call('HSET', KEYS[4], 'successful_job_count', finished, 'failed_job_count', failed,
+    'total_working_time', worked, unpack(last and {'state', 'busy', 'current_job', last[2]} or {}))
+  if not last and redis.call('HLEN', KEYS[2]) == 0 then
     redis.call('HSET', KEYS[4], 'state', 'idle')
     redis.call('HDEL', KEYS[4], 'current_job')
   end
