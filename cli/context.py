@@ -58,13 +58,25 @@ class Context:
         """The URL of Redis, its password included. Never print it."""
         from broker.connection import password_from, with_password
 
-        # an empty --redis is a mistake in somebody's script, not a wish for the embedded broker
-        url = self.settings.redis_url if self.redis_url is None else self.redis_url
-        if url or self.redis_url is not None:
-            return with_password(url or "", password_from(self.settings))
+        url = self._configured_url()
+        if url is not None:
+            return with_password(url, password_from(self.settings))
         from fleet.embedded import embedded_url
 
         return embedded_url(start=start, say=self.say)
+
+    def embedded_addresses(self) -> tuple[str, ...]:
+        """The addresses that the embedded broker listens on; none where another Redis is configured."""
+        if self._configured_url() is not None:
+            return ()
+        from fleet import embedded
+
+        return embedded.embedded_addresses()
+
+    def _configured_url(self) -> str | None:
+        """What was said about Redis; None: nothing, so the embedded broker is meant."""
+        # an empty --redis is a mistake in somebody's script, not a wish for the embedded broker
+        return self.settings.redis_url or None if self.redis_url is None else self.redis_url
 
     @cached_property
     def console(self) -> Console:

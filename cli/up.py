@@ -64,13 +64,13 @@ def up(context: Context, /, hosts_file: str | None, as_json: bool, **options: An
     named = _named_hosts(hosts_file, options)
     orders = _orders(context, options)
     ssh = _ssh(context, options)
-    client, url = _redis_for(context, named, dry_run=options["dry_run"])
+    client, url, bound_to = _redis_for(context, named, dry_run=options["dry_run"])
     with client or _Nothing():
         hosts = named or kept_hosts.choose(client, ())
         hosts = tuple(_with_output_dir(host, options) for host in hosts)
         if not orders.dry_run:
             kept_hosts.keep(client, hosts)
-        orders = replace(orders, redis_url=url)
+        orders = replace(orders, redis_url=url, bound_to=bound_to)
         return _run(context, hosts, as_json, _bring_up(context, hosts, orders, ssh, client, options))
 
 
@@ -173,12 +173,15 @@ def _ssh(context: Context, options: Options) -> SshOptions:
     ).checked()
 
 
-def _redis_for(context: Context, named: Sequence[Host], *, dry_run: bool) -> tuple[Any, str]:
-    """A client and its URL; a dry run of named hosts needs none and starts none."""
+def _redis_for(context: Context, named: Sequence[Host], *, dry_run: bool) -> tuple[Any, str, tuple[str, ...]]:
+    """A client, its URL, and what the embedded broker is bound to, if it is that one.
+
+    A dry run of named hosts needs no Redis and starts none.
+    """
     if dry_run and named:
-        return None, ""
+        return None, "", ()
     client = context.redis(start=not dry_run)
-    return client, context.url()
+    return client, context.url(), context.embedded_addresses()
 
 
 def _with_output_dir(host: Host, options: Options) -> Host:

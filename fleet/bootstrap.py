@@ -11,11 +11,10 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from broker import __version__, connection
 from broker import hosts as broker_hosts
-from fleet import bundle
+from fleet import bundle, reach
 from fleet.confirmation import Confirmation
 from fleet.fan_out import FanOut
 from fleet.hosts import Host
@@ -31,13 +30,13 @@ if TYPE_CHECKING:
 CONFIRM_SECONDS = 30.0
 #: a clock that is off by more is worth telling; leases go by the clock of Redis, logs do not
 _SKEW_SECONDS = 5.0
-_LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 
 
 @dataclass(frozen=True)
 class Orders:
     """What to start on each host; the host's own options come first."""
 
+    #: as this machine names it
     redis_url: str = field(repr=False)
     workers_per_host: int = 1
     #: None: as many as the host has CPUs, shared among its workers
@@ -54,6 +53,8 @@ class Orders:
     #: those of broker.settings.WorkerSettings
     settings: Mapping[str, Any] = field(default_factory=dict)
     dry_run: bool = False
+    #: the addresses that the embedded broker listens on; none: it is another Redis
+    bound_to: tuple[str, ...] = ()
 
 
 async def up(
@@ -101,7 +102,7 @@ class _Up:
         if self.orders.dry_run:
             return await self._planned(journey, launcher, probe)
         python = await journey.take("install", self._python(launcher, probe))
-        wanted = workers_for(journey.host, self.orders, probe, python)
+        wanted = workers_for(journey.host, self._orders_for(probe), probe, python)
         before = await self._beats([order.name for order in wanted])
         with self.fan_out.uncut(journey.host):
             started = await journey.take("start", launcher.start(python, wanted), _told)
@@ -128,19 +129,21 @@ class _Up:
             base_name=host.worker_base,
             beats=self._beats,
             limit_seconds=self.confirm_seconds,
-            redis=connection.redacted(self.orders.redis_url),
+            redis=connection.redacted(first.redis_url),
             before=before,
         )
         await confirmation.until_all_beat(started)
 
     async def _probe(self, launcher: base.Launcher) -> base.Probe:
         probe = await launcher.probe()
-        if not probe.is_here and not self.orders.dry_run and is_loopback(self.orders.redis_url):
-            raise base.RedisOutOfReach(
-                f"Redis listens at {connection.redacted(self.orders.redis_url)}, out of that machine's reach",
-                "Let it listen on a network: fleet broker start --host ADDRESS. Or use another: --redis URL.",
-            )
+        if not self.orders.dry_run:
+            self._orders_for(probe)  # what cannot work is told before anything is installed
         return probe
+
+    def _orders_for(self, probe: base.Probe) -> Orders:
+        """The orders with the URL by which that host finds Redis. Raises RedisOutOfReach."""
+        url = reach.url_for(self.orders.redis_url, self.orders.bound_to, probe)
+        return replace(self.orders, redis_url=url)
 
     async def _python(self, launcher: base.Launcher, probe: base.Probe) -> str:
         """The interpreter that runs the workers, our bundle installed for it."""
@@ -189,19 +192,6 @@ def workers_for(host: Host, orders: Orders, probe: base.Probe, python: str) -> t
         settings=orders.settings,
     ).checked()
     return tuple(replace(first, name=host.worker_name(number)) for number in range(count))
-
-
-def is_loopback(redis_url: str) -> bool:
-    """Whether only this machine reaches Redis at that URL."""
-    import ipaddress
-
-    parts = urlsplit(redis_url)
-    if parts.scheme == "unix" or parts.hostname in _LOOPBACK_NAMES:
-        return True
-    try:
-        return ipaddress.ip_address(parts.hostname or "").is_loopback
-    except ValueError:
-        return False
 
 
 def _absolute(path: str, probe: base.Probe) -> str:

@@ -24,12 +24,12 @@ from fleet import embedded_copies, redis_server
 from fleet.embedded_folder import PATIENCE_SECONDS, BrokerFolder, Record, RunningBroker, Say
 from fleet.embedded_server import BrokerStatus, client_of, shut_down, status_of
 from fleet.listening import (
-    EVERY_IPV4,
     LOOPBACK,
     PORTS_TRIED,
     addresses,
     bracketed,
     can_listen,
+    covers,
     ports,
     still_ours,
 )
@@ -79,6 +79,21 @@ def embedded_url(*, start: bool, say: Say) -> str:
     if start:
         broker.await_loaded(running, say)
     return running.url
+
+
+def embedded_addresses() -> tuple[str, ...]:
+    """The addresses that this user's embedded broker listens on; none where it does not run."""
+    running = EmbeddedBroker(state_dir()).running()
+    return running.hosts if running else ()
+
+
+def restart_command(host: str, port: int) -> str:
+    """What a user types to have the broker that runs on `port` listen on `host` too.
+
+    It keeps its port, for workers that run already know it by that.
+    """
+    kept = "" if port == default_port() else f" --port {port}"
+    return f"fleet broker stop && fleet broker start --host {host}{kept}"
 
 
 def default_port(uid: int | None = None) -> int:
@@ -321,11 +336,11 @@ def _check_as_wanted(
 ) -> None:
     """Say that it runs, and how that differs from what was asked for. Raises Conflict for a host."""
     say(f"The embedded Redis is already running on {running.address} (data in {running.data_dir}).")
-    missing = set(hosts or ()) - set(running.hosts)
-    if missing and EVERY_IPV4 not in running.hosts:
+    missing = [host for host in hosts or () if not covers(running.hosts, host)]
+    if missing:
         raise Conflict(
-            f"the embedded Redis does not listen on {', '.join(sorted(missing))}",
-            "Stop it ('fleet broker stop'), then start it with --host.",
+            f"the embedded Redis does not listen on {', '.join(missing)}",
+            f"Stop it, then start it there: {restart_command(missing[-1], port or running.port)}",
         )
     if port is not None and port != running.port:
         say(f"It stays on port {running.port}; stop it first to move it to {port}.")

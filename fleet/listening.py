@@ -6,13 +6,15 @@ import errno
 import ipaddress
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from broker.errors import FleetError, UsageError
 
 LOOPBACK = "127.0.0.1"
 #: every IPv4 address of the machine, loopback included; "::" stands for the IPv6 ones alone
 EVERY_IPV4 = "0.0.0.0"
+EVERY_IPV6 = "::"
+EVERY_ADDRESS = (EVERY_IPV4, EVERY_IPV6)
 #: ports tried, from the one wanted upwards
 PORTS_TRIED = 100
 
@@ -36,6 +38,11 @@ def addresses(host: str) -> tuple[str, ...]:
 def is_loopback(address: str) -> bool:
     """Whether only this machine can reach `address`."""
     return ipaddress.ip_address(address).is_loopback
+
+
+def covers(bound_to: Sequence[str], address: str) -> bool:
+    """Whether a server that is bound to `bound_to` is reached at `address` of this machine."""
+    return address in bound_to or (EVERY_IPV6 if ":" in address else EVERY_IPV4) in bound_to
 
 
 def still_ours(hosts: tuple[str, ...], say: Callable[[str], None]) -> tuple[str, ...]:

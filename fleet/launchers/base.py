@@ -75,6 +75,8 @@ class Probe:
     venvs: tuple[Venv, ...] = ()
     #: whether the host is the machine that we run on, so that our loopback is its own
     is_here: bool = False
+    #: this machine's address as the host sees it; None where that is not known
+    our_address: str | None = None
     #: whether somebody named `python`; else it is only the first that was found
     python_was_named: bool = False
 

@@ -71,10 +71,12 @@ class Output:
 class ShellLauncher(ABC):
     """A host where commands can be run. `python` names its interpreter; None looks for one.
 
-    `limit_seconds` bounds every command; `is_here` says that it is this very machine.
+    `limit_seconds` bounds every command; `is_here` says that it is this very machine,
+    `our_address` by which address it sees this machine, where that is known.
     """
 
     is_here = False
+    our_address: str | None = None
 
     def __init__(self, *, python: str | None, limit_seconds: float) -> None:
         self._candidates = (python,) if python else CANDIDATES
@@ -102,6 +104,7 @@ class ShellLauncher(ABC):
             answer,
             clock_skew_seconds=answer["time"] - middle,
             is_here=self.is_here,
+            our_address=self.our_address,
             python_was_named=bool(self._named),
         )
         return self._found

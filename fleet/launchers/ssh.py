@@ -24,6 +24,7 @@ class SshLauncher(ShellLauncher):
         super().__init__(python=python, limit_seconds=options.command_timeout_seconds)
         self._connection = connection
         self.is_here = connection.is_here
+        self.our_address = connection.our_address
 
     async def close(self) -> None:
         await self._connection.close()

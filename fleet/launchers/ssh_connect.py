@@ -61,11 +61,15 @@ class Address:
 
 @dataclass(frozen=True)
 class Connection:
-    """An open connection and the hops that it goes through; `is_here`: to this very machine."""
+    """An open connection and the hops that it goes through; `is_here`: to this very machine.
+
+    `our_address` is this machine's at its end of the connection; None where others are in between.
+    """
 
     ssh: asyncssh.SSHClientConnection
     hops: tuple[asyncssh.SSHClientConnection, ...] = ()
     is_here: bool = False
+    our_address: str | None = None
 
     async def close(self) -> None:
         """Close it and its hops. Never raises."""
@@ -161,7 +165,9 @@ class _Attempt:
         except (OSError, asyncssh.Error, ValueError) as exc:
             raise self._explained(exc, hops) from exc
         direct = not hops and not self.settings.proxy_command
-        return Connection(ssh, hops, is_here=direct and _is_here(ssh))
+        if not direct:
+            return Connection(ssh, hops)
+        return Connection(ssh, is_here=_is_here(ssh), our_address=_our_address(ssh))
 
     def _known_keys(self, host: str, _addr: str, port: int | None) -> tuple[list[Any], ...]:
         """asyncssh asks for the keys to trust: plain, authorities, revoked."""
@@ -262,6 +268,15 @@ def _is_here(ssh: asyncssh.SSHClientConnection) -> bool:
     if not peer or not own:
         return False
     return bool(peer[0] == own[0]) or ipaddress.ip_address(peer[0].partition("%")[0]).is_loopback
+
+
+def _our_address(ssh: asyncssh.SSHClientConnection) -> str | None:
+    """Our end of the connection; an address that holds for one link alone is of no use elsewhere."""
+    own = ssh.get_extra_info("sockname")
+    if not own:
+        return None
+    address = ipaddress.ip_address(own[0].partition("%")[0])
+    return None if address.is_link_local else str(address)
 
 
 def _explained_os(exc: Exception, where: str) -> base.ConnectError:

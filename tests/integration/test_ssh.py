@@ -61,7 +61,8 @@ def probe(farm: SshdFarm, name: str, **how: Any) -> base.Probe:
 def test_a_new_host_key_is_accepted_once_and_recorded(farm):
     host = farm.add("host1")
     for _ in range(2):
-        assert probe(farm, "host1").is_here
+        found = probe(farm, "host1")
+        assert (found.is_here, found.our_address) == (True, "127.0.0.1")
     (line,) = farm.known_hosts.read_text().splitlines()
     key = (host.folder / "host_key.pub").read_text().split()[1]
     assert line == f"[127.0.0.1]:{host.port} ssh-ed25519 {key}"
@@ -142,7 +143,9 @@ def test_a_broken_ssh_config_is_told(farm):
 def test_a_jump_host_is_gone_through_and_its_key_recorded(farm):
     jump, host = farm.add("jump"), farm.add("host1")
     farm.alias("behind", host.port, ProxyJump="jump")
-    assert not probe(farm, "behind").is_here, "its loopback may not be ours"
+    found = probe(farm, "behind")
+    assert not found.is_here, "its loopback may not be ours"
+    assert found.our_address is None, "what the jump host sees of us tells nothing of this one"
     recorded = farm.known_hosts.read_text()
     assert f"[127.0.0.1]:{jump.port} " in recorded
     assert f"[127.0.0.1]:{host.port} " in recorded

@@ -13,7 +13,7 @@ import pytest
 from broker import keys
 from broker.errors import UsageError
 from fleet import bootstrap, teardown
-from fleet.bootstrap import Orders, is_loopback, workers_for
+from fleet.bootstrap import Orders, workers_for
 from fleet.bundle import Bundle
 from fleet.hosts import Host, HostOptions
 from fleet.launchers import base
@@ -173,8 +173,18 @@ def test_all_failed_is_exit_1(stub):
     report = asyncio.run(stub.up(["a", "b"]))
     assert report.exit_code == 1
     assert isinstance(report.hosts[0].error, base.RedisOutOfReach)
-    assert "fleet broker start --host" in report.hosts[0].error.hint
+    assert report.hosts[0].step == "probe"
     assert not stub.started
+
+
+def test_a_host_elsewhere_is_told_our_address_and_one_that_is_here_loopback(stub):
+    stub.registers = False
+    for is_here in (True, False):
+        stub.probe = dataclasses.replace(PROBE, is_here=is_here, our_address="10.0.0.5")
+        (result,) = asyncio.run(stub.up(["a"], bound_to=("0.0.0.0",))).hosts
+        address = "127.0.0.1" if is_here else "10.0.0.5"
+        assert stub.started[-1].redis_url == f"redis://{address}:6379/0"
+        assert f"did not register at redis://{address}:6379/0" in result.error.message
 
 
 def test_the_bound_on_connections_is_true(stub):
@@ -344,19 +354,3 @@ def test_a_hosts_own_options_come_before_those_of_the_command_line():
 def test_slots_are_the_cpus_shared_among_the_workers():
     (first, *_), (alone,) = (workers_for(Host("h"), Orders(URL, n), PROBE, "p") for n in (3, 1))
     assert (first.slots, alone.slots) == (2, 8)
-
-
-@pytest.mark.parametrize(
-    ("url", "only_here"),
-    [
-        ("redis://localhost", True),
-        ("redis://:pw@127.0.0.5:1/0", True),
-        ("redis://[::1]:6379", True),
-        ("unix:///tmp/redis.sock", True),
-        ("redis://10.0.0.1", False),
-        ("redis://redis.example.com", False),
-        ("rediss://[2001:db8::1]:6379", False),
-    ],
-)
-def test_loopback_is_recognised(url, only_here):
-    assert is_loopback(url) is only_here

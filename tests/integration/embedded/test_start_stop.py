@@ -115,8 +115,10 @@ def test_a_second_start_that_wants_another_address_is_told(valkey_broker: Any, f
     running = valkey_broker.up()
     valkey_broker.up(port=free_port())
     assert f"stays on port {running.port}" in valkey_broker.said[-1]
-    with pytest.raises(Conflict, match=r"does not listen on 0\.0\.0\.0"):
+    with pytest.raises(Conflict, match=r"does not listen on 0\.0\.0\.0") as caught:
         valkey_broker.up(host="0.0.0.0")
+    command = f"fleet broker stop && fleet broker start --host 0.0.0.0 --port {running.port}"
+    assert caught.value.hint == f"Stop it, then start it there: {command}"
 
 
 def test_many_starts_at_once_make_one_server(
