@@ -110,15 +110,19 @@ class Session:
         """Leave the registry; False where leases are left, or another life has the name."""
         return retire(client, self.identity.name, self.identity.queues, self.identity.incarnation)
 
-    def round(self, client: scripts.Runner, ends: Sequence[End], wanted: int) -> Round:
-        """Report `ends` and claim up to `wanted` jobs, in one round trip.
+    def round(self, client: scripts.Runner, ends: Sequence[End], wanted: int, ahead: int = 0) -> Round:
+        """Report `ends` and claim up to `wanted` jobs, and `ahead` more, in one round trip.
+
+        What comes ahead is to be started soon or handed back; no job that was lost before does.
 
         Call `settle` once the claims are where a beat will see them.
         """
         self.claims_sent += 1
         number = self.claims_sent
         try:
-            reply = scripts.ROUND(client, self._round_keys, self._round_arguments(ends, wanted, number))
+            reply = scripts.ROUND(
+                client, self._round_keys, self._round_arguments(ends, wanted, ahead, number)
+            )
         except BaseException:
             # the reply will never come: the next beat may give back what the claim took
             self.claims_settled = number
@@ -134,10 +138,10 @@ class Session:
             suspended == 1,
         )
 
-    def _round_arguments(self, ends: Sequence[End], wanted: int, number: int) -> list[Any]:
+    def _round_arguments(self, ends: Sequence[End], wanted: int, ahead: int, number: int) -> list[Any]:
         who, settings = self.identity, self.settings
         arguments: list[Any] = [who.name, who.incarnation, self.lease_ms, settings.result_ttl_seconds]
-        arguments += [settings.losses_limit, number, wanted, f"{who.incarnation}{number:012x}"]
+        arguments += [settings.losses_limit, number, wanted, ahead, f"{who.incarnation}{number:012x}"]
         arguments += [self.finished, self.failed, self.seconds_worked, len(who.queues), *who.queues]
         for end in ends:
             arguments += end.arguments()

@@ -104,6 +104,7 @@ class WorkerLoop:
     def _turn(self) -> None:
         self._guard.keep_alive()
         self._claim_due |= self._slots.collect(redis_is_away=not self._is_beating())
+        self._slots.start_waiting()
         self._slots.enforce_times()
         self._asides.enforce_times()
         self._enforce_stop()
@@ -156,6 +157,7 @@ class WorkerLoop:
             self._said_stopping = True
             left = max(0.0, self._stop_at - clock.monotonic())
             log.info("stopping: %d jobs have %.0f s to end", len(self._slots), left)
+        self._slots.hand_back_waiting()
         if clock.monotonic() >= self._stop_at:
             self._slots.kill_all("hand-back")
 
@@ -200,7 +202,7 @@ class WorkerLoop:
         if not self._links.up or not (ends or wanted):
             return
         with self._linked():
-            done = self._session.round(self._links.line, ends, wanted)
+            done = self._session.round(self._links.line, ends, wanted, self._ahead())
             for end, accepted in zip(ends, done.accepted, strict=True):
                 self._settle(end, accepted)
             self._admit(done, wanted)
@@ -222,18 +224,22 @@ class WorkerLoop:
         self._taken += len(done.claims)
         self._found_nothing = wanted > 0 and not done.claims
         # fewer than asked for: the queues are empty, wait for a token
-        self._claim_due = wanted > 0 and len(done.claims) == wanted
-        for claim in done.claims:
-            self._slots.start(claim)
+        self._claim_due = wanted > 0 and len(done.claims) >= wanted
+        self._slots.take(done.claims)
 
     def _wanted(self) -> int:
         """How many jobs to claim now."""
         if self._stop_at is not None or not self._is_fit():
             return 0
-        free = self._config.slots - len(self._slots)
         if self._config.max_jobs is not None:
-            free = min(free, self._config.max_jobs - self._taken)
-        return max(0, free)
+            return max(0, min(self._slots.free, self._config.max_jobs - self._taken))
+        return self._slots.free
+
+    def _ahead(self) -> int:
+        """How many jobs to claim ahead: none by a worker that counts them, or may not claim at all."""
+        if self._config.max_jobs is not None or self._stop_at is not None or not self._is_fit():
+            return 0
+        return self._slots.ahead()
 
     def _is_fit(self) -> bool:
         """Whether this host can run jobs: one must not fail because of us, another host may be fit."""
@@ -327,7 +333,9 @@ class WorkerLoop:
         if self.chores:
             self.chores.fleet_size = self._fleet_size
         for lease in beat.lost | beat.stop:
-            attempt = self._slots.get(lease)
+            attempt, is_lost = self._slots.get(lease), lease in beat.lost
             if attempt:
-                self._slots.end(attempt, "lost" if lease in beat.lost else "stop")
+                self._slots.end(attempt, "lost" if is_lost else "stop")
+            else:
+                self._slots.drop_waiting(lease, "lost" if is_lost else "stopped", "unwanted before it began")
         self._foreign = beat.foreign

@@ -1,14 +1,16 @@
 """What runs in a worker's slots: attempts from their start to the end that is to be reported.
 
 An attempt leaves its slot when its process is gone; its lease stays known until Redis has
-accepted, or refused, its end.
+accepted, or refused, its end. Where jobs are short, a few are claimed ahead of the slots, so that
+the next starts while the end of the last is reported; what is not started at once goes back.
 """
 
 from __future__ import annotations
 
 import logging
 import selectors
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 from broker import clock, command
@@ -24,6 +26,9 @@ log = logging.getLogger("fleet.worker")
 
 #: seconds without claims after this host could not start a job
 _HOST_FAULT_SECONDS = 10.0
+#: seconds of work, by the time that jobs took lately, that may be claimed ahead of the slots; and for
+#: how long at most: a worker with nothing to do must not wait for what another hoards
+AHEAD_SECONDS = 0.05
 
 
 class Slots:
@@ -31,12 +36,14 @@ class Slots:
 
     def __init__(
         self,
+        count: int,
         settings: WorkerSettings,
         context: CommandContext,
         pool: ExecutorPool,
         guard: Guard,
         selector: selectors.BaseSelector,
     ) -> None:
+        self._count = count
         self._settings = settings
         self._context = context
         self._pool = pool
@@ -46,6 +53,11 @@ class Slots:
         self._attempts: dict[str, Attempt] = {}
         self._ends: dict[str, End] = {}
         self._leases: dict[str, str] = {}
+        #: claimed ahead, in order, and until when they may wait
+        self._waiting: deque[Claim] = deque()
+        self._waiting_until = 0.0
+        #: seconds that jobs took lately; nothing is known yet
+        self._pace = float("inf")
         #: why this host cannot run jobs at the moment, and when it may be tried again
         self.fault = ""
         self.fault_until = 0.0
@@ -53,8 +65,8 @@ class Slots:
         self.busy_at = clock.monotonic()
 
     def __len__(self) -> int:
-        """How many attempts run."""
-        return len(self._attempts)
+        """How many attempts run or are about to."""
+        return len(self._attempts) + len(self._waiting)
 
     def __iter__(self) -> Iterator[Attempt]:
         """What runs."""
@@ -74,6 +86,36 @@ class Slots:
         return self._leases.copy()
 
     # -- claims and ends -------------------------------------------------------------------
+
+    @property
+    def free(self) -> int:
+        """Slots with nothing to do."""
+        return max(0, self._count - len(self))
+
+    def ahead(self) -> int:
+        """How many jobs to claim beyond the free slots: one for each slot, if jobs are short."""
+        room = 2 * self._count - max(self._count, len(self))
+        return min(room, int(AHEAD_SECONDS * self._count / max(self._pace, 1e-3)))
+
+    def take(self, claims: Sequence[Claim]) -> None:
+        """Start what there is a slot for; the rest waits for the next that is free."""
+        self._waiting.extend(claims)
+        self._waiting_until = clock.monotonic() + AHEAD_SECONDS
+        self.start_waiting()
+
+    def start_waiting(self) -> None:
+        """Start what waits, if a slot is free; hand back what waited too long, or until we were late."""
+        if self._waiting and (clock.monotonic() > self._waiting_until or self._guard.is_late()):
+            self._pace = float("inf")  # jobs are not as short as they were
+            self.hand_back_waiting()
+        while self._waiting and len(self._attempts) < self._count:
+            self.start(self._waiting.popleft())
+
+    def hand_back_waiting(self) -> None:
+        """Give back what was claimed and not started."""
+        while self._waiting:
+            claim = self._waiting.popleft()
+            self._ends[claim.lease] = End(claim, "handed-back", "claimed ahead and not started")
 
     def admit(self, claims: Iterable[Claim]) -> None:
         """Make claims known to the heartbeat. They are started after that."""
@@ -103,6 +145,12 @@ class Slots:
     def drop_ends(self) -> None:
         """Nothing can be reported any more."""
         self._ends.clear()
+
+    def drop_waiting(self, lease: str, outcome: Outcome, reason: str) -> None:
+        """One that waits is lost, or unwanted."""
+        for claim in [one for one in self._waiting if one.lease == lease]:
+            self._waiting.remove(claim)
+            self._ends[lease] = never_started(claim, reason, outcome=outcome)
 
     def collect(self, *, redis_is_away: bool) -> bool:
         """Turn attempts that ended into ends to report; says whether there were any.
@@ -145,13 +193,17 @@ class Slots:
             self._guard.remove(attempt.pgid)
         self._end(attempt.collect(self._settings.output_tail_bytes))
         del self._attempts[lease]
+        took = attempt.duration()
+        self._pace = took if self._pace == float("inf") else 0.8 * self._pace + 0.2 * took
         self.busy_at = clock.monotonic()
 
     # -- interruptions ---------------------------------------------------------------------
 
     def next_time(self) -> float:
         """When an attempt has run too long, or its grace ends; monotonic seconds."""
-        times = (at for attempt in self for at in (attempt.timeout_at, attempt.kill_at) if at is not None)
+        times = [at for attempt in self for at in (attempt.timeout_at, attempt.kill_at) if at is not None]
+        if self._waiting:
+            times.append(self._waiting_until)
         return min(times, default=float("inf"))
 
     def enforce_times(self) -> None:
@@ -168,6 +220,9 @@ class Slots:
         for attempt in self:
             if attempt.claim.job_id == job_id:
                 self.end(attempt, "stop")
+        for claim in list(self._waiting):
+            if claim.job_id == job_id:
+                self.drop_waiting(claim.lease, "stopped", "stopped before it began")
 
     def end(self, attempt: Attempt, cause: Cause) -> None:
         """End one attempt: a command gets a grace to stop in, a function is killed, as RQ does."""

@@ -139,7 +139,7 @@ def _parts(
     working = WorkingFolders(folders, config.name)
     stack.callback(working.close)
     context = CommandContext(folders, working, environ, null, home)
-    slots = Slots(settings, context, pool, guard, selector)
+    slots = Slots(config.slots, settings, context, pool, guard, selector)
     return Parts(session, selector, links, slots, pool, guard, Mailbox(), folders)
 
 

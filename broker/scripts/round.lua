@@ -3,23 +3,24 @@
 -- KEYS  1 fleet:worker:W:beat  2 fleet:worker:W:leases  3 fleet:worker:W:drain  4 rq:worker:W
 --       then for each queue, most urgent first: rq:queue:Q, fleet:wake:Q
 -- ARGV  1 worker  2 incarnation  3 lease ms  4 result ttl s  5 losses limit
---       6 number of this claim, counted up by the worker  7 jobs wanted
---       8 prefix for execution ids, unique to this call
---       9 finished, 10 failed, 11 seconds worked: this worker's totals before these ends
---       12 number of queues, then their names
+--       6 number of this claim, counted up by the worker  7 jobs wanted now
+--       8 jobs wanted ahead of that  9 prefix for execution ids, unique to this call
+--       10 finished, 11 failed, 12 seconds worked: this worker's totals before these ends
+--       13 number of queues, then their names
 --       then for each end: JSON {job, lease, queue, outcome, duration, ...}, tail of stdout,
 --       tail of stderr (empty: nothing new)
 -- Returns {{outcome of each end: 1 accepted, 0 stale}, {{queue, job, lease, flat hash} of each claim},
 --          1 if this incarnation is registered, 1 if draining, 1 if suspended}
 --
 -- An end whose lease is not the job's newest changes nothing. A claim that finds a queue empty
--- takes its tokens away; one that leaves jobs behind rings for the next worker.
+-- takes its tokens away; one that leaves jobs behind rings for the next worker. A job that was lost
+-- before is not claimed ahead: it may be what kills workers, and its neighbours must not suffer.
 local worker, incarnation = ARGV[1], ARGV[2]
 local lease_ms, result_ttl, limit = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local claim_number, wanted, prefix = ARGV[6], tonumber(ARGV[7]), ARGV[8]
-local finished, failed, worked = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
-local queue_count = tonumber(ARGV[12])
-local first_end = 13 + queue_count
+local claim_number, wanted, ahead, prefix = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
+local finished, failed, worked = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
+local queue_count = tonumber(ARGV[13])
+local first_end = 14 + queue_count
 
 local function save_output(id, ended, out, err)
   if ended.stdout_end or ended.stderr_end then
@@ -114,15 +115,30 @@ local function claim_one(queue, id, execution)
   return {queue, id, lease, redis.call('HGETALL', job)}
 end
 
+-- The id to look at next, taken from the queue, or nil if there is none or it is not for us.
+local function take(jobs, claimed)
+  if claimed >= wanted + ahead then
+    return nil
+  end
+  if claimed >= wanted then
+    local id = redis.call('LINDEX', jobs, 0)
+    local losses = id and redis.pcall('HGET', key('job', id), 'fleet_losses')
+    if type(losses) == 'string' and losses ~= '0' then
+      return nil
+    end
+  end
+  return redis.call('LPOP', jobs)
+end
+
 local function claim_from(index, claims)
-  local queue, jobs, bell = ARGV[12 + index], KEYS[3 + 2 * index], KEYS[4 + 2 * index]
-  local id = #claims < wanted and redis.call('LPOP', jobs)
+  local queue, jobs, bell = ARGV[13 + index], KEYS[3 + 2 * index], KEYS[4 + 2 * index]
+  local id = take(jobs, #claims)
   while id do
     local claim = claim_one(queue, id, prefix .. string.format('%04x', #claims))
     if claim then
       table.insert(claims, claim)
     end
-    id = #claims < wanted and redis.call('LPOP', jobs)
+    id = take(jobs, #claims)
   end
   if redis.call('LLEN', jobs) == 0 then
     redis.call('DEL', bell)
@@ -143,9 +159,9 @@ end
 
 local claims = {}
 local draining, suspended = redis.call('EXISTS', KEYS[3]), redis.call('EXISTS', K.SUSPENDED)
-if alive and wanted > 0 and draining == 0 and suspended == 0 then
+if alive and wanted + ahead > 0 and draining == 0 and suspended == 0 then
   for index = 1, queue_count do
-    if redis.call('SISMEMBER', K.PAUSED, ARGV[12 + index]) == 0 then
+    if redis.call('SISMEMBER', K.PAUSED, ARGV[13 + index]) == 0 then
       claim_from(index, claims)
     end
   end

@@ -325,3 +325,12 @@ def test_retire_leaves_no_key_of_the_worker(redis_client: redis.Redis) -> None:
     assert who.retire(redis_client)
     assert [key for key in redis_client.scan_iter("*") if b"w0" in key] == []
     assert redis_client.smembers(keys.WORKERS) == set()
+
+
+def test_jobs_are_claimed_ahead_only_as_asked_and_never_one_that_was_lost(redis_client: redis.Redis) -> None:
+    ids = submit(redis_client, 5)
+    redis_client.hset(keys.job(ids[3]), "fleet_losses", 1)
+    who = session(redis_client, "w0")
+    assert [one.job_id for one in who.round(redis_client, [], 1, 4).claims] == ids[:3]
+    assert [one.job_id for one in who.round(redis_client, [], 0, 4).claims] == []
+    assert [one.job_id for one in who.round(redis_client, [], 1, 1).claims] == ids[3:]

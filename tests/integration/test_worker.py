@@ -133,6 +133,14 @@ def test_what_a_command_leaves_in_the_background_ends_with_it(workers: Workers, 
     workers.until(lambda: not psutil.pid_exists(int(lines(runs)[0])), "the background process is gone")
 
 
+def test_output_of_an_earlier_attempt_is_not_taken_for_that_of_the_last(workers: Workers, runs: Path) -> None:
+    script = f"[ -e {runs} ] && exit 0; touch {runs}; echo early; exit 1"
+    job = workers.submit("sh", "-c", script, retries=1, retry_delay_seconds=0)
+    workers.start("w0", burst=True, wait=False)
+    assert workers.wait([job])[0].state == "finished"
+    assert jobs.output(workers.client, job).stdout == b""
+
+
 def test_a_failed_command_is_tried_again_after_a_pause(workers: Workers, runs: Path) -> None:
     job = workers.submit(
         *appending(runs, "x", f"[ $(wc -l < {runs}) -ge 3 ]"), retries=3, retry_delay_seconds=0.2
@@ -578,6 +586,33 @@ def test_damaged_jobs_fail_by_name_and_harm_nobody(workers: Workers) -> None:
     for job in (no_data, garbage):
         assert workers.state(job) == "failed"
         assert workers.client.hget(keys.job(job), "fleet_reason").startswith(b"DamagedJob: ")
+
+
+def test_what_was_claimed_ahead_does_not_wait_while_another_worker_is_idle(
+    workers: Workers, tmp_path: Path
+) -> None:
+    gate, runs = tmp_path / "gate", tmp_path / "runs"
+    workers.start("w0")
+    workers.wait(workers.submit_many([("true",)] * 30))  # jobs are short, it learns
+    workers.start("w1")
+    ids = workers.submit_many([appending(runs, "x", waiting_for(gate))] * 2)
+    workers.until(lambda: len(lines(runs)) == 2, "both run", 5)
+    gate.touch()
+    assert {job.worker for job in workers.wait(ids)} == {"w0", "w1"}
+    workers.assert_clean()
+
+
+def test_what_was_claimed_ahead_goes_back_when_the_worker_stops(workers: Workers, runs: Path) -> None:
+    worker = workers.start("w0", settings={"stop_grace_seconds": 0.1})
+    ids = workers.submit_many([appending(runs, str(number)) for number in range(400)])
+    workers.until(lambda: len(lines(runs)) > 50, "under way")
+    workers.kill(worker, signal.SIGTERM)
+    assert worker.wait(10) == 0
+    workers.assert_clean()
+    assert {workers.state(job) for job in ids} == {"finished", "queued"}
+    workers.start("w1", slots=2)
+    assert {job.state for job in workers.wait(ids)} == {"finished"}
+    assert len(lines(runs)) - 400 <= 1, "only what ran when the grace ended ran twice"
 
 
 def test_four_workers_share_fifty_jobs_and_run_each_once(workers: Workers, runs: Path) -> None:
