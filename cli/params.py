@@ -109,13 +109,13 @@ def _quick_client(context: Context) -> redis.Redis:
     return connect(context.url(), timeout_seconds=_PATIENCE_SECONDS)
 
 
-def variables(words: tuple[str, ...]) -> dict[str, str]:
-    """`("K=V", ...)` as a dictionary. Raises UsageError."""
+def pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
+    """`("K=V", ...)`, the values of `option`, as a dictionary. Raises UsageError."""
     found = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not name or not equals:
-            raise UsageError(f"--env {word!r}: not of the form NAME=VALUE")
+            raise UsageError(f"{option} {word!r}: not of the form NAME=VALUE")
         found[name] = value
     return found
 

@@ -11,7 +11,7 @@ import click
 
 from broker.errors import UsageError
 from cli.context import Context, pass_context, print_json
-from cli.params import Duration, JobId, QueueName, files, json_option, variables
+from cli.params import Duration, JobId, QueueName, files, json_option, pairs
 
 if TYPE_CHECKING:
     import redis
@@ -57,7 +57,7 @@ def submit(context: Context, /, argv: tuple[str, ...], **given: Any) -> int:
         raise UsageError(
             "--follow and --json exclude each other", "'fleet submit --wait --json' says how it ended."
         )
-    command = Command(argv, variables(given["env"]), _folder(given["cwd"])).checked()
+    command = Command(argv, pairs("--env", given["env"]), _folder(given["cwd"])).checked()
     options = _options(given).checked()
     with context.redis(start=True) as client:
         job_id = submit_commands(client, given["queue"], [(given["job_id"], command)], options)[0]

@@ -139,7 +139,7 @@ def _named_hosts(hosts_file: str | None, options: Options) -> tuple[Host, ...]:
 def _orders(context: Context, options: Options) -> Orders:
     """What to start. Raises UsageError for what no host could do."""
     from broker import names
-    from cli.worker import parse_labels
+    from cli.params import pairs
     from fleet.bootstrap import Orders
 
     queues = tuple(names.queue_name(part.strip()) for part in options["queues"].split(","))
@@ -152,7 +152,7 @@ def _orders(context: Context, options: Options) -> Orders:
         workers_per_host=options["workers_per_host"],
         slots=options["slots"],
         queues=queues,
-        labels=parse_labels(options["labels"]),
+        labels=pairs("--label", options["labels"]),
         output_dir=output_dir,
         install=not options["no_install"],
         executor_python=options["executor_python"],

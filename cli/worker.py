@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from broker.errors import UsageError
 from cli.context import Context, pass_context
+from cli.params import pairs
 
 if TYPE_CHECKING:
     from fleet.worker_config import WorkerConfig
@@ -52,7 +52,7 @@ def _config(options: dict[str, Any], redis_url: str) -> WorkerConfig:
         output_dir=str(options["output_dir"] or default_output_dir()),
         queues=tuple(part.strip() for part in options["queues"].split(",")),
         slots=1 if ephemeral else options["slots"],
-        labels=parse_labels(options["labels"]),
+        labels=pairs("--label", options["labels"]),
         executor=options["executor"],
         executor_python=options["executor_python"] or sys.executable,
         # as `rq worker` does: the folder it is started in
@@ -63,14 +63,3 @@ def _config(options: dict[str, Any], redis_url: str) -> WorkerConfig:
         startup_delay_seconds=options["startup_delay_seconds"],
         ephemeral=ephemeral,
     )
-
-
-def parse_labels(labels: tuple[str, ...]) -> dict[str, str]:
-    """`("k=v", ...)` as a dictionary. Raises UsageError."""
-    found = {}
-    for label in labels:
-        key, equals, value = label.partition("=")
-        if not key or not equals:
-            raise UsageError(f"--label {label}: not of the form key=value")
-        found[key] = value
-    return found
