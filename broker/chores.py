@@ -80,7 +80,7 @@ class Recovery:
         )
         if not lost:
             return 0
-        hosts = _hosts(client, {row[2].decode() for row in lost})
+        hosts = _hosts(client, {_text(row[2]) for row in lost})
         rows = [_lost_row(row, hosts) for row in lost]
         taken: int = scripts.LOSE(client, [keys.LEASES], [self.settings.losses_limit, 1, *rows])
         return taken
@@ -88,9 +88,9 @@ class Recovery:
 
 def _lost_row(row: list[Any], hosts: dict[str, str]) -> str:
     job, lease, worker, _, _, counted = row
-    where = hosts.get(worker.decode(), "")
-    reason = f"WorkerLost: worker {worker.decode()} {where}stopped beating while it ran the job"
-    return failures.lost_row(job.decode(), lease.decode(), reason, uncounted=not counted)
+    where = hosts.get(_text(worker), "")
+    reason = f"WorkerLost: worker {_text(worker)} {where}stopped beating while it ran the job"
+    return failures.lost_row(_text(job), _text(lease), reason, uncounted=not counted)
 
 
 def _hosts(client: redis.Redis, workers: Iterable[str]) -> dict[str, str]:
@@ -99,10 +99,23 @@ def _hosts(client: redis.Redis, workers: Iterable[str]) -> dict[str, str]:
     records = client.mget([keys.worker_record(name) for name in ordered])
     found = {}
     for name, record in zip(ordered, records, strict=True):
-        if record:
-            fields = json.loads(record)
+        fields = _fields(record)
+        if fields is not None:
             found[name] = f"(host {fields.get('host')}, last beat {fields.get('at')}) "
     return found
+
+
+def _fields(record: Any) -> dict[str, Any] | None:
+    """A worker's record, or None where there is none, or garbage."""
+    try:
+        fields = json.loads(record or b"")
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
@@ -152,8 +165,8 @@ class Forget:
 
     def run(self, client: redis.Redis) -> int:
         members: set[Any] = client.smembers(keys.FLEET_WORKERS)
-        workers = [name.decode() for name in members]
-        records = client.mget([keys.worker_record(name) for name in workers]) if workers else []
+        workers = list(members)
+        records = client.mget([keys.worker_record(_text(name)) for name in workers]) if workers else []
         gone = [name for name, record in zip(workers, records, strict=True) if record is None]
         for name in gone:
             client.srem(keys.FLEET_WORKERS, name)

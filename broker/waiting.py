@@ -131,6 +131,6 @@ def _document(value: bytes) -> dict[str, Any]:
     """A message from outside, or {} for anything that is none."""
     try:
         document = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}

@@ -63,7 +63,9 @@ class End:
 
     def arguments(self) -> list[str | bytes]:
         """The three arguments of round.lua for it."""
-        return [json.dumps(self._document()), self.tails.stdout, self.tails.stderr]
+        # no \u escapes: half a pair, as names that are no UTF-8 give it, is an error to Redis's decoder
+        document = json.dumps(self._document(), ensure_ascii=False).encode("utf-8", "replace")
+        return [document, self.tails.stdout, self.tails.stderr]
 
     def _document(self) -> dict[str, Any]:
         retry_max, intervals = self.retry or (None, None)

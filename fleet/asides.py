@@ -38,8 +38,16 @@ class Asides:
         now = clock.monotonic()
         for execution, limit in list(self._running.items()):
             if now >= limit:
-                execution.kill()
-                self._look(execution)
+                self._kill(execution)
+
+    def kill_all(self) -> None:
+        """End them now: the worker's grace is over."""
+        for execution in list(self._running):
+            self._kill(execution)
+
+    def _kill(self, execution: Execution) -> None:
+        execution.kill()
+        self._look(execution)
 
     def _run(self, execution: Execution | None) -> None:
         if execution is None:

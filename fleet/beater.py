@@ -81,13 +81,18 @@ class Beater:
             if not self.connected:
                 log.info("Redis is back")
             self.connected = True
-        except redis.RedisError as exc:
+        except Exception as exc:  # whatever it is: without a heartbeat all jobs here are lost
             if is_denied(exc):
                 self._stopping = True
                 self._post(Denied(str(exc)))
                 return
             if self.connected:
-                log.warning("Redis does not answer: %s; jobs run on until their leases end", exc)
+                is_known = isinstance(exc, redis.RedisError | OSError)
+                log.warning(
+                    "Redis does not answer: %s; jobs run on until their leases end",
+                    exc,
+                    exc_info=None if is_known else exc,
+                )
             self.connected = False
 
     def _beat(self) -> None:

@@ -41,6 +41,7 @@ class ChoreThread:
         self._table = chores.table(session.settings)
         self._due = dict.fromkeys(range(len(self._table)), 0.0)
         self._peeks = _Peeks(client)
+        self._told: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="chores", daemon=True)
         #: how many workers the fleet has: the more, the more rarely each asks
@@ -59,13 +60,20 @@ class ChoreThread:
         while not self._stop.is_set():
             try:
                 self._turn()
-            except (redis.RedisError, OSError) as exc:
-                log.debug("chores: %s", exc)
+            except Exception as exc:  # somebody's damage must not end the recovery of all others' jobs
+                self._tell(exc)
                 self._peeks.close()
                 self._stop.wait(1.0)
         self._peeks.close()
         with suppress(redis.RedisError):
             self._resign()
+
+    def _tell(self, exc: Exception) -> None:
+        """Say each trouble once; that Redis is away is for the loop to say."""
+        if isinstance(exc, redis.ConnectionError | redis.TimeoutError | OSError) or str(exc) in self._told:
+            return
+        self._told.add(str(exc))
+        log.warning("chores: %s", exc, exc_info=None if isinstance(exc, redis.RedisError) else exc)
 
     def _turn(self) -> None:
         self._prune()
@@ -107,6 +115,8 @@ class _Peeks:
         self._client = client
         self._selector = selectors.DefaultSelector()
         self._connections: dict[str, Any] = {}
+        #: file numbers that the selector knows; a connection that was cut has forgotten its own
+        self._watched: list[int] = []
         #: queues that had jobs a moment ago, and when to peek again
         self._paused: dict[str, float] = {}
         self._listed_at = 0.0
@@ -123,9 +133,10 @@ class _Peeks:
 
     def close(self) -> None:
         """Drop all connections; they come back when it listens again."""
+        for fd in self._watched:
+            self._selector.unregister(fd)
+        self._watched.clear()
         for connection in self._connections.values():
-            with suppress(KeyError, ValueError):
-                self._selector.unregister(connection._sock)
             connection.disconnect()
         self._connections.clear()
         self._paused.clear()
@@ -144,6 +155,7 @@ class _Peeks:
         connection.connect()
         self._connections[queue] = connection
         self._selector.register(connection._sock, selectors.EVENT_READ, queue)
+        self._watched.append(connection._sock.fileno())
         self._peek(queue)
 
     def _peek(self, queue: str) -> None:

@@ -38,6 +38,8 @@ class Links:
         self._watched: list[int] = []
         self.up = False
         self.retry_at = 0.0
+        self._up_at = 0.0
+        self._said = ""
 
     def connect(self, on_wake: Callable[[], None], on_rq: Callable[[], None]) -> None:
         """Open the two that wait and watch them. Raises what redis-py raises."""
@@ -46,15 +48,17 @@ class Links:
         for link, handler in ((self.waiter, on_wake), (self.rq, on_rq)):
             self._selector.register(link.fileno(), selectors.EVENT_READ, handler)
             self._watched.append(link.fileno())
-        self.up = True
+        self.up, self._up_at = True, clock.monotonic()
 
     def lost(self, exc: Exception, fleet_size: int) -> None:
         """Drop all and set the time of the next attempt; not for all workers the same."""
-        if self.up:
+        now = clock.monotonic()
+        # a Redis that is full, loading or a replica can be connected to, and refuses all the same
+        is_new = self.up and now - self._up_at >= _RETRY_SECONDS
+        if is_new or str(exc) != self._said:
+            self._said = str(exc)
             log.warning("Redis does not answer: %s", exc)
-            self.retry_at = clock.monotonic() + self._spread(fleet_size)
-        else:
-            self.retry_at = clock.monotonic() + _RETRY_SECONDS
+        self.retry_at = now + (self._spread(fleet_size) if is_new else _RETRY_SECONDS)
         self.close()
 
     def close(self) -> None:

@@ -121,23 +121,29 @@ class WorkerLoop:
         """Seconds until something is due without being told."""
         if self._links.up and (self._slots.ends or (self._claim_due and self._wanted())):
             return 0.0
-        times = [clock.monotonic() + _LONGEST_WAIT, self._slots.next_time()]
-        if len(self._slots):
-            times.append(self._outputs_at)
+        now = clock.monotonic()
+        times = [now + _LONGEST_WAIT, self._slots.next_time()]
         if not self._links.up:
             times.append(self._links.retry_at)
-        if self._stop_at is not None:
+        elif len(self._slots):
+            times.append(self._outputs_at)
+        # what is over and has been acted upon is nothing to wait for
+        if self._stop_at is not None and self._stop_at > now:
             times.append(self._stop_at)
-        if self._config.idle_timeout_seconds is not None:
+        if self._config.idle_timeout_seconds is not None and not self._is_working():
             times.append(self._slots.busy_at + self._config.idle_timeout_seconds)
-        return max(0.0, min(times) - clock.monotonic())
+        return max(0.0, min(times) - now)
+
+    def _is_working(self) -> bool:
+        return bool(len(self._slots) or len(self._asides) or self._slots.ends)
 
     def _is_done(self) -> bool:
         if len(self._slots) or len(self._asides):
             return False
         if self._stop_at is not None:
-            # ends that cannot be told: recovery will find the leases
-            return not self._slots.ends or not self._links.up
+            # ends that cannot be told within the grace: recovery will find the leases
+            is_over = clock.monotonic() >= self._stop_at
+            return not self._slots.ends or (is_over and not self._links.up)
         if self._slots.ends:
             return False
         return self._has_reached_a_limit()
@@ -160,6 +166,7 @@ class WorkerLoop:
         self._slots.hand_back_waiting()
         if clock.monotonic() >= self._stop_at:
             self._slots.kill_all("hand-back")
+            self._asides.kill_all()
 
     def _give_up(self, reason: str, exit_code: int) -> None:
         """Nothing more can be told to Redis: end all jobs, and say why."""
@@ -222,7 +229,7 @@ class WorkerLoop:
         if not done.registered and self.beater:
             self.beater.beat_now()
         self._taken += len(done.claims)
-        self._found_nothing = wanted > 0 and not done.claims
+        self._found_nothing = wanted > 0 and not done.claims and done.registered
         # fewer than asked for: the queues are empty, wait for a token
         self._claim_due = wanted > 0 and len(done.claims) >= wanted
         self._slots.take(done.claims)
@@ -294,6 +301,8 @@ class WorkerLoop:
     # -- what arrives ----------------------------------------------------------------------
 
     def _on_wake(self) -> None:
+        if not self._links.up:
+            return  # both were cut at once, and the other was heard first
         with self._linked():
             news = self._links.waiter.receive()
             if isinstance(news, dict):
@@ -304,6 +313,8 @@ class WorkerLoop:
                 self._links.waiter.pass_on(self._links.client)
 
     def _on_rq_command(self) -> None:
+        if not self._links.up:
+            return
         with self._linked():
             for message in self._links.rq.receive():
                 self._obey(message)

@@ -123,6 +123,7 @@ class Sidecar:
         try:
             os.write(self._commands.fileno(), line)
         except (OSError, ValueError) as exc:  # dead, stopped for so long that the pipe is full, or closed
+            self._at_end = True  # its books are not ours any more: it is to be replaced
             raise SidecarGone(f"the sidecar does not listen: {exc}") from exc
 
     def _read(self) -> bytes:

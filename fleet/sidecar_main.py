@@ -145,9 +145,14 @@ class Sidecar:
     def _miss(self) -> None:
         """The deadline has passed: kill everything, and tell the worker what, for it may come back."""
         self.deadline, self.is_late = None, True
-        killed = self._kill_known() | self._kill_found()
+        # told first: a worker that sees a job die must find here why, or takes it for a failure
+        told = self._known()
+        self._report(told)
+        self._report((self._kill_known() | self._kill_found()) - told)
+
+    def _report(self, groups: set[int]) -> None:
         try:
-            os.write(self.reports, b"".join(b"%d\n" % group for group in sorted(killed)))
+            os.write(self.reports, b"".join(b"%d\n" % group for group in sorted(groups)))
         except OSError:
             pass
 
@@ -160,8 +165,10 @@ class Sidecar:
 
     def _kill_known(self) -> set[int]:
         """Kill the groups whose leaders are the ones that were added; returns them."""
-        known = {group for group in self.groups if not self.has_proc or self._has_its_leader(group)}
-        return {group for group in known if _kill(os.killpg, group)}
+        return {group for group in self._known() if _kill(os.killpg, group)}
+
+    def _known(self) -> set[int]:
+        return {group for group in self.groups if not self.has_proc or self._has_its_leader(group)}
 
     def _has_its_leader(self, group: int) -> bool:
         """Whether the leader is still the one that was added, if only as a zombie."""

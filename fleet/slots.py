@@ -20,7 +20,7 @@ from fleet.attempt import Attempt, Cause, CommandAttempt, CommandContext, never_
 from fleet.executors import ExecutorPool
 from fleet.function_attempt import FunctionAttempt
 from fleet.guard import Guard
-from fleet.process import CannotStart
+from fleet.process import CannotStart, host_error
 
 log = logging.getLogger("fleet.worker")
 
@@ -114,7 +114,7 @@ class Slots:
     def hand_back_waiting(self) -> None:
         """Give back what was claimed and not started."""
         while self._waiting:
-            claim = self._waiting.popleft()
+            claim = self._waiting.pop()  # the last first: each goes to the front of its queue
             self._ends[claim.lease] = End(claim, "handed-back", "claimed ahead and not started")
 
     def admit(self, claims: Iterable[Claim]) -> None:
@@ -136,6 +136,10 @@ class Slots:
             self._end(never_started(claim, f"DamagedJob: {exc}"))
         except CannotStart as exc:
             self._could_not_start(claim, exc)
+        except OSError as exc:
+            self._could_not_start(claim, host_error(exc, "cannot start a job"))
+        except ValueError as exc:  # what no system call takes: a NUL byte in an id
+            self._end(never_started(claim, f"DamagedJob: {exc}"))
 
     def settled(self, end: End) -> None:
         """Redis has heard of this end, and accepted or refused it."""

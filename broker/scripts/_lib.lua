@@ -44,14 +44,23 @@ end
 
 local NOW = iso(NOW_MS)
 
--- Fields of a hash that somebody damaged must not stop a script half way.
+-- Fields of a hash that somebody damaged must not stop a script half way: what comes out of these
+-- is a whole number that any command takes, or a list of numbers.
+local MOST = 1e12
+
 local function number(text, default)
-  return tonumber(text or default) or default
+  local value = tonumber(text or default)
+  local fits = value and value >= -MOST and value <= MOST
+  return fits and math.floor(value) or default
 end
 
 local function list(text)
-  local ok, value = pcall(cjson.decode, text or '[]')
-  return ok and type(value) == 'table' and value or {}
+  local ok, values = pcall(cjson.decode, text or '[]')
+  local found = {}
+  for i, value in ipairs(ok and type(values) == 'table' and values or {}) do
+    found[i] = number(value, 0)
+  end
+  return found
 end
 
 local JOB_FIELDS = {
@@ -59,6 +68,16 @@ local JOB_FIELDS = {
   'retries_left', 'retry_intervals', 'number_of_retries', 'enqueue_at_front_on_retry',
   'repeats_left', 'repeat_intervals', 'fleet_losses', 'fleet_attempts', 'fleet_stop', 'group_id',
 }
+
+-- RQ's Job.save() writes the status it knew, and a job under a lease may be painted with an old one.
+-- It is true only where a client has put the job, too: in a queue, or in the registry of that name.
+local function is_painted(id, status, queue)
+  if status == 'queued' then
+    return redis.pcall('LPOS', key('queue', queue), id) == false
+  end
+  local registries = {deferred = true, scheduled = true, canceled = true, finished = true, failed = true}
+  return not registries[status] or redis.pcall('ZSCORE', key(status, queue), id) == false
+end
 
 -- The fields of a job that moving it needs, or nil: no such job, or something else under its key.
 local function job_fields(id)
@@ -69,6 +88,10 @@ local function job_fields(id)
   local fields = {}
   for i, name in ipairs(JOB_FIELDS) do
     fields[name] = values[i] or nil
+  end
+  if fields.fleet_lease and fields.status ~= 'started' and is_painted(id, fields.status, fields.origin or '') then
+    fields.status = 'started'
+    redis.call('HSET', key('job', id), 'status', 'started')
   end
   return fields
 end
@@ -92,7 +115,7 @@ local function enqueue(id, queue, front, ttl)
   redis.call(front and 'LPUSH' or 'RPUSH', key('queue', queue), id)
   redis.call('SADD', K.QUEUES, key('queue', queue))
   if number(ttl, 0) > 0 then
-    redis.call('EXPIRE', key('job', id), ttl)
+    redis.call('EXPIRE', key('job', id), number(ttl))
   end
   ring(queue)
 end
@@ -102,7 +125,7 @@ local function schedule(id, queue, delay_seconds, ttl)
   redis.call('ZADD', key('scheduled', queue), string.format('%.3f', NOW_MS / 1000 + delay_seconds), id)
   redis.call('SADD', K.QUEUES, key('queue', queue))
   if number(ttl, 0) > 0 then
-    redis.call('EXPIRE', key('job', id), ttl)
+    redis.call('EXPIRE', key('job', id), number(ttl))
   end
 end
 
@@ -152,8 +175,8 @@ local function is_met(dependent, parent, status, allow_failure)
   if status ~= 'finished' and not (status == 'failed' and allow_failure) then
     return false
   end
-  for _, id in ipairs(redis.call('SMEMBERS', key('dependencies', dependent))) do
-    local other = id ~= parent and redis.call('HGET', key('job', id), 'status')
+  for _, id in ipairs(redis.pcall('SMEMBERS', key('dependencies', dependent))) do
+    local other = id ~= parent and redis.pcall('HGET', key('job', id), 'status')
     if other and other ~= 'finished' and not (other == 'failed' and allow_failure) then
       return false
     end
@@ -163,10 +186,10 @@ end
 
 local function enqueue_dependents(parent, status)
   local waiting = key('dependents', parent)
-  for _, id in ipairs(redis.call('SMEMBERS', waiting)) do
-    local f = redis.call('HMGET', key('job', id),
+  for _, id in ipairs(redis.pcall('SMEMBERS', waiting)) do
+    local f = redis.pcall('HMGET', key('job', id),
       'status', 'origin', 'allow_dependency_failures', 'enqueue_at_front', 'ttl')
-    if f[1] == 'deferred' and is_met(id, parent, status, f[3] == '1') then
+    if f[1] == 'deferred' and f[2] and is_met(id, parent, status, f[3] == '1') then
       redis.call('ZREM', key('deferred', f[2]), id)
       redis.call('SREM', waiting, id)
       enqueue(id, f[2], f[4] == '1', f[5])
@@ -293,7 +316,7 @@ local function retry_returned(id, fields, ended)
     settle_failed(id, fields, ended, 'failed', 'exhausted')
     return
   end
-  local intervals = ended.retry_intervals or {}
+  local intervals = list(cjson.encode(ended.retry_intervals or {}))
   local delay = intervals[math.min(done + 1, #intervals)] or 0
   add_result(id, fields, 'retried', ended)
   redis.call('EXPIRE', key('results', id), number(fields.failure_ttl, RQ_FAILURE_TTL))

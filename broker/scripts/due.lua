@@ -4,7 +4,7 @@
 -- ARGV  1 queue  2 most to move
 -- Returns how many were moved.
 local moved = 0
-local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', NOW_MS / 1000, 'LIMIT', 0, tonumber(ARGV[2]))
+local due = redis.pcall('ZRANGEBYSCORE', KEYS[1], '-inf', NOW_MS / 1000, 'LIMIT', 0, tonumber(ARGV[2]))
 for _, id in ipairs(due) do
   redis.call('ZREM', KEYS[1], id)
   local f = redis.pcall('HMGET', key('job', id), 'status', 'enqueue_at_front', 'ttl')

@@ -75,6 +75,7 @@ local function settle(ended, out, err)
     refuse(ended)
     return 0
   end
+  f.worker_name, f.origin = worker, f.origin or ended.queue -- a late save() may have emptied them
   save_output(ended.job, ended, out, err)
   SETTLE[ended.outcome](ended.job, f, ended)
   return 1
@@ -87,6 +88,10 @@ local ENDED_OR_ELSEWHERE = {
 -- Whether an id from a queue stands for a job that waits. Not if it was deleted, ended, or is queued
 -- twice and already runs; but 'started' without a lease is a job that somebody's late save() painted.
 local function is_waiting(queue, id, job)
+  if string.find(id, '[^ -~]') or string.find(id, '/', 1, true) then
+    count('damaged') -- no id of RQ's: it cannot name a file, nor be spoken of as text
+    return false
+  end
   local f = redis.pcall('HMGET', job, 'status', 'fleet_lease')
   if f.err then
     count('damaged')

@@ -4,8 +4,8 @@
 -- ARGV  1 queue  2 most mirrors to look at
 -- Returns how many mirrors were removed.
 local removed = 0
-for _, member in ipairs(redis.call('ZRANGE', KEYS[1], 0, tonumber(ARGV[2]) - 1)) do
-  local id, execution = string.match(member, '^(.-):(.*)$')
+for _, member in ipairs(redis.pcall('ZRANGE', KEYS[1], 0, tonumber(ARGV[2]) - 1)) do
+  local id, execution = string.match(member, '^(.*):([^:]*)$')
   local f = id and job_fields(id)
   if not f or f.status ~= 'started' or execution_of(f.fleet_lease or '') ~= execution then
     redis.call('ZREM', KEYS[1], member)
@@ -15,6 +15,6 @@ for _, member in ipairs(redis.call('ZRANGE', KEYS[1], 0, tonumber(ARGV[2]) - 1))
     removed = removed + 1
   end
 end
-redis.call('ZREMRANGEBYSCORE', KEYS[2], 0, NOW_MS / 1000)
-redis.call('ZREMRANGEBYSCORE', KEYS[3], 0, NOW_MS / 1000)
+redis.pcall('ZREMRANGEBYSCORE', KEYS[2], 0, NOW_MS / 1000)
+redis.pcall('ZREMRANGEBYSCORE', KEYS[3], 0, NOW_MS / 1000)
 return removed

@@ -73,3 +73,21 @@ def on_failure(job: Any, connection: Any, kind: Any, value: Any, traceback: Any)
 
 def on_stopped(job: Any, connection: Any) -> None:
     connection.set(f"test:stopped:{job.id}", "1")
+
+
+def nap(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def nap_after_stop(job: Any, connection: Any) -> None:
+    on_stopped(job, connection)
+    time.sleep(90)
+
+
+def save_in_callback(job: Any, connection: Any, result: Any) -> None:
+    job.meta["seen"] = True
+    job.save()
+
+
+def save_in_failure(job: Any, connection: Any, kind: Any, value: Any, traceback: Any) -> None:
+    job.save()
