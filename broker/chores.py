@@ -23,6 +23,8 @@ ELECTION_SECONDS = 3
 _OUTAGE_MS = 10_000
 #: jobs recovered or moved by one script call: nobody waits long for it
 _BATCH = 100
+#: batches of one queue's due jobs in a row, before the other queues have their turn
+_MOST_BATCHES = 50
 
 
 class Chore(Protocol):
@@ -125,10 +127,17 @@ class Due:
     interval_seconds: float = 0.5
 
     def run(self, client: redis.Redis) -> int:
-        return sum(
-            scripts.DUE(client, [keys.of("scheduled", queue)], [queue, _BATCH])
-            for queue in known_queues(client)
-        )
+        return sum(_move_due(client, queue) for queue in known_queues(client))
+
+
+def _move_due(client: redis.Redis, queue: str) -> int:
+    moved = 0
+    for _ in range(_MOST_BATCHES):
+        batch: int = scripts.DUE(client, [keys.of("scheduled", queue)], [queue, _BATCH])
+        moved += batch
+        if batch < _BATCH:
+            break
+    return moved
 
 
 @dataclass(frozen=True)

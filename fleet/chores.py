@@ -21,8 +21,13 @@ from fleet.outputs import Folders
 
 log = logging.getLogger("fleet.chores")
 
-#: seconds between looks at a queue that stays full: its workers are busy, or awake by now
-_PEEK_PAUSE_SECONDS = 0.02
+#: seconds between looks at a queue that stays full, at first and at last: its workers are busy, or
+#: awake by now, or may not claim
+_PEEK_PAUSE_SECONDS, _LONGEST_PEEK_PAUSE_SECONDS = 0.02, 0.25
+#: a reply that took this many seconds was waited for: the queue had been empty
+_PEEK_WAITED_SECONDS = 0.005
+#: queues that are watched so: each costs a connection, and the others are rung for once a second
+_MOST_PEEKS = 100
 _PEEK_BLOCK_SECONDS = 30
 _PRUNE_SECONDS = 3600
 
@@ -119,6 +124,9 @@ class _Peeks:
         self._watched: list[int] = []
         #: queues that had jobs a moment ago, and when to peek again
         self._paused: dict[str, float] = {}
+        #: when each queue was asked, and how long its last pause was
+        self._asked: dict[str, float] = {}
+        self._pauses: dict[str, float] = {}
         self._listed_at = 0.0
 
     def listen_and_ring(self, seconds: float) -> None:
@@ -147,7 +155,7 @@ class _Peeks:
             return
         self._listed_at = clock.monotonic()
         for queue in chores.known_queues(self._client):
-            if queue not in self._connections:
+            if queue not in self._connections and len(self._connections) < _MOST_PEEKS:
                 self._open(queue)
 
     def _open(self, queue: str) -> None:
@@ -160,6 +168,7 @@ class _Peeks:
 
     def _peek(self, queue: str) -> None:
         name = keys.queue(queue)
+        self._asked[queue] = clock.monotonic()
         self._connections[queue].send_command("BLMOVE", name, name, "LEFT", "LEFT", _PEEK_BLOCK_SECONDS)
 
     def _has_job(self, queue: str) -> bool:
@@ -171,8 +180,14 @@ class _Peeks:
         if job is None:
             self._peek(queue)
             return False
-        self._paused[queue] = clock.monotonic() + _PEEK_PAUSE_SECONDS
+        self._pause(queue)
         return True
+
+    def _pause(self, queue: str) -> None:
+        now, pause = clock.monotonic(), _PEEK_PAUSE_SECONDS
+        if now - self._asked[queue] < _PEEK_WAITED_SECONDS:
+            pause = min(2 * self._pauses.get(queue, pause), _LONGEST_PEEK_PAUSE_SECONDS)
+        self._pauses[queue], self._paused[queue] = pause, now + pause
 
     def _resume(self) -> None:
         now = clock.monotonic()

@@ -320,6 +320,61 @@ def test_a_mirror_without_a_lease_is_swept_and_one_with_a_lease_is_not(redis_cli
     assert members == [f"{mine.job_id}:{mine.execution_id}".encode()]
 
 
+def test_a_thousand_jobs_due_at_once_are_moved_at_once(redis_client: redis.Redis) -> None:
+    ids = submit(redis_client, 1000)
+    for job in ids:
+        redis_client.hset(keys.job(job), "status", "scheduled")
+    redis_client.delete(keys.queue("default"))
+    redis_client.zadd(keys.of("scheduled", "default"), dict.fromkeys(ids, 1))
+    assert chores.Due().run(redis_client) == 1000
+    assert redis_client.llen(keys.queue("default")) == 1000
+
+
+@pytest.mark.parametrize("text", ['["soon"]', "[null]", '{"a": 1}', "[1e300]", "[[1]]"])
+@pytest.mark.parametrize("outcome", ["finished", "failed"])
+def test_garbage_in_a_list_of_intervals_does_not_keep_an_end_from_being_told(
+    redis_client: redis.Redis, text: str, outcome: str
+) -> None:
+    [bad] = submit(redis_client)
+    fields = {"retries_left": "2", "retry_intervals": text, "repeats_left": "1", "repeat_intervals": text}
+    redis_client.hset(keys.job(bad), mapping=fields | {"ttl": "1.5", "result_ttl": "2.5"})
+    who = session(redis_client, "w0")
+    assert report(redis_client, who, End(claim(redis_client, who)[0], outcome))  # type: ignore[arg-type]
+    assert jobs.show(redis_client, bad).state == "queued"
+    assert redis_client.lrange(keys.queue("default"), 0, -1) == [bad.encode()]
+
+
+def test_a_job_painted_by_a_late_save_is_still_its_workers(redis_client: redis.Redis) -> None:
+    [job] = submit(redis_client)
+    who = session(redis_client, "w0")
+    mine = claim(redis_client, who)[0]
+    redis_client.hset(keys.job(job), mapping={"status": "queued", "worker_name": ""})
+    assert who.beat(redis_client, "{}", {mine.lease: job}, who.claims_settled).lost == frozenset()
+    redis_client.hset(keys.job(job), "status", "finished")
+    assert report(redis_client, who, End(mine, "finished"))
+    assert who.retire(redis_client), "nothing of it is left"
+
+
+def test_a_running_job_that_a_client_enqueued_again_is_no_longer_its_workers(
+    redis_client: redis.Redis,
+) -> None:
+    [job] = submit(redis_client)
+    who = session(redis_client, "w0")
+    mine = claim(redis_client, who)[0]
+    redis_client.hset(keys.job(job), "status", "queued")
+    redis_client.rpush(keys.queue("default"), job)
+    assert who.beat(redis_client, "{}", {mine.lease: job}, who.claims_settled).lost == {mine.lease}
+    assert not report(redis_client, who, End(mine, "finished"))
+
+
+def test_what_is_claimed_by_an_id_with_a_colon_keeps_its_mirror(redis_client: redis.Redis) -> None:
+    [job] = submit(redis_client)
+    redis_client.rename(keys.job(job), keys.job("user:1"))
+    redis_client.lset(keys.queue("default"), 0, "user:1")
+    assert claim(redis_client, session(redis_client, "w0"))[0].job_id == "user:1"
+    assert chores.Sweep().run(redis_client) == 0
+
+
 def test_retire_leaves_no_key_of_the_worker(redis_client: redis.Redis) -> None:
     who = session(redis_client, "w0")
     assert who.retire(redis_client)

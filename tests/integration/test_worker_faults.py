@@ -99,6 +99,36 @@ def test_a_stopped_callback_that_hangs_does_not_hold_up_a_second_sigterm(workers
     assert worker.wait(10) == 0
 
 
+@pytest.mark.parametrize("hold", ["suspended", "paused", "draining"])
+def test_jobs_that_may_not_be_claimed_are_not_asked_for_over_and_over(workers: Workers, hold: str) -> None:
+    client = workers.client
+    workers.start("w0", settings={"heartbeat_seconds": 10, "lease_seconds": 30})
+    if hold == "paused":
+        client.sadd(keys.PAUSED, "default")
+    else:
+        client.set(keys.SUSPENDED if hold == "suspended" else keys.worker_drain("w0"), "1")
+    workers.submit_many([("true",)] * 20)
+    time.sleep(1.5)  # a queue that has just become full is looked at more often
+    before = client.info("stats")["total_commands_processed"]
+    time.sleep(2)
+    assert client.info("stats")["total_commands_processed"] - before < 2 * 150
+
+
+def test_more_queues_than_descriptors_do_not_keep_a_worker_from_its_jobs(workers: Workers) -> None:
+    workers.client.sadd(keys.QUEUES, *(keys.queue(f"a{number}") for number in range(300)))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        workers.start("w0", slots=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    time.sleep(1)  # it has opened what it opens at its start
+    before = workers.client.info("stats")["total_connections_received"]
+    ids = workers.submit_many([("sleep", "0.3")] * 80)
+    assert [job.state for job in workers.wait(ids, 20)] == ["finished"] * 80
+    assert workers.client.info("stats")["total_connections_received"] - before < 50
+
+
 # -- connections -----------------------------------------------------------------------------
 
 
