@@ -167,8 +167,9 @@ def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus
         started_at=from_iso(fields.get("started_at")),
         last_heartbeat=beat,
         heartbeat_age_seconds=age,
-        finished=int(counts[1] or 0),
-        failed=int(counts[2] or 0),
+        # RQ's record of a worker goes with its heartbeat; ours tells how far it had come
+        finished=int(counts[1] or fields.get("finished", 0)),
+        failed=int(counts[2] or fields.get("failed", 0)),
         notice=str(fields.get("notice", "")),
     )
 

@@ -31,27 +31,19 @@ def demo(context: Context, keep: bool) -> int:
     stage = _Terminal(context)
     play = Demo(stage)
     try:
-        play.play()
+        play.play(keep=keep)
     except KeyboardInterrupt:
         keep = False
         raise
     finally:
         stage.close()
         if keep:
-            _say_how_to_go_on(str(play.folder))
+            click.echo(play.how_to_go_on())
         else:
             with uninterrupted():
                 context.say("Cleaning up ...")
                 play.close()
     return 0
-
-
-def _say_how_to_go_on(folder: str) -> None:
-    click.echo(f"\nStill running, in {folder}:\n")
-    click.echo(f"    export XDG_STATE_HOME={folder}/state; cd {folder}")
-    click.echo("    fleet up --ssh-config ssh_config; fleet status; fleet submit -- hostname")
-    click.echo("\nTo end it: fleet down --ssh-config ssh_config; fleet broker stop; ")
-    click.echo(f"           kill $(pgrep -f 'fleet.demo_sshd {folder}'); rm -r {folder}")
 
 
 class _Terminal:

@@ -133,6 +133,8 @@ def show(context: Context, /, job_id: str, as_json: bool) -> None:
     if job.attempts:
         click.echo()
         show_table(context.console, _ATTEMPT_COLUMNS, [_attempt_row(attempt) for attempt in job.attempts])
+    if job.function and job.state == "failed" and isinstance(job.result, str):
+        click.echo("\n" + "\n".join(map(printable, job.result.splitlines())))
 
 
 def _lines(job: JobView) -> Iterator[tuple[str, Cell]]:

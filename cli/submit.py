@@ -88,6 +88,8 @@ def _folder(cwd: str | None) -> str | None:
 
 def _told(context: Context, client: redis.Redis, job_id: str, given: Given) -> int:
     """Say the id, wait where asked to; returns the exit code."""
+    from broker import keys
+
     waits = given["wait"] or given["follow"]
     if given["follow"]:
         context.say(f"Job {job_id}")  # stdout is the job's
@@ -96,7 +98,11 @@ def _told(context: Context, client: redis.Redis, job_id: str, given: Given) -> i
         sys.stdout.flush()
     elif not waits:
         print_json({"id": job_id, "state": "queued", "queue": given["queue"]})
-    return _wait(context, client, job_id, given) if waits else 0
+    if waits:
+        return _wait(context, client, job_id, given)
+    if not client.scard(keys.of("queue_workers", given["queue"])):
+        _say_nobody_listens(context, given["queue"])
+    return 0
 
 
 def _wait(context: Context, client: redis.Redis, job_id: str, given: Given) -> int:
@@ -126,7 +132,11 @@ def _warn_without_worker(context: Context, client: redis.Redis, queue: str) -> N
 
     workers = status.read(client).workers
     if not any(queue in worker.queues and worker.state != "offline" for worker in workers):
-        context.say(
-            f"No worker listens on queue {queue} yet; the job waits for one. "
-            f"'fleet worker --queues {queue}' starts one here, 'fleet up HOSTS' elsewhere."
-        )
+        _say_nobody_listens(context, queue)
+
+
+def _say_nobody_listens(context: Context, queue: str) -> None:
+    context.say(
+        f"No worker listens on queue {queue} yet; the job waits for one. "
+        f"'fleet worker --queues {queue}' starts one here, 'fleet up HOSTS' elsewhere."
+    )

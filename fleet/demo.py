@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -76,8 +77,8 @@ class Demo:
         self._sshd: subprocess.Popen[bytes] | None = None
         self._client: redis.Redis | None = None
 
-    def play(self) -> None:
-        """All scenes. Raises FleetError where one of them fails."""
+    def play(self, *, keep: bool = False) -> None:
+        """All scenes, but for the last if all shall stay. Raises FleetError where one of them fails."""
         self._start_redis()
         self._start_hosts()
         self._start_workers()
@@ -85,7 +86,24 @@ class Demo:
         victim = self._watch_and_kill(ids)
         self._show_recovery(ids, victim)
         self._compare_with_rq()
-        self._stop_workers()
+        if not keep:
+            self._stop_workers()
+
+    def how_to_go_on(self) -> str:
+        """What to type after a demo that was kept, and how to end it."""
+        programs, ssh = Path(sys.executable).parent, "--ssh-config ssh_config"
+        pid = self._sshd.pid if self._sshd else 0
+        return f"""
+Still running: a Redis, {len(HOSTS)} hosts and their workers, all in {self.folder}. To use them:
+
+    cd {self.folder}; export XDG_STATE_HOME=$PWD/state PATH={programs}:$PATH
+    fleet status; fleet submit -- hostname
+
+To end it:
+
+    fleet down {ssh}; fleet broker stop; kill {pid}
+    cd; unset XDG_STATE_HOME; rm -r {self.folder}
+"""
 
     def close(self) -> None:
         """End all that was started and remove the folder. Not to be interrupted."""
@@ -105,15 +123,23 @@ class Demo:
 
     def _start_redis(self) -> None:
         self._stage.scene("A Redis of our own")
-        self._fleet("broker", "start")
+        # not the default port: that is for the user's own
+        self._fleet("broker", "start", "--port", str(_free_port()))
         self._client = connect(self._redis_url())
 
     def _start_hosts(self) -> None:
         self._stage.scene(f"{len(HOSTS)} hosts, reached over SSH")
         command = [sys.executable, "-I", "-m", "fleet.demo_sshd", str(self.folder), *HOSTS]
-        self._sshd = subprocess.Popen(
-            command, env=self._environ, stdout=subprocess.PIPE, start_new_session=True
-        )
+        # its own streams, all of them: what outlives us must not hold on to our terminal, or pipe
+        with open(self.folder / "sshd.log", "wb") as log:
+            self._sshd = subprocess.Popen(
+                command,
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
         if self._sshd.stdout is None or not self._sshd.stdout.readline():
             raise FleetError("the demo's SSH server did not start", "Is another program in its way?")
         self._stage.note("An SSH server on loopback plays them: real keys, real shells, a home for each.")
@@ -252,6 +278,13 @@ class Demo:
         kept = {name: value for name, value in environ.items() if not name.startswith(("FLEET_", "RQ_"))}
         own = {"XDG_STATE_HOME": f"{self.folder}/state", "XDG_CONFIG_HOME": f"{self.folder}/config"}
         return kept | own | _HURRY | {_MARK: str(self.folder)}
+
+
+def _free_port() -> int:
+    """A port of loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:

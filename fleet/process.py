@@ -106,6 +106,9 @@ def _explained(program: str, exc: OSError) -> CannotStart:
         # a script whose #! names no program gives ENOENT too
         if Path(program).exists():
             return CannotStart(f"the interpreter named by {program} was not found")
+        if not program.startswith("/"):
+            hint = "jobs run in folders of their own: give its whole path, or --cwd"
+            return CannotStart(f"command not found: {program} ({hint})")
         return CannotStart(f"command not found: {program}")
     if exc.errno == errno.EACCES:
         return CannotStart(f"not executable: {program}")

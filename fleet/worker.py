@@ -199,11 +199,17 @@ class _Description:
             "heartbeat_seconds": session.settings.heartbeat_seconds,
             "started_at": clock.wall().isoformat(),
         }
+        self._session = session
         self.loop: WorkerLoop | None = None
 
     def __call__(self) -> str:
-        notice = self.loop.notice if self.loop else ""
-        return json.dumps(self._fixed | {"at": clock.wall().isoformat(), "notice": notice})
+        now = {
+            "at": clock.wall().isoformat(),
+            "finished": self._session.finished,
+            "failed": self._session.failed,
+            "notice": self.loop.notice if self.loop else "",
+        }
+        return json.dumps(self._fixed | now)
 
 
 def set_up_logging() -> None:

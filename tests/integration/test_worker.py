@@ -82,7 +82,7 @@ def test_a_command_that_cannot_start_fails_with_the_reason_and_the_worker_goes_o
         "command not found: no-such-command",
         f"not executable: {plain}",
         f"the interpreter named by {script} was not found",
-        "command not found: ./nowhere",
+        "command not found: ./nowhere (jobs run in folders of their own: give its whole path, or --cwd)",
         f"not executable: {tmp_path}",
         None,
     ]

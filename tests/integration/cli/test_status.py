@@ -104,7 +104,8 @@ def test_it_fits_the_terminal(fleet_redis_url, redis_client, width):
 def _on_terminal(words: list[str], width: int) -> str:
     """What a terminal of that width without colours is sent."""
     ours, theirs = pty.openpty()
-    env = {**os.environ, "COLUMNS": str(width), "TERM": "dumb"}
+    # Rich believes COLUMNS on a dumb terminal only where LINES is there too
+    env = {**os.environ, "COLUMNS": str(width), "LINES": "25", "TERM": "dumb"}
     process = subprocess.Popen([fleet_script(), *words], stdout=theirs, env=env, stdin=subprocess.DEVNULL)
     os.close(theirs)
     found = b""

@@ -8,16 +8,24 @@ import subprocess
 
 import pytest
 
-from broker import jobs
+from broker import jobs, keys
 from broker.command import from_data
 from tests.conftest import fleet_script
 
 
 def test_prints_the_id_and_nothing_else(fleet, redis_client):
+    redis_client.sadd(keys.of("queue_workers", "default"), keys.rq_worker("w0"))
     done = fleet("submit", "--", "true")
     assert re.fullmatch(r"[0-9a-f]{16}\n", done.stdout)
     assert done.stderr == ""
     assert jobs.show(redis_client, done.stdout.strip()).argv == ("true",)
+
+
+def test_says_so_where_no_worker_listens_on_the_queue(fleet):
+    done = fleet("submit", "--queue", "gpu", "--", "true")
+    assert re.fullmatch(r"[0-9a-f]{16}\n", done.stdout)
+    assert done.stderr.startswith("No worker listens on queue gpu yet")
+    assert fleet("-q", "submit", "--queue", "gpu", "--", "true").stderr == ""
 
 
 def test_what_follows_the_command_is_the_commands(fleet, submit, redis_client):
