@@ -1,0 +1,1 @@
+"""Parts against real Redis, real processes, real SSH servers."""
