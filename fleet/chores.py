@@ -27,7 +27,7 @@ _PEEK_PAUSE_SECONDS, _LONGEST_PEEK_PAUSE_SECONDS = 0.02, 0.25
 #: a reply that took this many seconds was waited for: the queue had been empty
 _PEEK_WAITED_SECONDS = 0.005
 #: queues that are watched so: each costs a connection, and the others are rung for once a second
-_MOST_PEEKS = 100
+_MOST_PEEKS = 64
 _PEEK_BLOCK_SECONDS = 30
 _PRUNE_SECONDS = 3600
 
@@ -120,6 +120,8 @@ class _Peeks:
         self._client = client
         self._selector = selectors.DefaultSelector()
         self._connections: dict[str, Any] = {}
+        #: closed, to be opened again: a pool of redis-py makes only so many in its life
+        self._spare: list[Any] = []
         #: file numbers that the selector knows; a connection that was cut has forgotten its own
         self._watched: list[int] = []
         #: queues that had jobs a moment ago, and when to peek again
@@ -146,6 +148,7 @@ class _Peeks:
         self._watched.clear()
         for connection in self._connections.values():
             connection.disconnect()
+        self._spare += self._connections.values()
         self._connections.clear()
         self._paused.clear()
         self._listed_at = 0.0
@@ -159,9 +162,10 @@ class _Peeks:
                 self._open(queue)
 
     def _open(self, queue: str) -> None:
-        connection: Any = self._client.connection_pool.make_connection()
-        connection.connect()
-        self._connections[queue] = connection
+        if not self._spare:
+            self._spare.append(self._client.connection_pool.make_connection())
+        self._spare[-1].connect()
+        connection = self._connections[queue] = self._spare.pop()
         self._selector.register(connection._sock, selectors.EVENT_READ, queue)
         self._watched.append(connection._sock.fileno())
         self._peek(queue)

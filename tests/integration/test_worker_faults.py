@@ -12,10 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
+import redis
 import rq
 
 from broker import control, keys
 from broker.command import Command
+from broker.connection import connect
 from broker.submit import Options, submit_commands
 from tests.integration.conftest import Workers
 from tests.integration.test_worker import appending, enqueue, lines, runs, waiting_for
@@ -122,11 +124,20 @@ def test_more_queues_than_descriptors_do_not_keep_a_worker_from_its_jobs(workers
         workers.start("w0", slots=8)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    time.sleep(1)  # it has opened what it opens at its start
-    before = workers.client.info("stats")["total_connections_received"]
     ids = workers.submit_many([("sleep", "0.3")] * 80)
     assert [job.state for job in workers.wait(ids, 20)] == ["finished"] * 80
-    assert workers.client.info("stats")["total_connections_received"] - before < 50
+    assert [one for one in workers.client.client_list() if one["cmd"] == "blmove"], "it watches some"
+
+
+def test_queues_are_watched_again_however_often_that_was_given_up(redis_client: redis.Redis) -> None:
+    from fleet.chores import _Peeks
+
+    redis_client.sadd(keys.QUEUES, keys.queue("default"))
+    with connect(f"redis://127.0.0.1:{redis_client.connection_pool.connection_kwargs['port']}") as client:
+        peeks = _Peeks(client)
+        for _ in range(150):
+            peeks.listen_and_ring(0.0)
+            peeks.close()
 
 
 # -- connections -----------------------------------------------------------------------------
