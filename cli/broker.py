@@ -27,14 +27,13 @@ def broker() -> None:
 
 @broker.command()
 @click.option("--host", metavar="ADDR", help="Listen on this address too, so that other machines reach it.")
-@click.option(
-    "--port", type=click.IntRange(1, 65535), help="The port tried first; by default the user's own."
-)
+@click.option("--port", type=click.IntRange(1, 65535), help="The port tried first; by default the last one.")
 @pass_context
 def start(context: Context, host: str | None, port: int | None) -> None:
     """Start it, or say that it is running.
 
-    After a crash it comes back where it listened before, with all its data.
+    It comes back where it listened last, with all its data: workers look for it there.
+    --host 127.0.0.1 has it listen on loopback alone again.
     """
     _broker().start(host=host, port=port, say=context.say)
 
@@ -64,6 +63,15 @@ def status(ctx: click.Context, as_json: bool) -> None:
     else:
         _print_table(fields)
     ctx.exit(0 if found else 1)
+
+
+@broker.command()
+def url() -> None:
+    """Print its URL, which holds its PASSWORD: for RQ's tools and your own programs.
+
+    export RQ_REDIS_URL=$(fleet broker url)
+    """
+    click.echo(_broker().url())
 
 
 @broker.command()

@@ -87,13 +87,13 @@ def embedded_addresses() -> tuple[str, ...]:
     return running.hosts if running else ()
 
 
-def restart_command(host: str, port: int) -> str:
-    """What a user types to have the broker that runs on `port` listen on `host` too.
+def restart_command(host: str, port: int | None = None) -> str:
+    """What a user types to have the broker that runs listen on `host` too.
 
-    It keeps its port, for workers that run already know it by that.
+    It keeps its port, for workers that run already know it by that, unless `port` is another.
     """
-    kept = "" if port == default_port() else f" --port {port}"
-    return f"fleet broker stop && fleet broker start --host {host}{kept}"
+    moved = "" if port is None else f" --port {port}"
+    return f"fleet broker stop && fleet broker start --host {host}{moved}"
 
 
 def default_port(uid: int | None = None) -> int:
@@ -139,7 +139,7 @@ class EmbeddedBroker:
         """Start the broker, or find it running, and wait until it has read its data.
 
         `host`: listen there too, not on loopback alone; `port`: the one tried first. Not told,
-        both are as before if the broker crashed, and the defaults if it was stopped.
+        both are as they were last, for that is where workers look for it.
         Raises Conflict when it runs without listening on `host`, UsageError for a host that is
         not this machine's.
         """
@@ -159,17 +159,24 @@ class EmbeddedBroker:
                 _check_as_wanted(running, hosts, port, say)
                 return running
             self.folder.prepare(say)
-            running = self._launch(hosts, port, say)
+            last = self.folder.read_record()
+            running = self._launch(hosts, port, last, say)
         say(f"Started the embedded Redis on {running.address} (data in {running.data_dir}).")
         for other in running.hosts:
             if other != LOOPBACK:
                 say(f"It listens on {bracketed(other)}:{running.port} too, and asks for its password.")
+        if last is not None and last.port not in (0, running.port):
+            say(
+                f"WARNING: its port MOVED from {last.port} to {running.port}. Workers started before "
+                "look for it on the old one and must be restarted: 'fleet down', then 'fleet up'."
+            )
         return running
 
-    def _launch(self, hosts: tuple[str, ...] | None, port: int | None, say: Say) -> RunningBroker:
-        last = self.folder.read_record()
+    def _launch(
+        self, hosts: tuple[str, ...] | None, port: int | None, last: Record | None, say: Say
+    ) -> RunningBroker:
         program = _best_program(self._programs(), last)
-        if last is not None and not last.stopped:
+        if last is not None:
             hosts, port = hosts or still_ours(last.hosts, say), port or last.port
         hosts = hosts or (LOOPBACK,)
         for candidate in ports(port or default_port()):
@@ -244,6 +251,10 @@ class EmbeddedBroker:
                     explain = False
                 time.sleep(_LOOK_SECONDS)
 
+    def url(self) -> str:
+        """Its URL on this machine, with the password. Raises RedisUnreachable when it does not run."""
+        return self._running_or_raise().url
+
     # --- stop, backup, restore ---
 
     def stop(self, *, force: bool = False, say: Say = _silent) -> RunningBroker | None:
@@ -260,8 +271,6 @@ class EmbeddedBroker:
             shut_down(running, force=force)
             if not wait_until(lambda: not self.folder.is_locked(), STOP_SECONDS):
                 raise self._still_there(running)
-            record = self.folder.read_record()
-            self.folder.write_record(record and record.as_stopped())
             return running
 
     def backup(self, file: Path, *, force: bool = False, say: Say = _silent) -> int:
@@ -338,9 +347,13 @@ def _check_as_wanted(
     say(f"The embedded Redis is already running on {running.address} (data in {running.data_dir}).")
     missing = [host for host in hosts or () if not covers(running.hosts, host)]
     if missing:
+        moved_to = None if port == running.port else port
         raise Conflict(
             f"the embedded Redis does not listen on {', '.join(missing)}",
-            f"Stop it, then start it there: {restart_command(missing[-1], port or running.port)}",
+            f"Stop it, then start it there: {restart_command(missing[-1], moved_to)}",
         )
+    beyond = [host for host in running.hosts if hosts and host not in hosts]
+    if beyond:
+        say(f"It goes on listening on {', '.join(beyond)}; stop it first to change that.")
     if port is not None and port != running.port:
         say(f"It stays on port {running.port}; stop it first to move it to {port}.")

@@ -172,7 +172,7 @@ def _install(folder: BrokerFolder, program: ServerProgram) -> Path | None:
         kept = _unused(folder.path, f"data.before-restore-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
         folder.data_dir.rename(kept)
     folder.restored_dir.rename(folder.data_dir)
-    last = folder.read_record() or Record(socket.gethostname(), 0, (LOOPBACK,), program, stopped=True)
+    last = folder.read_record() or Record(socket.gethostname(), 0, (LOOPBACK,), program)
     folder.write_record(dataclasses.replace(last, program=program))
     return kept
 

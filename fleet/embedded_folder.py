@@ -7,7 +7,7 @@
     data.restored/    a restore cut off between its last two steps; the next command finishes it
     password          made on first start
     broker.conf       written anew by each start: keeps the password out of the process list
-    broker.json       where the broker listens, and which program wrote the data
+    broker.json       where the broker listens or did last, and which program wrote the data
     broker.pid        written by the server
     broker.log        of the last start; broker.log.1 of the one before
     server.lock       locked by the server for as long as it lives: the truth about "running"
@@ -63,7 +63,7 @@ class RunningBroker:
 
     @property
     def url(self) -> str:
-        """Its URL on this machine, with the password. Never print it."""
+        """Its URL on this machine, with the password. `fleet broker url` alone prints it."""
         return self.url_for(LOOPBACK)
 
     @property
@@ -78,17 +78,12 @@ class RunningBroker:
 
 @dataclass(frozen=True)
 class Record:
-    """broker.json. `stopped` is False from start to `stop`: a crash leaves it so."""
+    """broker.json: where the broker listens or did last (port 0: nowhere yet), and will again."""
 
     machine: str
     port: int
     hosts: tuple[str, ...]
     program: ServerProgram
-    stopped: bool = False
-
-    def as_stopped(self) -> Record:
-        """The same after a clean end."""
-        return dataclasses.replace(self, stopped=True)
 
 
 class BrokerFolder:
@@ -206,8 +201,9 @@ class BrokerFolder:
         """broker.json, or None: the defaults serve as well where a power cut left something unreadable."""
         try:
             fields = json.loads(self._record_file.read_bytes())
-            program = ServerProgram(**fields.pop("program"))
-            return Record(**{**fields, "hosts": tuple(fields["hosts"]), "program": program})
+            program = ServerProgram(**fields["program"])
+            # fields that other versions write are passed over: the port must not be forgotten for them
+            return Record(fields["machine"], fields["port"], tuple(fields["hosts"]), program)
         except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
             return None
 

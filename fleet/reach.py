@@ -60,7 +60,7 @@ def _way_out(url: SplitResult, bound_to: Sequence[str], our_address: str | None)
     address = our_address or "ADDRESS"
     meant = "" if our_address else " (ADDRESS: this machine's in a network that the host reaches)"
     if bound_to:
-        command = restart_command(address, url.port or 0)
+        command = restart_command(address)
         return f"Let it listen on a network, then run this again: {command}{meant}"
     is_socket = url.scheme == "unix"
     scheme, port, path = ("redis", "PORT", "") if is_socket else (url.scheme, url.port or 6379, url.path)

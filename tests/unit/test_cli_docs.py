@@ -32,6 +32,13 @@ def test_every_verb_is_there(verb):
     assert f"`fleet {verb}" in DOCS
 
 
+def test_every_verb_below_broker_is_there():
+    broker = fleet.get_command(click.Context(fleet), "broker")
+    assert isinstance(broker, click.Group)
+    for name in broker.commands:
+        assert f"| `{name}" in _about("broker"), name
+
+
 @pytest.mark.parametrize(("verb", "option"), sorted(set(options())))
 def test_every_option_is_there(verb, option):
     assert re.search(re.escape(option) + r"\b", _about(verb) + _everywhere()), f"{option} of {verb}"

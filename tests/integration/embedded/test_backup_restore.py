@@ -108,6 +108,7 @@ def test_a_backup_is_restored_where_there_was_no_broker(
     assert fresh.restore(file) == (1, None)
     fresh.up()
     assert fresh.status().keys == 1
+    assert "MOVED" not in " ".join(fresh.said)
 
 
 @pytest.mark.needs("redis-server")

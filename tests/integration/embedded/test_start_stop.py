@@ -117,8 +117,11 @@ def test_a_second_start_that_wants_another_address_is_told(valkey_broker: Any, f
     assert f"stays on port {running.port}" in valkey_broker.said[-1]
     with pytest.raises(Conflict, match=r"does not listen on 0\.0\.0\.0") as caught:
         valkey_broker.up(host="0.0.0.0")
-    command = f"fleet broker stop && fleet broker start --host 0.0.0.0 --port {running.port}"
+    command = "fleet broker stop && fleet broker start --host 0.0.0.0"
     assert caught.value.hint == f"Stop it, then start it there: {command}"
+    with pytest.raises(Conflict) as caught:
+        valkey_broker.up(host="0.0.0.0", port=embedded.default_port())
+    assert caught.value.hint.endswith(f"{command} --port {embedded.default_port()}")
 
 
 def test_many_starts_at_once_make_one_server(
@@ -272,14 +275,55 @@ def test_a_port_taken_is_said_and_the_next_one_tried(broker: Any) -> None:
     assert f"Started the embedded Redis on 127.0.0.1:{running.port}" in broker.said[-1]
 
 
-def test_told_a_host_it_listens_there_too_until_it_is_stopped(broker: Any) -> None:
+@pytest.mark.parametrize("ended_by", ["stop", "kill"])
+def test_the_next_start_is_on_the_last_port_and_hosts(broker: Any, ended_by: str) -> None:
+    before = broker.up(host="127.0.1.1")
+    getattr(broker, ended_by)()
+    after = broker.up(port=None)
+    assert (after.port, after.hosts) == (before.port, ("127.0.0.1", "127.0.1.1"))
+    assert answers_at("127.0.1.1", before.port)
+    assert "MOVED" not in " ".join(broker.said)
+
+
+def test_a_last_port_that_is_taken_is_said_loudly(broker: Any) -> None:
+    last = broker.up().port
+    broker.stop()
+    with socket.socket() as squatter:
+        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        squatter.bind(("127.0.0.1", last))
+        squatter.listen()
+        moved = broker.up(port=None).port
+    assert f"port MOVED from {last} to {moved}" in broker.said[-1]
+    assert "'fleet down', then 'fleet up'" in broker.said[-1]
+    broker.stop()
+    assert broker.up(port=None).port == moved
+
+
+def test_a_port_told_is_taken_instead_of_the_last(valkey_broker: Any, free_port: Any) -> None:
+    valkey_broker.up()
+    valkey_broker.stop()
+    port = free_port()
+    assert valkey_broker.up(port=port).port == port
+
+
+def test_a_record_of_another_version_is_read(valkey_broker: Any, state: Path) -> None:
+    port = valkey_broker.up().port
+    valkey_broker.stop()
+    file = state / "broker.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"stopped": True}))
+    assert valkey_broker.up(port=None).port == port
+
+
+def test_told_a_host_it_listens_there_too_until_told_otherwise(broker: Any) -> None:
     running = broker.up(host="127.0.1.1")
     assert running.hosts == ("127.0.0.1", "127.0.1.1")
     assert answers_at("127.0.1.1", running.port)
     broker.kill()
     assert broker.up(port=None).hosts == running.hosts, "a crash is no reason to hide from its workers"
+    broker.up(host="127.0.0.1")
+    assert "goes on listening on 127.0.1.1; stop it first" in broker.said[-1]
     broker.stop()
-    assert broker.up().hosts == ("127.0.0.1",)
+    assert broker.up(host="127.0.0.1").hosts == ("127.0.0.1",)
     assert not answers_at("127.0.1.1", running.port)
 
 
@@ -442,11 +486,23 @@ def test_the_command_from_start_to_stop(run_fleet: Callable[..., Any], free_port
         assert psutil.pid_exists(found["pid"])
         assert Path(found["data_dir"]).is_dir()
         password = Path(found["password_file"]).read_text().strip()
+        url = run_fleet("broker", "url")
+        assert (url.returncode, url.stderr) == (0, "")
+        assert url.stdout == f"redis://:{password}@127.0.0.1:{port}/0\n"
+        with redis.Redis.from_url(url.stdout.strip()) as client:
+            assert client.ping()
         assert password not in status.stdout + run_fleet("broker", "status").stdout
     finally:
         assert run_fleet("broker", "stop").returncode == 0
     stopped = run_fleet("broker", "stop")
     assert (stopped.returncode, "not running" in stopped.stderr) == (0, True)
+    nowhere = run_fleet("broker", "url")
+    assert (nowhere.returncode, nowhere.stdout) == (6, "")
+    assert "Start it with 'fleet broker start'" in nowhere.stderr
+
+
+def test_the_help_says_that_the_url_holds_the_password(run_fleet: Callable[..., Any]) -> None:
+    assert "PASSWORD" in run_fleet("broker", "url", "--help").stdout
 
 
 def test_redis_py_is_not_imported_before_it_is_needed() -> None:
