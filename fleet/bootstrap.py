@@ -111,7 +111,7 @@ class _Up:
         await journey.take("confirm", self._confirmed(journey.host, launcher, wanted[0], before, started))
         fresh = any(worker.fresh for worker in started)
         return journey.result(
-            "started" if fresh else "running", workers=_workers(started), note=_note(started)
+            "started" if fresh else "running", workers=_workers(started), note=_note(journey.host, started)
         )
 
     async def _confirmed(
@@ -205,12 +205,15 @@ def _workers(started: Sequence[base.Started]) -> tuple[WorkerResult, ...]:
     )
 
 
-def _note(started: Sequence[base.Started]) -> str:
-    """Workers of another version are left alone, and that is said."""
+def _note(host: Host, started: Sequence[base.Started]) -> str:
+    """Workers of another version, or with other options, are left alone, and that is said."""
     others = sorted(
         {worker.version for worker in started if worker.version and worker.version != __version__}
     )
-    return f"runs version {', '.join(others)}, here it is {__version__}" if others else ""
+    notes = [f"runs version {', '.join(others)}, here it is {__version__}"] if others else []
+    if any(worker.other_options for worker in started):
+        notes.append(f"runs with other options: 'fleet down {host.name}', then 'fleet up'")
+    return "; ".join(notes)
 
 
 def _described(probe: base.Probe) -> str:

@@ -225,22 +225,25 @@ def remove(folder: Path) -> None:
 
 
 @contextmanager
-def lock(path: Path, limit_seconds: float) -> Iterator[None]:
-    """Hold the lock file `path`; waits for another holder, but not for ever."""
+def lock(path: Path, limit_seconds: float, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold the lock file `path`; waits for another holder, but not for ever.
+
+    Holders with LOCK_SH for `how` exclude only those who want it alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + limit_seconds
-    with path.open("a") as file:
-        while not taken(file.fileno()):
+    with path.open("a+") as file:
+        while not taken(file.fileno(), how):
             if time.monotonic() > deadline:
                 raise Failed("busy", f"another 'fleet up' or 'fleet down' is at work here and holds {path}")
             time.sleep(0.1)
         yield
 
 
-def taken(descriptor: int) -> bool:
+def taken(descriptor: int, how: int) -> bool:
     """Whether the lock is ours now."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -250,27 +253,70 @@ def taken(descriptor: int) -> bool:
 
 
 def start(request: Json) -> Json:
-    """Start each worker that does not live, one caller at a time."""
+    """Start each worker that does not live, one caller at a time for a base name."""
     run_dir = run_dir_of(request)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     run_dir.mkdir(mode=0o700, exist_ok=True)
-    with lock(run_dir / ".start.lock", request["time_limit_seconds"]):
+    with lock(lock_of(run_dir, request), request["time_limit_seconds"]):
         return {"workers": [start_one(run_dir, request["python"], order) for order in request["orders"]]}
+
+
+def lock_of(run_dir: Path, request: Json) -> Path:
+    """What who starts or stops workers of a base name holds; hosts may share the folder."""
+    return run_dir / f".{request['base']}.lock"
 
 
 def start_one(run_dir: Path, python: str, order: Json) -> Json:
     """The worker of `order`: the one that lives, or a fresh one."""
     name = order["name"]
+    config = run_dir / f"{name}.config.json"
     found = living(run_dir, name)
     if found:
-        return {"name": name, "pid": found["pid"], "fresh": False, "version": found.get("version")}
-    config = run_dir / f"{name}.config.json"
+        same = runs_as(config, order, python)
+        return {
+            "name": name,
+            "pid": found["pid"],
+            "fresh": False,
+            "version": found.get("version"),
+            "other_options": not same,
+        }
     write_secret(config, json.dumps(order))
     log = run_dir.parent / "log" / f"{name}.log"
     offset = log.stat().st_size if log.exists() else 0
     process = {**detached(python, config), "log_offset": offset}
     write_secret(run_dir / f"{name}.started.json", json.dumps(process))
     return {"name": name, "fresh": True, "pid": process["pid"], "version": process.get("version")}
+
+
+def runs_as(config: Path, order: Json, python: str) -> bool:
+    """Whether a worker started with `config` is as `order` has it; unknown counts as yes.
+
+    Redis may be reached by several addresses, and `python`, which would start it now, is the
+    interpreter of functions where none was named: neither makes another worker.
+    """
+    try:
+        old = json.loads(config.read_text())
+        old["redis_url"] = redis_of(old["redis_url"])
+        new = {**order, "redis_url": redis_of(order["redis_url"])}
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return True
+    ignored = {"output_dir"} | ({"executor_python"} if order["executor_python"] == python else set())
+    return all(old[key] == new[key] for key in (old.keys() & new.keys()) - ignored)
+
+
+def redis_of(url: str) -> list[object]:
+    """A URL of Redis without its host, the defaults filled in."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    return [
+        parts.scheme,
+        parts.username,
+        parts.password,
+        parts.port or 6379,
+        parts.path.strip("/") or "0",
+        parts.query,
+    ]
 
 
 def detached(python: str, config: Path) -> Json:
@@ -446,11 +492,15 @@ def parents() -> Iterator[tuple[int, int]]:
 
 
 def stop(request: Json) -> Json:
-    """End the workers of a base name and look whether they ended."""
+    """End the workers of a base name and look whether they ended.
+
+    Stops share the lock, so one with --force need not sit out the grace of another; no start
+    comes in between, which would take a worker on its way out for one that runs.
+    """
     run_dir = run_dir_of(request)
     if not run_dir.is_dir():
         return {"workers": []}
-    with lock(run_dir / ".start.lock", request["time_limit_seconds"]):
+    with lock(lock_of(run_dir, request), request["time_limit_seconds"], fcntl.LOCK_SH):
         return {"workers": stop_all(run_dir, traces(run_dir, request["base"]), request)}
 
 

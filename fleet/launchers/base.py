@@ -101,6 +101,8 @@ class Started:
     pid: int
     fresh: bool
     version: str | None = None
+    #: whether it runs with other options than were asked for now
+    other_options: bool = False
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ class ShellLauncher(ABC):
                 "verb": "start",
                 "python": python,
                 "output_dir": orders[0].output_dir,
+                "base": orders[0].name.rpartition("-")[0],
                 "orders": [dataclasses.asdict(order) for order in orders],
             },
             self._limit + _SECONDS_A_WORKER * len(orders),

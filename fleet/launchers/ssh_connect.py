@@ -84,19 +84,21 @@ class Connection:
 
 async def connect(address: Address, options: SshOptions) -> Connection:
     """Connect within `options.connect_timeout_seconds`. Raises ConnectError."""
+    attempt: _Attempt | None = None
     try:
         async with asyncio.timeout(options.connect_timeout_seconds):
-            return await _through_hops(address, options, jumps_left=_MOST_JUMPS)
+            attempt = await _Attempt.prepared(address, options)
+            return await _through_hops(attempt, options, jumps_left=_MOST_JUMPS)
     except TimeoutError:
+        where = attempt.where if attempt else address.host
         raise base.TimedOut(
-            f"no SSH connection to {_shown(address)} within {options.connect_timeout_seconds:g} s",
+            f"no SSH connection to {where} within {options.connect_timeout_seconds:g} s",
             "Is the machine up, and does a firewall let SSH through? --connect-timeout waits longer.",
         ) from None
 
 
-async def _through_hops(address: Address, options: SshOptions, jumps_left: int) -> Connection:
-    attempt = await _Attempt.prepared(address, options)
-    hops = await _hops(address, attempt.jumps, options, jumps_left)
+async def _through_hops(attempt: _Attempt, options: SshOptions, jumps_left: int) -> Connection:
+    hops = await _hops(attempt.address, attempt.jumps, options, jumps_left)
     try:
         return await attempt.connected(hops)
     except BaseException:
@@ -112,8 +114,8 @@ async def _hops(
     if not jumps or jumps[-1].host == address.host:
         return ()
     if jumps_left < len(jumps):
-        raise base.ConnectError(f"ProxyJump to {_shown(address)} goes in circles", "Mend your ssh_config.")
-    first = await _through_hops(jumps[0], options, jumps_left - 1)
+        raise base.ConnectError(f"ProxyJump to {address.host} goes in circles", "Mend your ssh_config.")
+    first = await _through_hops(await _Attempt.prepared(jumps[0], options), options, jumps_left - 1)
     hops = [*first.hops, first.ssh]
     for jump in jumps[1:]:
         attempt = await _Attempt.prepared(jump, options)
@@ -144,6 +146,13 @@ class _Attempt:
                 f"ssh_config: {exc}", "Mend that file, or name another with --ssh-config."
             ) from exc
         return cls(address, settings, arguments, _known_hosts(settings))
+
+    @property
+    def where(self) -> str:
+        """The host for people: what was written, and what ssh_config makes of it."""
+        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        real = f"{self.settings.username}@{host}:{self.settings.port}"
+        return real if self.settings.host == self.address.host else f"{self.address.host} ({real})"
 
     @property
     def jumps(self) -> list[Address]:
@@ -188,13 +197,13 @@ class _Attempt:
 
     def _explained(self, exc: Exception, hops: Sequence[object]) -> base.ConnectError:
         """Our error for one of asyncssh or the system."""
-        where = _shown(self.address, self.settings)
+        where = self.where
         changed = isinstance(exc, asyncssh.HostKeyNotVerifiable | asyncssh.KeyExchangeFailed)
         if changed and any(entry.kind != "authority" for entry in self.known):
             return self._key_changed(where)
         if isinstance(exc, asyncssh.PermissionDenied):
             return base.KeyDenied(
-                f"{where} accepts none of our keys for user {self.settings.username}",
+                f"{where} accepts none of our keys",
                 "Is our public key in ~/.ssh/authorized_keys there? A key with a passphrase needs ssh-agent.",
             )
         if isinstance(exc, asyncssh.ChannelOpenError) and hops:
@@ -230,6 +239,8 @@ def _arguments(address: Address, options: SshOptions) -> dict[str, Any]:
     """What every connection gets. Nothing here may ask for a password."""
     found: dict[str, Any] = {
         "host": address.host,
+        # (): ~/.ssh/config, which options made without a word of it would not read
+        "config": options.config or (),
         "password_auth": False,
         "kbdint_auth": False,
         # ours ends it first, over all hops
@@ -237,7 +248,7 @@ def _arguments(address: Address, options: SshOptions) -> dict[str, Any]:
         "request_pty": False,
         "command": None,
     }
-    optional = {"username": address.user, "port": address.port, "config": options.config}
+    optional = {"username": address.user, "port": address.port}
     return found | {name: value for name, value in optional.items() if value is not None}
 
 
@@ -305,16 +316,4 @@ def _numbers(exc: Exception) -> Iterator[int]:
         number
         for number in (*_UNREACHABLE, errno.ETIMEDOUT, errno.ECONNREFUSED)
         if f"[Errno {number}]" in str(exc)
-    )
-
-
-def _shown(address: Address, settings: asyncssh.SSHClientConnectionOptions | None = None) -> str:
-    """The address for people: what the user wrote, and what ssh_config makes of it."""
-    if settings is None:
-        return address.host
-    real = f"{settings.host}:{settings.port}"
-    return (
-        f"{address.host} port {settings.port}"
-        if settings.host == address.host
-        else f"{address.host} ({real})"
     )

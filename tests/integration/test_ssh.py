@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
 import socket
+import subprocess
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from fleet.bundle import Bundle
 from fleet.launchers import base
 from fleet.launchers.ssh import Address, SshLauncher, SshOptions, open_launcher
 from fleet.worker_config import WorkerConfig
+from tests.conftest import wait_until
 from tests.integration.sshd import PYTHON, SshdFarm, listens, write_key
 from tests.unit.test_bundle import tiny_bundle
 
@@ -99,7 +103,7 @@ def test_a_host_that_refuses_is_told_from_one_that_does_not_answer(farm, silent_
     farm.alias("silent", silent_port)
     with pytest.raises(base.Refused, match="refused the connection"):
         probe(farm, "refusing")
-    with pytest.raises(base.TimedOut, match=r"silent within 0\.3 s"):
+    with pytest.raises(base.TimedOut, match=rf"silent \(\w+@127.0.0.1:{silent_port}\) within 0\.3 s"):
         probe(farm, "silent", connect_timeout_seconds=0.3)
 
 
@@ -122,9 +126,28 @@ def test_a_name_without_address_is_told(farm, name):
 def test_a_key_that_the_host_does_not_know_is_told(farm):
     farm.add("host1")
     write_key(farm.folder / "id2")
-    farm.alias("denied", farm.hosts["host1"].port, IdentityFile=str(farm.folder / "id2"))
-    with pytest.raises(base.KeyDenied, match="accepts none of our keys for user"):
+    port = farm.hosts["host1"].port
+    farm.alias("denied", port, IdentityFile=str(farm.folder / "id2"), User="bob")
+    with pytest.raises(base.KeyDenied) as caught:
         probe(farm, "denied")
+    assert caught.value.message == f"denied (bob@127.0.0.1:{port}) accepts none of our keys"
+
+
+def test_without_an_ssh_config_named_that_of_the_home_is_read(farm, free_port, tmp_path, monkeypatch):
+    host, port = farm.add("host1"), free_port()
+    farm.add("jump")
+    farm.alias("behind", host.port, ProxyJump="jump")
+    farm.alias("refusing", port, User="bob")
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    farm.config.rename(home / ".ssh/config")
+    monkeypatch.setenv("HOME", str(home))
+    farm.config = None  # type: ignore[assignment]
+    assert probe(farm, "host1").is_here
+    assert not probe(farm, "behind").is_here
+    assert farm.known_hosts.exists()
+    with pytest.raises(base.Refused, match=rf"^refusing \(bob@127.0.0.1:{port}\) refused"):
+        probe(farm, "refusing")
 
 
 def test_an_identity_file_that_is_missing_is_passed_over(farm):
@@ -421,3 +444,60 @@ def test_workers_of_another_host_in_a_shared_folder_are_left_alone(farm, spawn):
         (run / f"{name}.json").write_text(note)
     assert at(farm, "host1", lambda launcher: launcher.stop(None, "host1", grace_seconds=0)) == ()
     assert other.poll() is None
+
+
+def worker_of(run: Path, name: str, spawn: Any, on_sigterm: str) -> subprocess.Popen[Any]:
+    """A process that passes for the worker `name`, and does `on_sigterm` when it is to end."""
+    ready = run / f"{name}.ready"
+    script = f"trap '{on_sigterm}' TERM; touch {ready}; while :; do sleep 0.05; done"
+    worker: subprocess.Popen[Any] = spawn(["sh", "-c", script])
+    wait_until(ready.exists, message=f"{name} listens to signals")
+    note = {"pid": worker.pid, "start_time": psutil.Process(worker.pid).create_time(), "version": "0"}
+    (run / f"{name}.json").write_text(json.dumps(note))
+    return worker
+
+
+def test_two_hosts_with_one_folder_stop_at_the_same_time(farm, spawn, tmp_path):
+    farm.add("host1")
+    farm.add("host2")
+    run = tmp_path / "shared/run"
+    run.mkdir(parents=True)
+    for own, other in (("host1", "host2"), ("host2", "host1")):
+        wait = f"touch {run}/{own}; while [ ! -e {run}/{other} ]; do sleep 0.05; done; exit"
+        worker_of(run, f"{own}-0", spawn, wait)
+
+    async def stop(name: str) -> str:
+        launcher = await open_launcher(Address(name), SshOptions(config=farm.config))
+        try:
+            (stopped,) = await launcher.stop(str(run.parent), name, grace_seconds=15)
+        finally:
+            await launcher.close()
+        return stopped.how
+
+    async def both() -> list[str]:
+        return await asyncio.gather(stop("host1"), stop("host2"))
+
+    began = time.monotonic()
+    assert asyncio.run(both()) == ["stopped", "stopped"], "each ended only as the other was told to"
+    assert time.monotonic() - began < 15
+
+
+def test_a_forced_stop_does_not_sit_out_the_grace_of_another_and_a_start_waits(farm, spawn, eventually):
+    host = farm.add("host1")
+    run = host.output_dir / "run"
+    run.mkdir(parents=True)
+    worker = worker_of(run, "host1-0", spawn, f"touch {run}/told")
+
+    async def life(launcher: SshLauncher) -> None:
+        await launcher.probe()
+        graceful = asyncio.create_task(launcher.stop(None, "host1", grace_seconds=100))
+        await asyncio.to_thread(eventually, (run / "told").exists)
+        start = asyncio.create_task(launcher.start(PYTHON, [order(host)]))
+        assert (await launcher.stop(None, "host1", grace_seconds=0, force=True))[0].how == "killed"
+        assert worker.wait() == -signal.SIGKILL
+        assert [stopped.name for stopped in await graceful] == ["host1-0"]
+        (started,) = await start
+        assert started.fresh, "not the one on its way out"
+        await launcher.stop(None, "host1", grace_seconds=0, force=True)
+
+    at(farm, "host1", life)

@@ -168,6 +168,31 @@ def test_what_is_started_is_what_was_asked_for(farm, fleet, redis_client, option
     assert fleet_processes(farm.folder) == []
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("--slots", "4"),
+        ("--path", "/opt/functions"),
+        ("--label", "kind=other"),
+        ("--queues", "high"),
+        ("--executor-python", "/usr/bin/python3"),
+    ],
+)
+def test_a_worker_that_runs_with_other_options_is_left_alone_and_that_is_said(farm, fleet, changed):
+    farm.add("host1")
+    options = ("--slots", "3", "--label", "kind=test", "--json")
+    first = fleet("up", "host1", options=options)
+    assert (first.returncode, rows(first)["host1"]["note"]) == (0, ""), first.stderr
+    same = rows(fleet("up", "host1", options=options))
+    assert (same["host1"]["outcome"], same["host1"]["note"]) == ("running", "")
+    other = fleet("up", "host1", options=(*options, *changed))
+    row = rows(other)["host1"]
+    assert (other.returncode, row["outcome"]) == (0, "running")
+    assert row["note"] == "runs with other options: 'fleet down host1', then 'fleet up'"
+    assert pids(rows(other)) == pids(rows(first))
+    assert fleet("down").returncode == 0
+
+
 def test_a_hosts_file_with_faults_starts_nothing_and_no_broker(farm, run_fleet, tmp_path, home):
     farm.add("host1")
     file = tmp_path / "hosts.txt"
