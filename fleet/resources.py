@@ -23,10 +23,11 @@ class Resources:
 
 def detect() -> Resources:
     """Ask the machine."""
-    return Resources(_cpus(), min(psutil.virtual_memory().total, _cgroup_memory()))
+    return Resources(cpus(), min(psutil.virtual_memory().total, _cgroup_memory()))
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -16,7 +16,11 @@ import rq
 from rq.command import send_kill_horse_command, send_shutdown_command, send_stop_job_command
 
 from broker import control, jobs, keys
+from fleet import resources
 from tests.integration.conftest import Workers
+
+#: slots with which a worker claims ahead
+MORE_THAN_CORES = resources.cpus() + 2
 
 
 @pytest.fixture
@@ -592,18 +596,19 @@ def test_what_was_claimed_ahead_does_not_wait_while_another_worker_is_idle(
     workers: Workers, tmp_path: Path
 ) -> None:
     gate, runs = tmp_path / "gate", tmp_path / "runs"
-    workers.start("w0")
+    slots = MORE_THAN_CORES
+    workers.start("w0", slots=slots)
     workers.wait(workers.submit_many([("true",)] * 30))  # jobs are short, it learns
-    workers.start("w1")
-    ids = workers.submit_many([appending(runs, "x", waiting_for(gate))] * 2)
-    workers.until(lambda: len(lines(runs)) == 2, "both run", 5)
+    workers.start("w1", slots=2)
+    ids = workers.submit_many([appending(runs, "x", waiting_for(gate))] * (slots + 2))
+    workers.until(lambda: len(lines(runs)) == slots + 2, "all run", 5)
     gate.touch()
     assert {job.worker for job in workers.wait(ids)} == {"w0", "w1"}
     workers.assert_clean()
 
 
 def test_what_was_claimed_ahead_goes_back_when_the_worker_stops(workers: Workers, runs: Path) -> None:
-    worker = workers.start("w0", settings={"stop_grace_seconds": 0.1})
+    worker = workers.start("w0", slots=MORE_THAN_CORES, settings={"stop_grace_seconds": 0.1})
     ids = workers.submit_many([appending(runs, str(number)) for number in range(400)])
     workers.until(lambda: len(lines(runs)) > 50, "under way")
     workers.kill(worker, signal.SIGTERM)
@@ -612,7 +617,7 @@ def test_what_was_claimed_ahead_goes_back_when_the_worker_stops(workers: Workers
     assert {workers.state(job) for job in ids} == {"finished", "queued"}
     workers.start("w1", slots=2)
     assert {job.state for job in workers.wait(ids)} == {"finished"}
-    assert len(lines(runs)) - 400 <= 1, "only what ran when the grace ended ran twice"
+    assert len(lines(runs)) - 400 <= MORE_THAN_CORES, "only what ran when the grace ended ran twice"
 
 
 def test_four_workers_share_fifty_jobs_and_run_each_once(workers: Workers, runs: Path) -> None:
