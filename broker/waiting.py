@@ -29,7 +29,6 @@ class Waiter:
 
     def __init__(self, client: redis.Redis, identity: Identity, block_seconds: int) -> None:
         self._client = client
-        self._identity = identity
         self._block_seconds = block_seconds
         self._signals = keys.worker_signals(identity.name)
         self._bells = [keys.wake(queue) for queue in identity.queues]

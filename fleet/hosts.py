@@ -140,11 +140,6 @@ def parse(text: str, source: str) -> tuple[Host, ...]:
     return tuple(host for _, host in hosts)
 
 
-def parse_one(entry: str) -> Host:
-    """The host that the words of one line describe. Raises UsageError."""
-    return parse(entry, "HOST")[0]
-
-
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """(number, line) of the lines that hold an entry, comments cut off."""
     for number, line in enumerate(text.split("\n"), start=1):
