@@ -5,8 +5,11 @@ PYTHON ?=
 export PYTHON
 # For `fleet demo`: make demo ARGS=--keep
 ARGS ?=
-# For pytest: make test PYTEST_ARGS="-k lease -n 2"
+# For pytest: make test PYTEST_ARGS="-k lease"; -n 0 runs them one after the other
 PYTEST_ARGS ?=
+
+# For the benchmarks: make bench BENCH_ARGS="noops --peers huey,saq", or BENCH_ARGS=--quick
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 SETUP := pyproject.toml constraints.txt tools/set-up tools/find-python
@@ -33,30 +36,33 @@ lint: .venv/.ready-test
 
 types: .venv/.ready-test
 	$(BIN)/mypy
-	$(BIN)/mypy tools/*.py tests/conftest.py
+	$(BIN)/mypy tools/*.py tests/conftest.py benchmarks
 
 layers: .venv/.ready-test
 	$(BIN)/lint-imports --no-logo
 
 # Last, so that the closing line is pytest's own count.
 tests: .venv/.ready-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
-bench: .venv/.ready-test  ## figures beside the peers'; not tests
-	$(BIN)/python -m benchmarks.commands
+bench: .venv-bench/.ready-bench  ## figures beside the peers', some 15 minutes; not tests
+	.venv-bench/bin/python -m benchmarks $(BENCH_ARGS)
 
 format: .venv/.ready-test  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-pins: .venv/.ready-run  ## write constraints.txt anew: make pins PYTHONS="python3.11 python3.13"
+pins: .venv/.ready-run  ## write both constraints.txt anew: make pins PYTHONS="python3.11 python3.13"
 	$(BIN)/python tools/pin.py $(PYTHONS)
 
 clean:  ## remove the environment and every cache
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 .venv/.ready-run: $(SETUP)
 	@sh tools/set-up run
 
 .venv/.ready-test: $(SETUP)
 	@sh tools/set-up test
+
+.venv-bench/.ready-bench: $(SETUP) benchmarks/constraints.txt
+	@sh tools/set-up bench

@@ -7,24 +7,37 @@ repeated, or run twice at once, harmlessly: the scripts check what they change.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import redis
 
 from broker import failures, keys, names, scripts
 from broker.errors import UsageError
-from broker.settings import WorkerSettings
+from broker.worker_settings import WorkerSettings
 
-#: seconds for which one worker does the chores without saying so again
-ELECTION_SECONDS = 3
-#: chores not seen for longer mean that Redis was away: longer than an election takes
-_OUTAGE_MS = 10_000
-#: jobs recovered or moved by one script call: nobody waits long for it
+#: ms for which one worker does the chores without saying so again
+_ELECTION_MS = 3000
+#: nobody asked to do the chores for so many ms: Redis may have been away. Less than a lease surely has
+#: left when a beat is due, more than a fleet of one takes between two questions
+_SHORTEST_GAP_MS, _LONGEST_GAP_MS = 2000, 10_000
+#: jobs recovered or moved, queues or workers looked at, by one script call: nobody waits long for it
 _BATCH = 100
-#: batches of one queue's due jobs in a row, before the other queues have their turn
-_MOST_BATCHES = 50
+_QUEUES_AT_ONCE = 500
+_WORKERS_AT_ONCE = 1000
+_GROUPS_AT_ONCE = 25
+#: members of a group looked at by one call: if many of them are gone, more are looked at
+_SAMPLE = 20
+#: leases and mirrors looked at by one script call
+_LOOKED_AT = 500
+#: due jobs of one queue moved by one call, and calls in a row before the other chores have their turn
+_DUE_OF_ONE_QUEUE = 25
+_MOST_CALLS = 100
+
+
+T = TypeVar("T")
 
 
 class Chore(Protocol):
@@ -36,14 +49,34 @@ class Chore(Protocol):
     def run(self, client: redis.Redis) -> int: ...
 
 
-def elected(client: redis.Redis, incarnation: str) -> bool:
-    """Whether this worker does the chores for the next seconds."""
-    if client.set(keys.CHORES, incarnation, nx=True, ex=ELECTION_SECONDS):
-        return True
-    if client.get(keys.CHORES) != incarnation.encode():
-        return False
-    client.expire(keys.CHORES, ELECTION_SECONDS)
-    return True
+@dataclass(frozen=True)
+class Election:
+    """Whether the one who asked does the chores for the next seconds, and how many workers beat."""
+
+    elected: bool
+    alive: int
+
+
+def elect(client: redis.Redis, incarnation: str, settings: WorkerSettings, *, troubled: bool) -> Election:
+    """Ask to do the chores; `troubled`: Redis was away, or late, since this worker last asked.
+
+    All workers ask, so that Redis itself knows when all were cut off from it.
+    """
+    lease_ms = _ms(settings.lease_seconds)
+    elected, alive = scripts.ELECT(
+        client,
+        [keys.CHORES, keys.CHORES_SEEN, keys.RECOVERY_NOT_BEFORE, keys.LOSSES_NOT_BEFORE, keys.ALIVE],
+        [incarnation, _ELECTION_MS, lease_ms, _gap_ms(lease_ms), int(troubled)],
+    )
+    return Election(elected == 1, alive)
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def _gap_ms(lease_ms: int) -> int:
+    return max(_SHORTEST_GAP_MS, min(_LONGEST_GAP_MS, lease_ms // 3))
 
 
 def known_queues(client: redis.Redis) -> list[str]:
@@ -74,11 +107,11 @@ class Recovery:
     interval_seconds: float = 1.0
 
     def run(self, client: redis.Redis) -> int:
-        lease_ms = int(self.settings.lease_seconds * 1000)
+        lease_ms = _ms(self.settings.lease_seconds)
         lost = scripts.EXPIRED(
             client,
-            [keys.LEASES, keys.CHORES_SEEN, keys.RECOVERY_NOT_BEFORE],
-            [lease_ms, _OUTAGE_MS, _BATCH],
+            [keys.LEASES, keys.CHORES_SEEN, keys.RECOVERY_NOT_BEFORE, keys.LOSSES_NOT_BEFORE],
+            [lease_ms, _gap_ms(lease_ms), _BATCH, _LOOKED_AT],
         )
         if not lost:
             return 0
@@ -127,17 +160,17 @@ class Due:
     interval_seconds: float = 0.5
 
     def run(self, client: redis.Redis) -> int:
-        return sum(_move_due(client, queue) for queue in known_queues(client))
-
-
-def _move_due(client: redis.Redis, queue: str) -> int:
-    moved = 0
-    for _ in range(_MOST_BATCHES):
-        batch: int = scripts.DUE(client, [keys.of("scheduled", queue)], [queue, _BATCH])
-        moved += batch
-        if batch < _BATCH:
-            break
-    return moved
+        moved, left = 0, known_queues(client)
+        for _ in range(_MOST_CALLS):
+            if not left:
+                break
+            some, left = left[:_QUEUES_AT_ONCE], left[_QUEUES_AT_ONCE:]
+            done, unfinished = scripts.DUE(
+                client, [keys.of("scheduled", queue) for queue in some], [_DUE_OF_ONE_QUEUE, _BATCH, *some]
+            )
+            moved += done
+            left += [some[index - 1] for index in unfinished]
+        return moved
 
 
 @dataclass(frozen=True)
@@ -147,8 +180,10 @@ class Ring:
     interval_seconds: float = 1.0
 
     def run(self, client: redis.Redis) -> int:
-        queues = known_queues(client)
-        return len(scripts.RING(client, [keys.queue(queue) for queue in queues], queues))
+        return sum(
+            len(scripts.RING(client, [keys.queue(queue) for queue in some], some))
+            for some in _batches(known_queues(client), _QUEUES_AT_ONCE)
+        )
 
 
 @dataclass(frozen=True)
@@ -158,30 +193,60 @@ class Sweep:
     interval_seconds: float = 30.0
 
     def run(self, client: redis.Redis) -> int:
-        return sum(
-            scripts.SWEEP(
-                client, [keys.of(kind, queue) for kind in ("wip", "finished", "failed")], [queue, 1000]
-            )
-            for queue in known_queues(client)
-        )
+        return sum(_sweep(client, some) for some in _batches(known_queues(client), _QUEUES_AT_ONCE))
+
+
+def _sweep(client: redis.Redis, queues: list[str]) -> int:
+    removed, rank = 0, 0
+    while queues:
+        names = [keys.of(kind, queue) for queue in queues for kind in ("wip", "finished", "failed")]
+        done, index, rank = scripts.SWEEP(client, names, [_LOOKED_AT, rank, *queues])
+        removed, queues = removed + done, queues[index - 1 :]
+    return removed
 
 
 @dataclass(frozen=True)
-class Forget:
-    """Names whose record ran out leave the set of workers."""
+class Tidy:
+    """Names whose record ran out leave the set of workers; how many others beat is written down."""
+
+    interval_seconds: float = 10.0
+
+    def run(self, client: redis.Redis) -> int:
+        members: set[Any] = client.smembers(keys.FLEET_WORKERS)
+        counts = [
+            scripts.TIDY(client, [keys.FLEET_WORKERS], some)
+            for some in _batches(list(members), _WORKERS_AT_ONCE)
+        ]
+        client.set(keys.ALIVE, sum(alive for _, alive in counts))
+        return sum(gone for gone, _ in counts)
+
+
+@dataclass(frozen=True)
+class PruneGroups:
+    """Jobs of RQ's groups that ran out leave them: nobody else takes them away, and groups have no TTL."""
 
     interval_seconds: float = 60.0
 
     def run(self, client: redis.Redis) -> int:
-        members: set[Any] = client.smembers(keys.FLEET_WORKERS)
-        workers = list(members)
-        records = client.mget([keys.worker_record(_text(name)) for name in workers]) if workers else []
-        gone = [name for name, record in zip(workers, records, strict=True) if record is None]
-        for name in gone:
-            client.srem(keys.FLEET_WORKERS, name)
-        return len(gone)
+        members: set[Any] = client.smembers(keys.GROUPS)
+        left = [_text(name) for name in members]
+        random.shuffle(left)  # where there are too many for one run, each has its turn
+        gone = 0
+        for _ in range(_MOST_CALLS):
+            if not left:
+                break
+            some, left = left[:_GROUPS_AT_ONCE], left[_GROUPS_AT_ONCE:]
+            groups = [keys.of("group", name) for name in some]
+            done, unfinished = scripts.PRUNE_GROUPS(client, [keys.GROUPS, *groups], [_SAMPLE, *some])
+            gone += done
+            left += [some[index - 1] for index in unfinished]
+        return gone
+
+
+def _batches(items: list[T], size: int) -> Iterator[list[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def table(settings: WorkerSettings) -> list[Chore]:
     """All chores with their intervals."""
-    return [Recovery(settings), Due(), Ring(), Sweep(), Forget()]
+    return [Recovery(settings), Due(), Ring(), Sweep(), Tidy(), PruneGroups()]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 import redis
@@ -13,7 +14,9 @@ from redis import exceptions
 from redis.backoff import NoBackoff
 from redis.client import Pipeline
 from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError
 
+from broker import sentinel
 from broker.errors import (
     FleetError,
     RedisDenied,
@@ -23,15 +26,24 @@ from broker.errors import (
     RedisUnreachable,
     UsageError,
 )
-from broker.settings import Settings
 
+if TYPE_CHECKING:
+    from broker.settings import Settings
+
+#: seconds in which a reply is to come, before the connection is given up
+REPLY_SECONDS = 15.0
 #: what answers at all
 OLDEST_REDIS = (6, 2)
-_SCHEMES = ("redis", "rediss", "unix")
-_SHAPE = "Use redis://[:password@]host:port/db, rediss://... or unix:///path/to/socket."
+_SCHEMES = ("redis", "rediss", "unix", *sentinel.SCHEMES)
+_SHAPE = (
+    "Use redis://[:password@]host:port/db, rediss://..., unix:///path/to/socket, "
+    "or redis+sentinel://[:password@]host1:26379,host2:26379/SERVICE."
+)
 
 
-def connect(url: str, *, password: str | None = None, timeout_seconds: float | None = 15.0) -> redis.Redis:
+def connect(
+    url: str, *, password: str | None = None, timeout_seconds: float | None = REPLY_SECONDS
+) -> redis.Redis:
     """A client for `url`, not yet connected.
 
     Nothing is retried behind the caller's back: a claim whose reply was lost must not be
@@ -43,43 +55,30 @@ def connect(url: str, *, password: str | None = None, timeout_seconds: float | N
         "protocol": 2,
         "retry": Retry(NoBackoff(), 0),
         "socket_timeout": timeout_seconds,
-        "socket_connect_timeout": min(timeout_seconds or 15.0, 15.0),
-        "socket_keepalive": True,
+        "socket_connect_timeout": min(timeout_seconds or REPLY_SECONDS, REPLY_SECONDS),
     }
-    if url.startswith("unix"):
-        options.pop("socket_keepalive")
+    if not url.startswith("unix"):
+        options |= _keepalive(timeout_seconds or REPLY_SECONDS)
     if password is not None:
         options["password"] = password
     try:
+        if sentinel.is_sentinel(url):
+            return sentinel.parse(url).client(**options)
         return redis.Redis.from_url(url, **options)
     except (ValueError, TypeError) as exc:
         raise UsageError(f"cannot read the Redis URL {redacted(url)!r}: {exc}", _SHAPE) from exc
 
 
-class Line:
-    """One connection for scripts alone: what the hot path needs of a client, at half its cost.
+def _keepalive(seconds: float) -> dict[str, Any]:
+    """Options with which a connection, also one that waits, notices within `seconds` that it is cut off.
 
-    Opened when first used, and again after an error. Raises what redis-py raises. For one thread.
+    Where the system knows them: TCP_USER_TIMEOUT (RFC 5482) is Linux's.
     """
-
-    def __init__(self, client: redis.Redis) -> None:
-        self._connection: Any = client.connection_pool.make_connection()
-
-    def evalsha(self, sha: str, numkeys: int, *keys_and_args: Any) -> Any:
-        """As `redis.Redis.evalsha`."""
-        return self._ask("EVALSHA", sha, numkeys, *keys_and_args)
-
-    def script_load(self, script: str) -> Any:
-        """As `redis.Redis.script_load`."""
-        return self._ask("SCRIPT LOAD", script)
-
-    def close(self) -> None:
-        """Close the connection; it is opened again if it is used."""
-        self._connection.disconnect()
-
-    def _ask(self, *command: Any) -> Any:
-        self._connection.send_command(*command)
-        return self._connection.read_response()
+    third = max(1, int(seconds / 3))
+    wanted = {"TCP_KEEPIDLE": third, "TCP_KEEPINTVL": third, "TCP_KEEPCNT": 2}
+    wanted["TCP_USER_TIMEOUT"] = int(seconds * 1000)
+    known = {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}
+    return {"socket_keepalive": True, "socket_keepalive_options": known}
 
 
 def password_from(settings: Settings) -> str | None:
@@ -116,7 +115,7 @@ def check_url(url: str) -> None:
     """Raise UsageError unless `url` has the shape of a Redis URL."""
     try:
         parts = urlsplit(url)
-        _ = parts.port
+        _ = sentinel.parse(url) if sentinel.is_sentinel(url) else parts.port
     except ValueError as exc:
         raise UsageError(f"cannot read the Redis URL {redacted(url)!r}: {exc}", _SHAPE) from exc
     if parts.scheme not in _SCHEMES:
@@ -136,6 +135,9 @@ def redacted(url: str) -> str:
 
 def address(client: redis.Redis) -> str:
     """Where `client` connects to, fit to be printed."""
+    service = sentinel.address(client)
+    if service is not None:
+        return service
     options = client.connection_pool.connection_kwargs
     if "path" in options:
         return f"unix://{options['path']}"
@@ -209,6 +211,11 @@ def explained(exc: BaseException, where: str) -> FleetError:
         )
     if isinstance(exc, exceptions.BusyLoadingError):
         return RedisLoading(f"Redis at {where} is still reading its data", "Try again in a moment.")
+    if isinstance(exc, MasterNotFoundError):
+        return RedisUnreachable(
+            f"there is no primary of {where}: {text}",
+            "Is the service's name right, and are its sentinels up? A failover takes some seconds.",
+        )
     if isinstance(exc, exceptions.ConnectionError | exceptions.TimeoutError | OSError):
         return RedisUnreachable(
             f"Redis at {where} is not reachable: {text}",
@@ -254,6 +261,31 @@ def one_line(exc: BaseException) -> str:
     return text or type(exc).__name__
 
 
+#: what Redis 6.2 and 7.0, and later ones and Valkey, say where a script does what its user may not
+_DENIED_IN_SCRIPTS = ("The user executing the script can't", "ACL failure in script")
+
+
+#: how Redis begins to say that it can do nothing of the kind at the moment, for anybody
+_STATES = (
+    "BUSY",
+    "CLUSTERDOWN",
+    "DAMAGED",
+    "LOADING",
+    "MASTERDOWN",
+    "MISCONF",
+    "NOREPLICAS",
+    "OOM",
+    "READONLY",
+)
+
+
+def is_refusal(exc: BaseException) -> bool:
+    """Whether `exc` says that Redis is well and we are not, but cannot do what it was told."""
+    if type(exc) is not exceptions.ResponseError or is_denied(exc):
+        return False
+    return not any(state in str(exc) for state in _STATES)
+
+
 def is_denied(exc: BaseException) -> bool:
     """Whether `exc` says that Redis knows us not, or grants us not enough."""
     kinds = (
@@ -262,4 +294,6 @@ def is_denied(exc: BaseException) -> bool:
         exceptions.NoPermissionError,
         exceptions.AuthenticationWrongNumberOfArgsError,
     )
-    return isinstance(exc, kinds) or str(exc).startswith(("NOAUTH", "WRONGPASS", "NOPERM"))
+    text = str(exc)
+    is_told = text.startswith(("NOAUTH", "WRONGPASS", "NOPERM"))
+    return isinstance(exc, kinds) or is_told or any(words in text for words in _DENIED_IN_SCRIPTS)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import redis
 
 from broker import clock, jobs, keys, scripts
+from broker.connection import replies
 from broker.errors import WaitTimeout
 
 #: hears (done, total) of each look
@@ -16,6 +20,14 @@ Progress = Callable[[int, int], None]
 CANCELED_TTL = 7 * 86400
 #: seconds between looks while waiting: short at first, for jobs that take milliseconds
 _FIRST_LOOK, _SLOWEST_LOOK = 0.02, 0.5
+#: seconds a message to a worker is kept for
+_SIGNAL_TTL = 60
+#: the states that `retry` takes a job out of
+RETRIABLE = ("failed", "stopped", "canceled")
+#: jobs retried by one script call: nobody waits long for it
+_JOBS_AT_ONCE = 100
+#: workers told in one transaction
+_WORKERS_AT_ONCE = 500
 
 
 def cancel(client: redis.Redis, job_id: str) -> str:
@@ -28,6 +40,155 @@ def cancel(client: redis.Redis, job_id: str) -> str:
     if not reply:
         raise jobs.not_found(job_id)
     return reply.decode("utf-8", "replace")
+
+
+def retry(
+    client: redis.Redis, ids: Iterable[str], states: Sequence[str] = RETRIABLE
+) -> Iterator[tuple[str, str]]:
+    """Run jobs again that ended in one of `states`, as if submitted anew; gives (id, outcome) of each.
+
+    'retried'; 'not_found'; 'stopping' and 'taken' where it is in other hands at this moment; or the
+    state that forbids it. Jobs go in batches, each in one step.
+    """
+    waiting = list(ids)
+    for start in range(0, len(waiting), _JOBS_AT_ONCE):
+        some = waiting[start : start + _JOBS_AT_ONCE]
+        arguments = [len(states), *states, *some]
+        outcomes: list[bytes] = scripts.RETRY(client, [keys.job(job_id) for job_id in some], arguments)
+        for job_id, outcome in zip(some, outcomes, strict=True):
+            yield job_id, outcome.decode("utf-8", "replace") or "not_found"
+
+
+# --- queues ----------------------------------------------------------------------------------------
+
+
+def pause(client: redis.Redis, queue: str) -> str:
+    """Let a queue give out no more jobs, until `resume`. Returns 'paused', or 'not_found' for a queue
+    that never had a job and that no worker listens on."""
+    if not _is_queue(client, queue):
+        return "not_found"
+    client.sadd(keys.PAUSED, queue)
+    return "paused"
+
+
+def resume(client: redis.Redis, queue: str) -> str:
+    """Undo `pause`, and ring for the jobs that waited. Returns 'resumed', 'not_paused' or 'not_found'."""
+    was_paused: int = scripts.RESUME(client, [keys.PAUSED, keys.queue(queue)], [queue])
+    if was_paused:
+        return "resumed"
+    return "not_paused" if _is_queue(client, queue) else "not_found"
+
+
+def _is_queue(client: redis.Redis, queue: str) -> bool:
+    with client.pipeline(transaction=False) as pipe:
+        pipe.sismember(keys.QUEUES, keys.queue(queue))
+        pipe.exists(keys.of("queue_workers", queue))
+        return any(pipe.execute())
+
+
+# --- workers ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Told:
+    """What became of a wish about one worker, and the jobs that it runs."""
+
+    outcome: str
+    running: tuple[str, ...] = ()
+
+
+def hosts_of_workers(client: redis.Redis) -> dict[str, str]:
+    """The host of each worker that has a record, and of each name that is drained."""
+    recorded: set[Any] = client.smembers(keys.FLEET_WORKERS)
+    drained: set[Any] = client.smembers(keys.DRAINED)
+    names = sorted(name.decode("utf-8", "replace") for name in recorded | drained)
+    found = client.mget([key for name in names for key in _documents(name)]) if names else []
+    hosts = map(_host, found[::2], found[1::2])
+    return {name: host for name, host in zip(names, hosts, strict=True) if host is not None}
+
+
+def _documents(name: str) -> tuple[str, str]:
+    """Where a worker's host is written: in its record, and in the wish to drain it."""
+    return keys.worker_record(name), keys.worker_drain(name)
+
+
+def _host(record: bytes | str | None, wish: bytes | str | None) -> str | None:
+    """None: there is no such worker, and its name is not drained."""
+    if record is None and wish is None:
+        return None
+    try:
+        return str(json.loads(record or wish or b"")["host"])
+    except (ValueError, LookupError, TypeError):
+        return ""  # somebody's damage, or a wish from other hands
+
+
+def drain(client: redis.Redis, workers: Mapping[str, str]) -> dict[str, Told]:
+    """Let workers finish what runs and take nothing new, until `undrain`; they hear of it at once.
+
+    `workers`: name -> host, as `hosts_of_workers` has them. The wish holds across restarts.
+    """
+
+    def wish(pipe: Any, name: str) -> None:
+        pipe.set(keys.worker_drain(name), _document(workers[name]))
+        pipe.sadd(keys.DRAINED, name)
+
+    return {name: Told("draining", running) for name, (_, running) in _tell(client, workers, wish).items()}
+
+
+def _document(host: str) -> str:
+    return json.dumps({"host": host, "at": clock.wall().isoformat()})
+
+
+def undrain(client: redis.Redis, workers: Iterable[str]) -> dict[str, Told]:
+    """Undo `drain`: each is 'undrained', or 'not_drained' where there was no such wish."""
+
+    def wish(pipe: Any, name: str) -> None:
+        pipe.delete(keys.worker_drain(name))
+        pipe.srem(keys.DRAINED, name)
+
+    return {
+        name: Told("undrained" if was_drained else "not_drained", running)
+        for name, (was_drained, running) in _tell(client, workers, wish).items()
+    }
+
+
+def _tell(
+    client: redis.Redis, workers: Iterable[str], wish: Callable[[Any, str], None]
+) -> dict[str, tuple[Any, tuple[str, ...]]]:
+    """Write a wish of two commands and wake the worker, in one step for each.
+
+    Returns the reply to the first of the two, and the jobs that run there.
+    """
+    told: dict[str, tuple[Any, tuple[str, ...]]] = {}
+    names = list(workers)
+    for start in range(0, len(names), _WORKERS_AT_ONCE):
+        some = names[start : start + _WORKERS_AT_ONCE]
+        with client.pipeline(transaction=True) as pipe:
+            for name in some:
+                wish(pipe, name)
+                pipe.rpush(keys.worker_signals(name), json.dumps({"drain": True}))
+                pipe.expire(keys.worker_signals(name), _SIGNAL_TTL)
+                pipe.hkeys(keys.worker_leases(name))
+            rows = replies(pipe)
+        for name, first, running in zip(some, rows[::5], rows[4::5], strict=True):
+            jobs_there = running if isinstance(running, list) else []
+            told[name] = first, tuple(sorted(job.decode("utf-8", "replace") for job in jobs_there))
+    return told
+
+
+def forget(client: redis.Redis, worker: str) -> tuple[str, int]:
+    """Remove the record of a worker that is offline. Returns what came of it, and how many jobs it holds.
+
+    'forgotten'; 'alive': it still beats; 'leases': others have not taken over its jobs yet; 'not_found'.
+    A wish to drain the name stays.
+    """
+    names = [keys.worker_beat(worker), keys.worker_record(worker), keys.rq_worker(worker)]
+    names += [keys.worker_signals(worker), keys.worker_leases(worker), keys.worker_ended(worker)]
+    outcome, held = scripts.FORGET(client, names, [worker])
+    return outcome.decode(), held
+
+
+# --- waiting ---------------------------------------------------------------------------------------
 
 
 def wait(

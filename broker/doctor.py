@@ -15,7 +15,8 @@ from redis import exceptions
 
 from broker import __version__, chores, clock, keys
 from broker.connection import one_line, replies
-from broker.findings import Finding, Level, Patient, setting, some
+from broker.durability import check_eviction, check_failover, check_persistence
+from broker.findings import Finding, Patient, some
 from broker.rights import check_rights
 
 #: oldest versions that will do, by name of the server
@@ -64,22 +65,6 @@ def check_version(patient: Patient) -> Finding:
     return Finding("version", "ok", f"{kind} {found}")
 
 
-def check_eviction(patient: Patient) -> Finding:
-    """A Redis that evicts keys when it is full throws away jobs."""
-    policy = patient.info.get("maxmemory_policy") or setting(patient.client, "maxmemory-policy")
-    if policy is None:
-        return Finding("eviction", "unknown", "Redis does not tell", "See to it that it is noeviction.")
-    if policy == "noeviction":
-        return Finding("eviction", "ok", policy)
-    level: Level = "error" if patient.info.get("maxmemory") else "warning"
-    return Finding(
-        "eviction",
-        level,
-        f"{policy}: when memory is short, Redis throws away jobs and results",
-        "redis-cli CONFIG SET maxmemory-policy noeviction, and the same in redis.conf.",
-    )
-
-
 def check_memory(patient: Patient) -> Finding:
     """A full Redis takes no jobs."""
     if not patient.info:
@@ -91,45 +76,6 @@ def check_memory(patient: Patient) -> Finding:
     if used < _NEARLY_FULL * limit:
         return Finding("memory", "ok", found)
     return Finding("memory", "warning", found, "Raise maxmemory: a full Redis refuses jobs and results.")
-
-
-def check_persistence(patient: Patient) -> Finding:
-    """What a crash of Redis costs."""
-    info = patient.info
-    if "aof_enabled" not in info:
-        return Finding("persistence", "unknown", "Redis does not tell", "It should keep appendonly yes.")
-    if info["aof_enabled"]:
-        return _append_only(patient)
-    mend = "redis-cli CONFIG SET appendonly yes, and the same in redis.conf."
-    snapshots = setting(patient.client, "save")
-    if snapshots == "":
-        return Finding("persistence", "error", "nothing is kept: a crash of Redis loses all jobs", mend)
-    found = "no append-only file: a crash loses what changed since the last snapshot"
-    if snapshots is None:
-        found += " (whether it makes any, it does not tell)"
-    if info.get("rdb_last_bgsave_status") != "ok":
-        return Finding("persistence", "error", f"{found}, and the last snapshot failed", mend)
-    return Finding("persistence", "warning", found, mend)
-
-
-def _append_only(patient: Patient) -> Finding:
-    name, info = "persistence", patient.info
-    for write in ("aof_last_write_status", "aof_last_bgrewrite_status"):
-        if info.get(write, "ok") != "ok":
-            return Finding(
-                name, "error", f"append-only file: {write} {info[write]}", "Make room on its disk."
-            )
-    policy = setting(patient.client, "appendfsync")
-    costs = {
-        "always": "a crash loses nothing",
-        "everysec": "a crash of the machine may lose the last second",
-        "no": "a crash of the machine may lose the last half minute",
-        None: "how often it is written out Redis does not tell",
-    }
-    found = f"append-only file, {costs.get(policy, policy)}" + (f" (appendfsync {policy})" if policy else "")
-    if policy == "no":
-        return Finding(name, "warning", found, "redis-cli CONFIG SET appendfsync everysec")
-    return Finding(name, "ok", found)
 
 
 def check_role(patient: Patient) -> Finding:
@@ -205,10 +151,18 @@ def check_taking_jobs(patient: Patient) -> Finding:
         )
     if said:
         return Finding("taking jobs", "warning", some(said), "Mend it at the hosts of these workers.")
+    return Finding("taking jobs", "ok", "; ".join(_wishes(patient)) or "nothing is in the way")
+
+
+def _wishes(patient: Patient) -> Iterator[str]:
+    """What operators hold back, which may be forgotten."""
     paused = [queue.name for queue in patient.fleet.queues if queue.paused]
-    return Finding(
-        "taking jobs", "ok", f"paused queues: {some(paused)}" if paused else "nothing is in the way"
-    )
+    members: Any = patient.client.smembers(keys.DRAINED)
+    drained = sorted(name.decode("utf-8", "replace") for name in members)
+    if paused:
+        yield f"paused queues: {some(paused)} ('fleet resume QUEUE')"
+    if drained:
+        yield f"drained workers: {some(drained)} ('fleet undrain WORKER')"
 
 
 def check_rq_workers(patient: Patient) -> Finding:
@@ -263,6 +217,7 @@ CHECKS: tuple[Callable[[Patient], Finding], ...] = (
     check_eviction,
     check_memory,
     check_persistence,
+    check_failover,
     check_rights,
     check_clock,
     check_workers,

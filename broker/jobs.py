@@ -100,13 +100,11 @@ def listed(
     limit: int = 100,
 ) -> list[JobView]:
     """Jobs, the newest first, at most `limit`; `name` is a glob. Raises NotFound for an unknown queue."""
-    queues = chores.known_queues(client)
-    if queue is not None and queue not in queues:
-        raise NotFound(f"no queue {queue}", f"There are: {', '.join(queues) or 'none yet'}.")
+    queues = _chosen(client, queue)
     states = (state,) if state else STATES
     # some registries hold more than what is asked for
     depth = _SEARCHED if name or state in ("failed", "stopped") else limit
-    ids = _candidates(client, [queue] if queue else queues, states, depth)
+    ids = _candidates(client, queues, states, depth)
     heads = [head for head in _heads(client, ids) if head.state in states and _matches(head.name, name)]
     heads.sort(key=lambda head: head.submitted_at or _EARLIEST, reverse=True)
     return list(_views(client, [head.id for head in heads[:limit]]))
@@ -146,6 +144,21 @@ def unfinished(client: redis.Redis) -> int:
 def unfinished_ids(client: redis.Redis) -> list[str]:
     """The ids of the jobs of all queues that have not ended."""
     return _candidates(client, chores.known_queues(client), ("queued", "started", "scheduled", "deferred"), 0)
+
+
+def failed_ids(client: redis.Redis, queue: str | None = None) -> list[str]:
+    """The ids of the jobs that failed or were stopped, of one queue or all, the oldest first.
+
+    Raises NotFound for an unknown queue.
+    """
+    return list(reversed(_candidates(client, _chosen(client, queue), ("failed",), 0)))
+
+
+def _chosen(client: redis.Redis, queue: str | None) -> list[str]:
+    queues = chores.known_queues(client)
+    if queue is not None and queue not in queues:
+        raise NotFound(f"no queue {queue}", f"There are: {', '.join(queues) or 'none yet'}.")
+    return queues if queue is None else [queue]
 
 
 def output(client: redis.Redis, job_id: str) -> Tails:

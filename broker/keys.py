@@ -14,7 +14,7 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     rq:execution:JOB:EXECUTION    hash    the same
     rq:executions:JOB             zset    the same
     rq:finished|failed|deferred|scheduled|canceled:Q   zset   jobs of that state
-    rq:group:G                    set     ids of the jobs of a group
+    rq:groups, rq:group:G         set     producers: names of groups, ids of the jobs of each
     rq:workers, rq:workers:Q      set     keys of workers
     rq:worker:NAME                hash    the worker as RQ knows it; TTL as its heartbeat key
     rq:pubsub:NAME                channel RQ's commands to a worker
@@ -26,14 +26,18 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:worker:NAME:record      string  week/hour  the worker: JSON of what it is
     fleet:worker:NAME:beat        string  lease      the worker: its incarnation
     fleet:worker:NAME:leases      hash    -          scripts: job -> "LEASE SEQ", what the server holds for it
+    fleet:worker:NAME:ended       string  lease x 4  rounds: leases of the ends they accepted last
     fleet:worker:NAME:signals     list    lease      messages that wake it
-    fleet:worker:NAME:drain       string  -          operators: take nothing new
+    fleet:worker:NAME:drain       string  -          operators: take nothing new; JSON, see broker/control.py
     fleet:workers                 set     -          names of all workers with a record
+    fleet:drained                 set     -          operators: the names that have a key `drain`
     fleet:wake:Q                  list    -          producers and claims: tokens, at most one is needed
     fleet:paused                  set     -          operators: queues that give out nothing
     fleet:chores                  string  3 s        the worker that does the chores
-    fleet:chores:seen             string  -          when chores last ran, ms of Redis's clock
-    fleet:recovery:not-before     string  -          recovery pauses until then, ms of Redis's clock
+    fleet:chores:seen             string  -          who asks for them: ms of Redis's clock, its run id
+    fleet:recovery:not-before     string  lease x 4  the same: recovery pauses until then, ms of Redis's clock
+    fleet:losses:not-before       string  lease x 4  the same: leases that ran out before count as no loss
+    fleet:alive                   string  -          chores: how many workers beat
     fleet:output:JOB              hash    as result  tails of stdout and stderr and how far they reach
     fleet:counters                hash    -          totals: claims, lost, stale, handed_back ...
     fleet:hosts                   hash    -          operators: hosts kept for `up`, name -> JSON
@@ -42,6 +46,7 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet_lease      FENCE:EXECUTION of the attempt that holds the job; gone when it ended
     fleet_losses     times lost with a worker since it was submitted; gone when it ended
     fleet_stop       an operator's wish to stop it while it runs; gone when it ended
+    fleet_retries    how many retries were asked for, known once one is used up; for `fleet retry`
     fleet_attempts   one JSON object a line for each attempt that ended, the last 20
     fleet_exit_code, fleet_reason   how a command ended; why a job failed
 """
@@ -50,15 +55,19 @@ from __future__ import annotations
 
 QUEUES = "rq:queues"
 WORKERS = "rq:workers"
+GROUPS = "rq:groups"
 SUSPENDED = "rq:suspended"
 
 FENCE = "fleet:fence"
 LEASES = "fleet:leases"
 FLEET_WORKERS = "fleet:workers"
+DRAINED = "fleet:drained"
 PAUSED = "fleet:paused"
 CHORES = "fleet:chores"
 CHORES_SEEN = "fleet:chores:seen"
 RECOVERY_NOT_BEFORE = "fleet:recovery:not-before"
+LOSSES_NOT_BEFORE = "fleet:losses:not-before"
+ALIVE = "fleet:alive"
 COUNTERS = "fleet:counters"
 HOSTS = "fleet:hosts"
 
@@ -84,6 +93,7 @@ LUA_TEMPLATES = {
     "worker_record": "fleet:worker:%s:record",
     "worker_beat": "fleet:worker:%s:beat",
     "worker_leases": "fleet:worker:%s:leases",
+    "worker_ended": "fleet:worker:%s:ended",
     "worker_signals": "fleet:worker:%s:signals",
     "worker_drain": "fleet:worker:%s:drain",
     "wake": "fleet:wake:%s",
@@ -136,6 +146,10 @@ def worker_beat(name: str) -> str:
 
 def worker_leases(name: str) -> str:
     return of("worker_leases", name)
+
+
+def worker_ended(name: str) -> str:
+    return of("worker_ended", name)
 
 
 def worker_signals(name: str) -> str:

@@ -2,7 +2,7 @@
 
 One class owns every change of state that a worker makes; nothing else in a worker touches
 a job's hash. Nothing here is retried: a claim whose reply was lost is given back by the next
-beat, and an end whose reply was lost is reported again and found stale if it had arrived.
+beat, and an end whose reply was lost is reported again and recognised if it had arrived.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Any
 import redis
 
 from broker import __version__, failures, keys, scripts
-from broker.settings import WorkerSettings
-from broker.work import Beat, Claim, End, Round, Tails
+from broker.line import Line
+from broker.work import Beat, Claim, End, Exchange, Round, Tails
+from broker.worker_settings import WorkerSettings
 
 #: seconds the record of a worker that died stays: one that stays, and one that leaves after a job
 RECORD_TTL = 7 * 86400
 EPHEMERAL_RECORD_TTL = 3600
+#: bytes of ends in one round: while Redis reads them it serves nobody else
+_ROUND_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Session:
             keys.worker_leases(name),
             keys.worker_drain(name),
             keys.rq_worker(name),
+            keys.worker_ended(name),
         ]
         for queue in identity.queues:
             self._round_keys += [keys.queue(queue), keys.wake(queue)]
@@ -110,53 +114,51 @@ class Session:
         """Leave the registry; False where leases are left, or another life has the name."""
         return retire(client, self.identity.name, self.identity.queues, self.identity.incarnation)
 
-    def round(self, client: scripts.Runner, ends: Sequence[End], wanted: int, ahead: int = 0) -> Round:
-        """Report `ends` and claim up to `wanted` jobs, and `ahead` more, in one round trip.
+    def begin(self, ends: Sequence[End], wanted: int, ahead: int = 0, *, is_deaf: bool = False) -> Exchange:
+        """A round trip that reports `ends` and claims up to `wanted` jobs, and `ahead` more.
 
         What comes ahead is to be started soon or handed back; no job that was lost before does.
-
-        Call `settle` once the claims are where a beat will see them.
+        One that `is_deaf` waits for signals alone, and gets one should fewer than `wanted` come.
+        Of many or large ends, as many are taken as fit into one call. It must be sent, and then
+        either completed or abandoned, before the next is begun.
         """
         self.claims_sent += 1
-        number = self.claims_sent
-        try:
-            reply = scripts.ROUND(
-                client, self._round_keys, self._round_arguments(ends, wanted, ahead, number)
-            )
-        except BaseException:
-            # the reply will never come: the next beat may give back what the claim took
-            self.claims_settled = number
-            raise
-        outcomes, claims, registered, draining, suspended = reply
-        self._tally(ends, outcomes)
-        return Round(
-            number,
-            tuple(outcome == 1 for outcome in outcomes),
-            tuple(_claim(row) for row in claims),
-            registered == 1,
-            draining == 1,
-            suspended == 1,
-        )
+        taken = _that_fit(ends)
+        arguments = self._round_arguments(taken, wanted, ahead, is_deaf)
+        return Exchange(self.claims_sent, tuple(taken), wanted, ahead, arguments)
 
-    def _round_arguments(self, ends: Sequence[End], wanted: int, ahead: int, number: int) -> list[Any]:
-        who, settings = self.identity, self.settings
+    def send(self, line: Line, exchange: Exchange) -> None:
+        """Send it; the answer is what `complete` is to be given."""
+        line.send(scripts.ROUND, self._round_keys, exchange.arguments)
+
+    def complete(self, exchange: Exchange, reply: Any) -> Round:
+        """What the answer means. Call `settle` once its claims are where a beat will see them."""
+        outcomes, claims, registered, draining, suspended = reply
+        accepted = tuple(outcome == 1 for outcome in outcomes)
+        self._tally(exchange.ends, accepted)
+        return Round(accepted, tuple(map(_claim, claims)), registered == 1, draining == 1, suspended == 1)
+
+    def settle(self, exchange: Exchange) -> None:
+        """Its claims are known to the worker, or its reply will never come: from now on a beat may
+        give back what the server holds of it and the beat does not name."""
+        self.claims_settled = exchange.number
+
+    def _round_arguments(self, ends: Sequence[End], wanted: int, ahead: int, is_deaf: bool) -> list[Any]:
+        who, settings, number = self.identity, self.settings, self.claims_sent
         arguments: list[Any] = [who.name, who.incarnation, self.lease_ms, settings.result_ttl_seconds]
         arguments += [settings.losses_limit, number, wanted, ahead, f"{who.incarnation}{number:012x}"]
-        arguments += [self.finished, self.failed, self.seconds_worked, len(who.queues), *who.queues]
+        arguments += [self.finished, self.failed, self.seconds_worked]
+        arguments += [int(is_deaf), len(who.queues), *who.queues]
         for end in ends:
             arguments += end.arguments()
         return arguments
 
-    def _tally(self, ends: Sequence[End], outcomes: Sequence[int]) -> None:
-        for end, outcome in zip(ends, outcomes, strict=True):
-            if outcome == 1:
+    def _tally(self, ends: Sequence[End], accepted: Sequence[bool]) -> None:
+        for end, is_accepted in zip(ends, accepted, strict=True):
+            if is_accepted:
                 self.finished += end.outcome == "finished"
-                self.failed += end.outcome in ("failed", "stopped")
+                self.failed += end.outcome in ("failed", "stopped", "retry")
                 self.seconds_worked += end.duration_seconds or 0.0
-
-    def settle(self, done: Round) -> None:
-        """The claims of `done` are known to the worker: a beat may give back what it does not name."""
-        self.claims_settled = done.number
 
     def beat(self, client: redis.Redis, record: str, leases: Mapping[str, str], settled: int) -> Beat:
         """Say that this worker lives and renew `leases` (lease -> job), in one round trip.
@@ -206,8 +208,18 @@ class Session:
 def retire(client: redis.Redis, name: str, queues: Iterable[str], incarnation: str = "") -> bool:
     """Remove the record of a worker: its own leaving, or an operator's `forget` of one offline."""
     names = [keys.worker_beat(name), keys.worker_record(name), keys.rq_worker(name)]
-    names += [keys.worker_signals(name), keys.worker_leases(name)]
+    names += [keys.worker_signals(name), keys.worker_leases(name), keys.worker_ended(name)]
     return bool(scripts.RETIRE(client, names, [name, incarnation, *queues]) == 1)
+
+
+def _that_fit(ends: Sequence[End]) -> Sequence[End]:
+    """The first ends, at least one, that are not too many bytes for one call."""
+    room = _ROUND_BYTES
+    for count, end in enumerate(ends):
+        room -= end.size()
+        if room < 0:
+            return ends[: max(1, count)]
+    return ends
 
 
 def _own_address(client: redis.Redis) -> str:
@@ -220,5 +232,5 @@ def _own_address(client: redis.Redis) -> str:
 
 def _claim(row: Any) -> Claim:
     queue, job_id, lease, flat = row
-    fields = dict(zip(flat[::2], flat[1::2], strict=True))
-    return Claim(job_id.decode(), queue.decode(), lease.decode(), fields)
+    fields = iter(flat)
+    return Claim(job_id.decode(), queue.decode(), lease.decode(), dict(zip(fields, fields, strict=True)))

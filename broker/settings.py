@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -22,44 +22,11 @@ from pydantic_settings import (
 )
 
 from broker.errors import ConfigError
-
-Seconds = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+from broker.worker_settings import Count, Seconds, WorkerSettings
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class WorkerSettings(_Frozen):
-    """What every worker of the fleet agrees on."""
-
-    #: seconds between two heartbeats
-    heartbeat_seconds: Seconds = 10.0
-    #: seconds after the last heartbeat when a worker is lost; also the length of a lease
-    lease_seconds: Seconds = 30.0
-    #: times a job may be lost with its worker before it fails as WorkerLost
-    losses_limit: Annotated[int, Field(ge=0)] = 3
-    #: seconds running jobs get to end when a worker stops, then they are handed back
-    stop_grace_seconds: Annotated[float, Field(ge=0)] = 30.0
-    #: seconds between SIGTERM and SIGKILL for a job that ran out of time or was stopped
-    kill_grace_seconds: Annotated[float, Field(ge=0)] = 10.0
-    #: bytes of output of a job kept in Redis, for each of stdout and stderr
-    output_tail_bytes: Annotated[int, Field(ge=0)] = 65536
-    #: seconds the result of a job is kept, unless its producer said otherwise
-    result_ttl_seconds: Count = 7 * 86400
-    #: bytes that must be free where output is written, or the worker takes no jobs
-    min_free_disk_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
-    #: jobs an executor runs before it is replaced by a fresh one
-    executor_max_jobs: Count = 1000
-    #: resident bytes of an executor above which it is replaced after its job
-    executor_max_rss_bytes: Count = 2 * 1024**3
-
-    @model_validator(mode="after")
-    def _a_lease_outlives_a_missed_beat(self) -> WorkerSettings:
-        if self.lease_seconds < 2 * self.heartbeat_seconds:
-            raise ValueError("lease_seconds must be at least twice heartbeat_seconds")
-        return self
 
 
 class SshSettings(_Frozen):
@@ -80,7 +47,7 @@ class Settings(BaseSettings):
         frozen=True, extra="forbid", env_prefix="FLEET_", env_nested_delimiter="__"
     )
 
-    #: redis://, rediss:// or unix:// ; none: the embedded broker of this user
+    #: redis://, rediss://, unix:// or redis+sentinel:// ; none: the embedded broker of this user
     redis_url: str | None = None
     #: file whose first line is the password of Redis, for a URL without one
     redis_password_file: Path | None = None
@@ -148,16 +115,6 @@ def load(flags: Mapping[str, Any] | None = None) -> Settings:
         raise _explained(exc, flags) from exc
     except (OSError, ValueError) as exc:
         raise ConfigError(f"fleet.toml or {user_config_file()}: {exc}", "Mend the TOML file.") from exc
-
-
-def worker_settings(values: Mapping[str, Any]) -> WorkerSettings:
-    """The settings a worker was started with. Raises ConfigError."""
-    try:
-        return WorkerSettings(**values)
-    except ValidationError as exc:
-        fault = exc.errors()[0]
-        name = ".".join(str(part) for part in fault["loc"])
-        raise ConfigError(f"setting worker.{name}: {fault['msg']}, got {fault['input']!r}") from exc
 
 
 def origins(flags: Mapping[str, Any] | None = None) -> dict[str, str]:

@@ -7,8 +7,8 @@ queue, however many there are.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -72,18 +72,41 @@ class FleetStatus:
 
 def read(client: redis.Redis) -> FleetStatus:
     """Ask Redis; raises what redis-py raises."""
-    worker_names, queue_names, paused, now, version = _names(client)
+    return _read(client, _names(client))
+
+
+def read_queues(client: redis.Redis) -> tuple[QueueStatus, ...]:
+    """The queues alone, whatever the number of workers; raises what redis-py raises."""
+    return _read(client, replace(_names(client), workers=())).queues
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What there is to ask for, and what the first call said besides."""
+
+    workers: Sequence[str]
+    queues: Sequence[str]
+    paused: frozenset[str]
+    now: datetime
+    redis_version: str
+
+
+def _read(client: redis.Redis, names: _Names) -> FleetStatus:
     with client.pipeline(transaction=False) as pipe:
-        for name in worker_names:
-            _ask_worker(pipe, name)
-        for name in queue_names:
+        _ask_workers(pipe, names.workers)
+        for name in names.queues:
             _ask_queue(pipe, name)
         rows = iter(replies(pipe))
-    workers = [_worker(name, [next(rows) for _ in range(_WORKER_PARTS)], now) for name in worker_names]
-    parts = {name: [next(rows) for _ in range(_QUEUE_PARTS)] for name in queue_names}
-    since = _oldest(client, {name: part[-1] for name, part in parts.items()})
-    queues = [_queue(name, part, _age(now, since[name]), name in paused) for name, part in parts.items()]
-    return FleetStatus(now, version, tuple(worker for worker in workers if worker), tuple(queues))
+    workers = [_worker(name, parts, names.now) for name, parts in _parts(names.workers, rows)]
+    counts = {name: [next(rows) for _ in range(_QUEUE_PARTS)] for name in names.queues}
+    since = _oldest(client, {name: parts[-1] for name, parts in counts.items()})
+    queues = [
+        _queue(name, parts, _age(names.now, since[name]), name in names.paused)
+        for name, parts in counts.items()
+    ]
+    return FleetStatus(
+        names.now, names.redis_version, tuple(worker for worker in workers if worker), tuple(queues)
+    )
 
 
 def _oldest(client: redis.Redis, firsts: Mapping[str, Any]) -> dict[str, datetime | None]:
@@ -100,7 +123,7 @@ def _age(now: datetime, since: datetime | None) -> float | None:
     return max(0.0, (now - since).total_seconds()) if since else None
 
 
-def _names(client: redis.Redis) -> tuple[list[str], list[str], set[str], datetime, str]:
+def _names(client: redis.Redis) -> _Names:
     with client.pipeline(transaction=False) as pipe:
         pipe.smembers(keys.FLEET_WORKERS)
         pipe.smembers(keys.QUEUES)
@@ -108,12 +131,13 @@ def _names(client: redis.Redis) -> tuple[list[str], list[str], set[str], datetim
         pipe.time()
         pipe.info("server")
         workers, queues, paused, (seconds, micros), info = pipe.execute()
-    at = datetime.fromtimestamp(seconds + micros / 1e6, clock.wall().tzinfo)
-    return (
+    held = frozenset(name.decode("utf-8", "replace") for name in paused)
+    return _Names(
         sorted(name.decode("utf-8", "replace") for name in workers),
-        chores.queue_names(queues),
-        {name.decode("utf-8", "replace") for name in paused},
-        at,
+        # one may be paused before its first job
+        chores.queue_names({*queues, *(keys.queue(name).encode() for name in held)}),
+        held,
+        datetime.fromtimestamp(seconds + micros / 1e6, clock.wall().tzinfo),
         server_version(info),
     )
 
@@ -124,15 +148,25 @@ def server_version(info: Mapping[str, Any]) -> str:
     return f"valkey {valkey}" if valkey else str(info.get("redis_version", "unknown"))
 
 
-_WORKER_PARTS = 5
+#: strings of a worker, which one command fetches for all: a command for each would cost a second of
+#: this process for ten thousand workers
+_WORKER_STRINGS = (keys.worker_record, keys.worker_beat, keys.worker_drain)
 
 
-def _ask_worker(pipe: Any, name: str) -> None:
-    pipe.get(keys.worker_record(name))
-    pipe.exists(keys.worker_beat(name))
-    pipe.hkeys(keys.worker_leases(name))
-    pipe.hmget(keys.rq_worker(name), "last_heartbeat", "successful_job_count", "failed_job_count")
-    pipe.exists(keys.worker_drain(name))
+def _ask_workers(pipe: Any, names: Sequence[str]) -> None:
+    for key in _WORKER_STRINGS if names else ():
+        pipe.mget(map(key, names))
+    for name in names:
+        pipe.hkeys(keys.worker_leases(name))
+        pipe.hmget(keys.rq_worker(name), "last_heartbeat", "successful_job_count", "failed_job_count")
+
+
+def _parts(names: Sequence[str], rows: Iterator[Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Each worker's name, record, beat, mark of a drain, leases and counts."""
+    if names:
+        columns = [next(rows) for _ in _WORKER_STRINGS]
+        for name, *strings in zip(names, *columns, strict=True):
+            yield name, (*strings, next(rows), next(rows))
 
 
 def _worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus | None:
@@ -144,7 +178,7 @@ def _worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus | No
 
 
 def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus | None:
-    record, alive, running, counts, draining = parts
+    record, beating, draining, running, counts = parts
     fields = _document(record)
     if not fields:
         return None
@@ -155,7 +189,7 @@ def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus
         name=name,
         host=str(fields.get("host", "")),
         pid=int(fields.get("pid", 0)),
-        state=_state(bool(alive), late, bool(draining), bool(running)),
+        state=_state(beating is not None, late, draining is not None, bool(running)),
         queues=tuple(fields.get("queues", ())),
         slots=int(fields.get("slots", 1)),
         running=tuple(sorted(job.decode() for job in running)),

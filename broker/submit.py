@@ -104,6 +104,8 @@ def described(text: str) -> str:
 def backoff(options: Options) -> Iterator[int]:
     """Seconds before each retry: doubling, with a random half on top, so that a crowd that failed
     together does not come back together; whole seconds, as RQ's scheduler counts."""
-    for attempt in range(options.retries):
-        delay = min(options.retry_delay_seconds * 2**attempt, LONGEST_RETRY_DELAY)
+    delay = options.retry_delay_seconds
+    for _ in range(options.retries):
+        delay = min(delay, LONGEST_RETRY_DELAY)
         yield round(delay * random.uniform(1.0, 1.5))
+        delay *= 2

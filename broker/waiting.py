@@ -17,9 +17,6 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from broker import clock, keys
 from broker.session import Identity
 
-#: seconds after which a reply that Redis owed us will not come any more
-_OVERDUE_SECONDS = 15
-
 
 class Waiter:
     """One BLPOP, outstanding at all times: over the worker's signals, and the wake lists if it wants jobs.
@@ -30,6 +27,8 @@ class Waiter:
     def __init__(self, client: redis.Redis, identity: Identity, block_seconds: int) -> None:
         self._client = client
         self._block_seconds = block_seconds
+        #: seconds after which a reply that Redis owed us will not come any more
+        self._overdue_seconds = client.connection_pool.connection_kwargs["socket_timeout"]
         self._signals = keys.worker_signals(identity.name)
         self._bells = [keys.wake(queue) for queue in identity.queues]
         self._connection: Any = client.connection_pool.make_connection()
@@ -58,7 +57,7 @@ class Waiter:
         Raises redis.TimeoutError where the reply is overdue: the connection was cut unheard.
         """
         if self._outstanding:
-            if clock.monotonic() - self._sent_at > self._block_seconds + _OVERDUE_SECONDS:
+            if clock.monotonic() - self._sent_at > self._block_seconds + self._overdue_seconds:
                 raise RedisTimeoutError("no reply to BLPOP")
             return
         lists = [self._signals, *(self._bells if wants_jobs else [])]
@@ -66,9 +65,14 @@ class Waiter:
         self._outstanding, self._nudged, self.wants_jobs = True, False, wants_jobs
         self._sent_at = clock.monotonic()
 
+    @property
+    def is_deaf(self) -> bool:
+        """Whether a BLPOP is under way that would return no token: a signal is to end it."""
+        return self._outstanding and not self.wants_jobs
+
     def nudge(self, client: redis.Redis) -> None:
         """Make a BLPOP that would return no token return, so that the next one does."""
-        if self._outstanding and not self.wants_jobs and not self._nudged:
+        if self.is_deaf and not self._nudged:
             self._nudged = True
             client.lpush(self._signals, "{}")
             client.expire(self._signals, 60)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 #: what became of an attempt: the first three and `retry` are the job's own doing
 Outcome = Literal["finished", "failed", "stopped", "retry", "handed-back", "lost"]
@@ -45,7 +47,8 @@ class Tails:
 class End:
     """The end of an attempt, as its worker reports it.
 
-    `duration_seconds` is None where it never started. `return_value` and `exc_string` come as
+    `duration_seconds` is None where it never started; `callback_seconds` passed after it, before this
+    report. `return_value` and `exc_string` come as
     RQ stores them (base64 of the serialised value; base64 of the deflated text).
     `retry` is (max, intervals in seconds) of an `rq.Retry` that a function returned.
     """
@@ -60,39 +63,59 @@ class End:
     retry: tuple[int, list[int]] | None = None
     uncounted: bool = False
     tails: Tails = Tails()
+    callback_seconds: float = 0.0
 
     def arguments(self) -> list[str | bytes]:
-        """The three arguments of round.lua for it."""
+        """The four arguments of round.lua for it."""
         # no \u escapes: half a pair, as names that are no UTF-8 give it, is an error to Redis's decoder
-        document = json.dumps(self._document(), ensure_ascii=False).encode("utf-8", "replace")
-        return [document, self.tails.stdout, self.tails.stderr]
+        document = _compact(self._document()).encode("utf-8", "replace")
+        return [document, self.return_value or self.exc_string or "", self.tails.stdout, self.tails.stderr]
+
+    def size(self) -> int:
+        """Roughly how many bytes its arguments have."""
+        tails = self.tails
+        return len(self.return_value or self.exc_string or "") + len(tails.stdout) + len(tails.stderr) + 1000
 
     def _document(self) -> dict[str, Any]:
-        retry_max, intervals = self.retry or (None, None)
-        document = {
-            "job": self.claim.job_id,
-            "queue": self.claim.queue,
-            "lease": self.claim.lease,
+        claim, tails = self.claim, self.tails
+        document: dict[str, Any] = {
+            "job": claim.job_id,
+            "queue": claim.queue,
+            "lease": claim.lease,
             "outcome": self.outcome,
-            "reason": self.reason or None,
-            "duration": self.duration_seconds,
-            "exit_code": self.exit_code,
-            "return_value": self.return_value,
-            "exc_string": self.exc_string,
-            "retry_max": retry_max,
-            "retry_intervals": intervals,
-            "uncounted": self.uncounted or None,
-            "stdout_end": self.tails.stdout_end or None,
-            "stderr_end": self.tails.stderr_end or None,
         }
-        return {name: value for name, value in document.items() if value is not None}
+        if self.reason:
+            document["reason"] = self.reason
+        if self.duration_seconds is not None:
+            document["duration"] = self.duration_seconds
+        if self.callback_seconds:
+            document["callback"] = self.callback_seconds
+        if self.exit_code is not None:
+            document["exit_code"] = self.exit_code
+        if self.retry:
+            document["retry_max"], document["retry_intervals"] = self.retry
+        if self.uncounted:
+            document["uncounted"] = True
+        if tails.stdout_end or tails.stderr_end:
+            document["stdout_end"], document["stderr_end"] = tails.stdout_end, tails.stderr_end
+        return document
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A round trip under way: the ends it reports, how many jobs it asks for, and what is sent."""
+
+    number: int
+    ends: tuple[End, ...]
+    wanted: int
+    ahead: int
+    arguments: Sequence[Any]
 
 
 @dataclass(frozen=True)
 class Round:
-    """What came of round trip `number`: which ends were accepted, and what to run next."""
+    """What came of a round trip: which ends were accepted, and what to run next."""
 
-    number: int
     accepted: tuple[bool, ...]
     claims: tuple[Claim, ...]
     registered: bool

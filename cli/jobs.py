@@ -1,4 +1,4 @@
-"""`fleet jobs`, `show`, `cancel` and `queues`: what there is, and one end to it."""
+"""`fleet jobs`, `show` and `cancel`: what there is, and one end to it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import click
 from broker import clock
 from broker.errors import NotFound
 from cli.context import Context, json_value, pass_context, print_json
+from cli.outcomes import NOT_FOUND, exit_code
 from cli.params import JobId, QueueName, json_option
 from cli.tables import Cell, Column, age, duration, printable, state
 from cli.tables import show as show_table
 
 if TYPE_CHECKING:
     from broker.jobs import AttemptView, JobView
-    from broker.status import QueueStatus
 
 _STATES = ("queued", "started", "finished", "failed", "deferred", "scheduled", "stopped", "canceled")
 _JOB_COLUMNS = (
@@ -31,17 +31,6 @@ _JOB_COLUMNS = (
     Column("NAME", least=12),
     Column("REASON", rank=3, least=16),
     Column("WORKER", rank=4, least=8),
-)
-_QUEUE_COLUMNS = (
-    Column("QUEUE", least=8),
-    Column("QUEUED", right=True),
-    Column("RUNNING", right=True),
-    Column("SCHEDULED", rank=2, right=True),
-    Column("DEFERRED", rank=2, right=True),
-    Column("FINISHED", rank=1, right=True),
-    Column("FAILED", rank=1, right=True),
-    Column("OLDEST", right=True),
-    Column("STATE", rank=1),
 )
 _ATTEMPT_COLUMNS = (
     Column("FENCE", right=True),
@@ -199,7 +188,7 @@ def cancel(context: Context, /, job_ids: tuple[str, ...], as_json: bool) -> int:
     else:
         for job_id, outcome in outcomes.items():
             click.echo(f"{job_id}  {_CANCELED.get(outcome, f'had ended already: {outcome}')}")
-    return _cancel_code(list(outcomes.values()))
+    return exit_code(outcomes.values(), _OUT_OF_THE_WAY)
 
 
 #: what became of a job that is out of the way
@@ -207,7 +196,7 @@ _CANCELED = {
     "canceled": "canceled",
     "stopping": "stopping",
     "stopped": "had been stopped already",
-    "not_found": "no such job",
+    NOT_FOUND: "no such job",
 }
 _OUT_OF_THE_WAY = ("canceled", "stopping", "stopped")
 
@@ -218,42 +207,4 @@ def _cancel(client: Any, job_id: str) -> str:
     try:
         return control.cancel(client, job_id)
     except NotFound:
-        return "not_found"
-
-
-def _cancel_code(outcomes: list[str]) -> int:
-    done = sum(outcome in _OUT_OF_THE_WAY for outcome in outcomes)
-    if done == len(outcomes):
-        return 0
-    if done:
-        return 3
-    return 4 if all(outcome == "not_found" for outcome in outcomes) else 1
-
-
-@click.command()
-@json_option
-@pass_context
-def queues(context: Context, /, as_json: bool) -> None:
-    """How much waits, runs and has ended in each queue, and how long its first job waits."""
-    from broker import status
-
-    with context.redis() as client:
-        found = status.read(client).queues
-    if as_json:
-        print_json({"queues": [asdict(queue) for queue in found]})
-    elif found:
-        show_table(context.console, _QUEUE_COLUMNS, [queue_row(queue) for queue in found])
-    else:
-        context.say("No queues yet: 'fleet submit -- COMMAND' makes one.")
-
-
-def queue_row(queue: QueueStatus) -> list[Cell]:
-    """The cells of one queue, in the order of the columns."""
-    counts = (queue.queued, queue.running, queue.scheduled, queue.deferred, queue.finished)
-    failed: Cell = (str(queue.failed), "bold red" if queue.failed else "")
-    oldest = age(queue.oldest_age_seconds)
-    return [queue.name, *map(str, counts), failed, oldest, state("paused") if queue.paused else ""]
-
-
-#: for `fleet status`, which shows the same
-QUEUE_COLUMNS = _QUEUE_COLUMNS
+        return NOT_FOUND

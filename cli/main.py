@@ -7,6 +7,7 @@ code; None is 0.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -31,6 +32,9 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "up": ("cli.up", "up", "Start workers on every host of a file."),
     "hosts": ("cli.hosts", "hosts", "The hosts kept for up, status and down."),
     "status": ("cli.status", "status", "Workers, what they run, and the queues."),
+    "drain": ("cli.workers", "drain", "Let workers finish what runs and take nothing new."),
+    "undrain": ("cli.workers", "undrain", "Let drained workers take jobs again."),
+    "forget": ("cli.workers", "forget", "Remove the record of a worker that is offline."),
     "down": ("cli.up", "down", "End the workers of hosts."),
     "submit": ("cli.submit", "submit", "Submit a command as a job; prints its id."),
     "jobs": ("cli.jobs", "jobs", "List jobs."),
@@ -38,7 +42,10 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "logs": ("cli.logs", "logs", "What a job printed, also while it runs."),
     "wait": ("cli.wait", "wait", "Wait until jobs have ended."),
     "cancel": ("cli.jobs", "cancel", "Stop jobs, or take them from their queues."),
-    "queues": ("cli.jobs", "queues", "What waits, runs and has ended, by queue."),
+    "retry": ("cli.retry", "retry", "Run jobs again that failed, were stopped or canceled."),
+    "queues": ("cli.queues", "queues", "What waits, runs and has ended, by queue."),
+    "pause": ("cli.queues", "pause", "Let queues give out no jobs."),
+    "resume": ("cli.queues", "resume", "Let paused queues give out jobs again."),
     "worker": ("cli.worker", "worker", "Run one worker here, in the foreground."),
     "doctor": ("cli.doctor", "doctor", "Check Redis and the workers; says how to mend what is wrong."),
     "config": ("cli.config", "config", "Show the settings in force and where each came from."),
@@ -70,6 +77,17 @@ class LazyGroup(click.Group):
         module, attribute, _ = VERBS[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return everywhere.teach(command)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as exc:  # click looks for similar ones among those that are imported
+            similar = " or ".join(map(repr, difflib.get_close_matches(args[0], VERBS, n=2)))
+            if not similar:
+                raise
+            raise click.UsageError(f"{exc.message} Did you mean {similar}?", ctx) from exc
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

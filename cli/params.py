@@ -1,4 +1,4 @@
-"""What words on the command line may be: durations, job ids, queues; and how Tab completes them."""
+"""What words on the command line may be: durations, job ids, queues, workers; and how Tab completes them."""
 
 from __future__ import annotations
 
@@ -82,6 +82,22 @@ class QueueName(_ParamType):
         from broker.chores import known_queues
 
         return _offer(ctx, incomplete, known_queues)
+
+
+class WorkerName(_ParamType):
+    """The name of a worker; Tab offers those there are."""
+
+    name = "worker"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return names.worker_name(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        from broker.control import hosts_of_workers
+
+        return _offer(ctx, incomplete, hosts_of_workers)
 
 
 def files(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:

@@ -59,12 +59,20 @@ def state(word: str) -> Cell:
 
 def show(console: Console, columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> None:
     """Print a table on stdout."""
-    for line in lines(columns, rows, console.width if console.is_terminal else None):
-        print_line(console, line)
+    print_lines(console, lines(columns, rows, console.width if console.is_terminal else None))
+
+
+def print_lines(console: Console, texts: Iterable[Text]) -> None:
+    """Print lines, cut at the terminal's edge and nowhere else."""
+    if console.is_terminal:
+        for text in texts:
+            print_line(console, text)
+    else:  # at once: click.echo flushes
+        click.echo("\n".join(text.plain for text in texts))
 
 
 def print_line(console: Console, line: Text) -> None:
-    """Print one line, cut at the terminal's edge and nowhere else."""
+    """Print one line, likewise."""
     if console.is_terminal:
         console.print(line, no_wrap=True, overflow="ellipsis")
     else:
@@ -100,9 +108,16 @@ def _spelled(char: str) -> str:
 
 
 def _widest(title: str, texts: Iterable[str]) -> int:
+    return max([_width(title), *map(_width, texts)])
+
+
+def _width(text: str) -> int:
+    """Cells of a terminal that printable `text` takes."""
+    if text.isascii():
+        return len(text)
     from rich.cells import cell_len
 
-    return max([cell_len(title), *map(cell_len, texts)])
+    return cell_len(text)
 
 
 def _fit(
@@ -133,23 +148,34 @@ def _total(sizes: dict[int, int]) -> int:
 
 
 def _line(columns: Sequence[Column], row: Sequence[tuple[str, str]], sizes: dict[int, int]) -> Text:
-    from rich.text import Text
+    """One Text, its cells marked by spans: a Text for each cell takes seconds for 10,000 rows."""
+    from rich.text import Span, Text
 
-    line = Text()
+    parts, spans, at = [], [], 0
     for i, size in sizes.items():
         text, style = row[i]
-        cell = Text(_shortened(text, columns[i].separator, size), style=style)
-        cell.truncate(size, overflow="ellipsis")
-        blanks = " " * (size - cell.cell_len)
-        line.append(blanks if columns[i].right else "").append_text(cell)
-        line.append(("" if columns[i].right else blanks) + _GAP)
-    line.rstrip()
-    return line
+        if _width(text) > size:
+            text = _cut(_shortened(text, columns[i].separator, size), size)
+        blanks = " " * (size - _width(text))
+        start = at + (len(blanks) if columns[i].right else 0)
+        if style:
+            spans.append(Span(start, start + len(text), style))
+        parts.append(blanks + text if columns[i].right else text + blanks)
+        at += len(parts[-1]) + len(_GAP)
+    return Text(_GAP.join(parts).rstrip(), spans=spans)
+
+
+def _cut(text: str, size: int) -> str:
+    if _width(text) <= size:
+        return text
+    from rich.cells import set_cell_size
+
+    return set_cell_size(text, size - 1) + "…"
 
 
 def _shortened(text: str, separator: str, size: int) -> str:
     """As many words as fit, and how many more there are: "a,b +3"; a first word that is too long is kept."""
-    words = text.split(separator) if separator and len(text) > size else [text]
+    words = text.split(separator) if separator else [text]
     for count in range(len(words), 0, -1):
         more = f" +{len(words) - count}" if count < len(words) else ""
         short = separator.join(words[:count]) + more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -157,7 +158,7 @@ def _orders(context: Context, options: Options) -> Orders:
         install=not options["no_install"],
         executor_python=options["executor_python"],
         paths=options["paths"] or here,
-        settings=context.settings.worker.model_dump(mode="json"),
+        settings=dataclasses.asdict(context.settings.worker),
         dry_run=options["dry_run"],
     )
 

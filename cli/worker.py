@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 @pass_context
 def worker(context: Context, /, **options: Any) -> int:
     """Run one worker here until it is told to stop (Ctrl-C twice hurries it)."""
-    from fleet import worker as fleet_worker
+    from fleet import assembly
+    from fleet.signals import StopSignals
 
+    signals = StopSignals().install()
     config = _config(options, context.url())
-    fleet_worker.set_up_logging()
-    return fleet_worker.run(config, context.settings.worker)
+    assembly.set_up_logging()
+    return assembly.run(config, context.settings.worker, signals)
 
 
 def _config(options: dict[str, Any], redis_url: str) -> WorkerConfig:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import selectors
-from functools import partial
+from typing import Literal
 
 from broker import clock, failures
 from broker.work import End
@@ -13,9 +12,8 @@ from fleet.executors import Execution, ExecutorPool
 class Asides:
     """Runs them in the pool's executors; nobody waits for what they say."""
 
-    def __init__(self, pool: ExecutorPool, selector: selectors.BaseSelector) -> None:
+    def __init__(self, pool: ExecutorPool) -> None:
         self._pool = pool
-        self._selector = selector
         #: execution -> when it has run for too long, monotonic seconds
         self._running: dict[Execution, float] = {}
 
@@ -28,42 +26,45 @@ class Asides:
         job_id, fields = end.claim.job_id, end.claim.fields
         if end.outcome == "stopped":
             self._run(self._pool.stopped_callback(job_id, fields))
-        elif end.outcome in ("finished", "failed") and fields.get(b"webhooks"):
+        elif fields.get(b"webhooks") and (status := final_status(end)):
             ended_at = clock.wall().strftime("%Y-%m-%dT%H:%M:%S.%fZ").encode()
             text = failures.decoded(end.exc_string or "")
-            self._run(self._pool.webhooks(job_id, {**fields, b"ended_at": ended_at}, end.outcome, text))
+            self._run(self._pool.webhooks(job_id, {**fields, b"ended_at": ended_at}, status, text))
 
-    def enforce_times(self) -> None:
-        """Kill what does not end."""
+    def collect(self) -> None:
+        """Let go of those that ended, and kill those that do not."""
         now = clock.monotonic()
         for execution, limit in list(self._running.items()):
             if now >= limit:
-                self._kill(execution)
+                execution.kill()
+            if execution.outcome:
+                del self._running[execution]
+                self._pool.release(execution)
 
     def kill_all(self) -> None:
         """End them now: the worker's grace is over."""
-        for execution in list(self._running):
-            self._kill(execution)
-
-    def _kill(self, execution: Execution) -> None:
-        execution.kill()
-        self._look(execution)
+        for execution in self._running:
+            execution.kill()
 
     def _run(self, execution: Execution | None) -> None:
-        if execution is None:
-            return
-        self._running[execution] = clock.monotonic() + (execution.kill_after_seconds or 600)
-        self._selector.register(execution, _events(execution), partial(self._look, execution))
-
-    def _look(self, execution: Execution) -> None:
-        execution.flush()
-        if execution.receive() is None:
-            self._selector.modify(execution, _events(execution), partial(self._look, execution))
-            return
-        self._selector.unregister(execution)
-        del self._running[execution]
-        self._pool.release(execution)
+        if execution is not None:
+            self._running[execution] = clock.monotonic() + (execution.kill_after_seconds or 600)
 
 
-def _events(execution: Execution) -> int:
-    return selectors.EVENT_READ | (selectors.EVENT_WRITE if execution.wants_write() else 0)
+def final_status(end: End) -> Literal["finished", "failed"] | None:
+    """How the job ended with this attempt; None if it is to run again, or was stopped."""
+    if end.outcome == "finished":
+        return "finished"
+    if end.outcome == "failed":
+        return None if _count(end, b"retries_left") > 0 else "failed"
+    if end.outcome == "retry" and end.retry:
+        done = _count(end, b"number_of_retries")
+        return "failed" if 0 < done >= end.retry[0] else None
+    return None
+
+
+def _count(end: End, field: bytes) -> int:
+    try:
+        return int(end.claim.fields.get(field, b"0"))
+    except ValueError:  # somebody's damage, which counts as nothing where the end is stored, too
+        return 0

@@ -5,6 +5,7 @@ The loop starts it, watches it, may interrupt it, and in the end collects an `En
 
 from __future__ import annotations
 
+import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from broker import clock, failures
 from broker.command import Command
 from broker.work import Claim, End, Outcome, Tails
 from fleet import process
+from fleet.memory import Memory
 from fleet.outputs import Folders, OutputFiles, WorkingFolders
 
 #: why an attempt was interrupted: its time ran out, an operator or RQ's stop-job, RQ's kill-horse,
@@ -27,6 +29,11 @@ _OUTCOMES: Mapping[Cause, Outcome] = {
     "kill": "failed",
     "lost": "lost",
     "hand-back": "handed-back",
+}
+#: signals by which the kernel enforces limits that the job, or whoever started the worker, has set
+_LIMITS: Mapping[int, str] = {
+    signal.SIGXCPU: " (over its limit of CPU time, ulimit -t)",
+    signal.SIGXFSZ: " (over its limit of file size, ulimit -f)",
 }
 #: bytes of output shown with a failure
 _SHOWN_BYTES = 2000
@@ -57,14 +64,18 @@ class Attempt(ABC):
         if self.cause is None:
             self.cause = cause
             self.kill_at = clock.monotonic() + grace_seconds
-            process.signal_group(self.pgid, signal.SIGTERM)
+            self.signal(signal.SIGTERM)
 
     def kill(self, cause: Cause | None = None) -> None:
         """End it now. A cause given before stays, but for a lease that is gone: that outranks all."""
         if cause == "lost" or self.cause is None:
             self.cause = cause or self.cause
         self.kill_at = None
-        process.signal_group(self.pgid, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all of its processes."""
+        process.signal_group(self.pgid, number)
 
     def duration(self) -> float:
         """Seconds since it started."""
@@ -112,14 +123,18 @@ class Attempt(ABC):
 
 @dataclass(frozen=True)
 class CommandContext:
-    """What all commands of a worker share: folders, environment, and two open files."""
+    """What all attempts of a worker share: folders, environment, and two open files."""
 
     folders: Folders
     working: WorkingFolders
-    environ: Mapping[str, str]
+    #: as the system has it: a worker's own is not encoded anew for each of its jobs
+    environ: Mapping[bytes, bytes]
     #: /dev/null, and the directory this process lives in
     null: int
     home: int
+    memory: Memory
+    #: of a function's return value, or traceback
+    max_result_bytes: int
 
 
 @dataclass
@@ -129,6 +144,7 @@ class CommandAttempt(Attempt):
     files: OutputFiles = field(kw_only=True)
     folder: str | None = field(kw_only=True)
     working: WorkingFolders = field(kw_only=True)
+    memory: Memory = field(kw_only=True)
 
     @classmethod
     def start(cls, claim: Claim, command: Command, context: CommandContext) -> CommandAttempt:
@@ -137,15 +153,22 @@ class CommandAttempt(Attempt):
         folder: str | None = None
         try:
             folder = None if command.cwd else context.working.enter(claim.job_id)
-            env = {**context.environ, **job_variables(claim), **command.env}
+            env = {**context.environ, **_encoded(job_variables(claim)), **_encoded(command.env)}
             stdio = (context.null, files.stdout, files.stderr)
             pid = process.spawn(command.argv, env, command.cwd or folder or "", stdio, context.home)
         except BaseException:
             files.close()
             context.working.leave(folder or "")
             raise
-        timeout = timeout_of(claim)
-        return cls(claim, pid, timeout, files=files, folder=folder, working=context.working)
+        return cls(
+            claim,
+            pid,
+            timeout_of(claim),
+            files=files,
+            folder=folder,
+            working=context.working,
+            memory=context.memory,
+        )
 
     def has_ended(self) -> bool:
         return process.has_exited(self.pgid)
@@ -154,8 +177,7 @@ class CommandAttempt(Attempt):
         # what it left in the background goes with it; the zombie keeps the group's number ours
         process.signal_group(self.pgid, signal.SIGKILL)
         duration, ended = self.duration(), process.reap(self.pgid)
-        tails = self.files.tails(tail_bytes)
-        self.files.close()
+        tails = self.files.close(tail_bytes)
         if self.folder:
             self.working.leave(self.folder)
         if self.cause:
@@ -165,10 +187,7 @@ class CommandAttempt(Attempt):
         return self._failure(ended, duration, tails)
 
     def _failure(self, ended: process.Exit, duration: float, tails: Tails) -> End:
-        if ended.signal is None:
-            reason = f"exit code {ended.code}"
-        else:
-            reason = f"killed by {process.signal_name(ended.signal)}"
+        reason = self.memory.verdict(ended, tails) or _how(ended)
         text = failures.encoded(_with_output(reason, tails))
         code = ended.code if ended.signal is None else 128 + ended.signal
         return End(self.claim, "failed", reason, duration, code, exc_string=text, tails=tails)
@@ -180,6 +199,12 @@ class CommandAttempt(Attempt):
         return self.files.tails(limit)
 
 
+def _how(ended: process.Exit) -> str:
+    if ended.signal is None:
+        return f"exit code {ended.code}"
+    return f"killed by {process.signal_name(ended.signal)}{_LIMITS.get(ended.signal, '')}"
+
+
 def timeout_of(claim: Claim) -> float | None:
     """Seconds the job may run; RQ writes -1 for no limit, and anything else is somebody's damage."""
     try:
@@ -187,6 +212,10 @@ def timeout_of(claim: Claim) -> float | None:
     except ValueError:
         return None
     return seconds if seconds > 0 else None
+
+
+def _encoded(variables: Mapping[str, str]) -> dict[bytes, bytes]:
+    return {os.fsencode(name): os.fsencode(value) for name, value in variables.items()}
 
 
 def job_variables(claim: Claim) -> dict[str, str]:

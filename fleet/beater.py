@@ -21,6 +21,10 @@ from broker.work import Beat
 log = logging.getLogger("fleet.beater")
 
 
+#: seconds, see `patience`
+_SHORTEST_PATIENCE, _LONGEST_PATIENCE = 1.0, 15.0
+
+
 @dataclass(frozen=True)
 class Denied:
     """Redis knows us no more: the worker must end, not ask for ever."""
@@ -117,3 +121,9 @@ def lease_margin(lease_seconds: float) -> float:
     """Seconds after a beat was sent until which its leases may be relied on: 5 s (a sixth of a
     short lease) before they run out, so that jobs are dead when another may start them."""
     return lease_seconds - min(5.0, lease_seconds / 6)
+
+
+def patience(lease_seconds: float) -> float:
+    """Seconds to wait for Redis's answer: a beat that hangs is sent again, on a new connection, before
+    the leases end; and a Redis that is busy for a moment is not given up."""
+    return min(_LONGEST_PATIENCE, max(_SHORTEST_PATIENCE, lease_seconds / 4))

@@ -50,7 +50,7 @@ class Orders:
     #: None: the worker's own
     executor_python: str | None = None
     paths: tuple[str, ...] = ()
-    #: those of broker.settings.WorkerSettings
+    #: those of broker.worker_settings.WorkerSettings
     settings: Mapping[str, Any] = field(default_factory=dict)
     dry_run: bool = False
     #: the addresses that the embedded broker listens on; none: it is another Redis

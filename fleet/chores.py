@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import selectors
 import threading
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
@@ -21,15 +23,26 @@ from fleet.outputs import Folders
 
 log = logging.getLogger("fleet.chores")
 
-#: seconds between looks at a queue that stays full, at first and at last: its workers are busy, or
-#: awake by now, or may not claim
-_PEEK_PAUSE_SECONDS, _LONGEST_PEEK_PAUSE_SECONDS = 0.02, 0.25
+#: seconds between looks at a queue that is full: where its jobs are taken and few are left, for its
+#: producer may wait for each before it enqueues the next; where they are taken and many are left;
+#: and, at last, where the first of them stays, for nobody can take it, or may
+_PEEK_PAUSE_SECONDS, _MOVING_PAUSE_SECONDS, _LONGEST_PEEK_PAUSE_SECONDS = 0.002, 0.1, 0.25
+_FEW_JOBS = 16
 #: a reply that took this many seconds was waited for: the queue had been empty
 _PEEK_WAITED_SECONDS = 0.005
 #: queues that are watched so: each costs a connection, and the others are rung for once a second
 _MOST_PEEKS = 64
 _PEEK_BLOCK_SECONDS = 30
+#: seconds in which a job that came with a token, as most do, is claimed, also by this very worker
+_YIELD_SECONDS = 0.0005
 _PRUNE_SECONDS = 3600
+
+
+#: a reply, or a turn of chores, that took so many seconds
+_LATE_SECONDS = 1.0
+#: questions a second that Redis gets of all workers; and the longest pause of one, for most may die at once
+_QUESTIONS_PER_SECOND = 50
+_LONGEST_PAUSE_SECONDS = 20.0
 
 
 class ChoreThread:
@@ -49,8 +62,8 @@ class ChoreThread:
         self._told: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="chores", daemon=True)
-        #: how many workers the fleet has: the more, the more rarely each asks
-        self.fleet_size = 1
+        #: whether Redis was away, or late, since this worker last asked
+        self._troubled = False
 
     def start(self) -> None:
         """Take part in elections from now on."""
@@ -66,6 +79,7 @@ class ChoreThread:
             try:
                 self._turn()
             except Exception as exc:  # somebody's damage must not end the recovery of all others' jobs
+                self._troubled |= _is_away(exc)
                 self._tell(exc)
                 self._peeks.close()
                 self._stop.wait(1.0)
@@ -75,21 +89,37 @@ class ChoreThread:
 
     def _tell(self, exc: Exception) -> None:
         """Say each trouble once; that Redis is away is for the loop to say."""
-        if isinstance(exc, redis.ConnectionError | redis.TimeoutError | OSError) or str(exc) in self._told:
+        if _is_away(exc) or str(exc) in self._told:
             return
         self._told.add(str(exc))
         log.warning("chores: %s", exc, exc_info=None if isinstance(exc, redis.RedisError) else exc)
 
     def _turn(self) -> None:
         self._prune()
-        if not chores.elected(self._client, self._session.identity.incarnation):
+        with self._timed():
+            election = self._ask()
+        if not election.elected:
             self._peeks.close()
-            self._stop.wait(max(1.0, self.fleet_size / 50))
+            self._stop.wait(_pause(election.alive))
             return
         until = clock.monotonic() + 1.0
         while clock.monotonic() < until and not self._stop.is_set():
-            self._run_due()
+            with self._timed():
+                self._run_due()
             self._peeks.listen_and_ring(self._next_due(until) - clock.monotonic())
+
+    def _ask(self) -> chores.Election:
+        incarnation, settings = self._session.identity.incarnation, self._session.settings
+        election = chores.elect(self._client, incarnation, settings, troubled=self._troubled)
+        self._troubled = False
+        return election
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Replies that take long are a sign that Redis, or the way to it, stood still."""
+        began = clock.monotonic()
+        yield
+        self._troubled |= clock.monotonic() - began > _LATE_SECONDS
 
     def _prune(self) -> None:
         if clock.monotonic() >= self._prune_at:
@@ -113,6 +143,15 @@ class ChoreThread:
             self._client.delete(keys.CHORES)
 
 
+def _pause(alive: int) -> float:
+    """Seconds until a worker of so many asks again."""
+    return min(_LONGEST_PAUSE_SECONDS, max(1.0, alive / _QUESTIONS_PER_SECOND))
+
+
+def _is_away(exc: Exception) -> bool:
+    return isinstance(exc, redis.ConnectionError | redis.TimeoutError | OSError)
+
+
 class _Peeks:
     """One blocked connection for each queue: BLMOVE takes one list, and must not take a job."""
 
@@ -126,9 +165,12 @@ class _Peeks:
         self._watched: list[int] = []
         #: queues that had jobs a moment ago, and when to peek again
         self._paused: dict[str, float] = {}
-        #: when each queue was asked, and how long its last pause was
+        #: when each queue was asked, whether it had no job then, and how long its last pause was
         self._asked: dict[str, float] = {}
+        self._waited: dict[str, bool] = {}
         self._pauses: dict[str, float] = {}
+        #: the job that was first in each queue
+        self._heads: dict[str, bytes] = {}
         self._listed_at = 0.0
 
     def listen_and_ring(self, seconds: float) -> None:
@@ -136,9 +178,13 @@ class _Peeks:
         self._follow_queues()
         pause = min((at - clock.monotonic() for at in self._paused.values()), default=seconds)
         ready = self._selector.select(max(0.0, min(seconds, pause)))
-        full = [key.data for key, _ in ready if self._has_job(key.data)]
-        if full:
-            scripts.RING(self._client, [keys.queue(queue) for queue in full], full)
+        if ready:
+            time.sleep(_YIELD_SECONDS)
+        heads = {key.data: job for key, _ in ready if (job := self._first_job(key.data))}
+        if heads:
+            lengths = scripts.RING(self._client, [keys.queue(queue) for queue in heads], list(heads))
+            for (queue, head), length in zip(heads.items(), lengths, strict=True):
+                self._pause(queue, head, length)
         self._resume()
 
     def close(self) -> None:
@@ -175,23 +221,23 @@ class _Peeks:
         self._asked[queue] = clock.monotonic()
         self._connections[queue].send_command("BLMOVE", name, name, "LEFT", "LEFT", _PEEK_BLOCK_SECONDS)
 
-    def _has_job(self, queue: str) -> bool:
+    def _first_job(self, queue: str) -> bytes | None:
         try:
-            job = self._connections[queue].read_response()
+            job: bytes | None = self._connections[queue].read_response()
         except redis.ResponseError:  # somebody keeps something else under that name
             self._paused[queue] = clock.monotonic() + 5.0
-            return False
+            return None
+        self._waited[queue] = clock.monotonic() - self._asked[queue] >= _PEEK_WAITED_SECONDS
         if job is None:
             self._peek(queue)
-            return False
-        self._pause(queue)
-        return True
+        return job
 
-    def _pause(self, queue: str) -> None:
-        now, pause = clock.monotonic(), _PEEK_PAUSE_SECONDS
-        if now - self._asked[queue] < _PEEK_WAITED_SECONDS:
-            pause = min(2 * self._pauses.get(queue, pause), _LONGEST_PEEK_PAUSE_SECONDS)
-        self._pauses[queue], self._paused[queue] = pause, now + pause
+    def _pause(self, queue: str, head: bytes, length: int) -> None:
+        now, pause, moves = clock.monotonic(), _PEEK_PAUSE_SECONDS, self._heads.get(queue) != head
+        if not self._waited[queue] and not (moves and length <= _FEW_JOBS):
+            longest = _MOVING_PAUSE_SECONDS if moves else _LONGEST_PEEK_PAUSE_SECONDS
+            pause = min(2 * self._pauses.get(queue, pause), longest)
+        self._pauses[queue], self._paused[queue], self._heads[queue] = pause, now + pause, head
 
     def _resume(self) -> None:
         now = clock.monotonic()

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO
 
 from broker.errors import Conflict, FleetError
-from fleet.listening import LOOPBACK, bracketed, is_loopback
+from fleet.listening import LOOPBACK, bracketed
 from fleet.redis_server import ANSWER_SECONDS, ServerProgram, tail, try_lock, wait_until
 
 Say = Callable[[str], None]
@@ -65,11 +65,6 @@ class RunningBroker:
     def url(self) -> str:
         """Its URL on this machine, with the password. `fleet broker url` alone prints it."""
         return self.url_for(LOOPBACK)
-
-    @property
-    def only_loopback(self) -> bool:
-        """Whether no other machine can reach it."""
-        return all(is_loopback(host) for host in self.hosts)
 
     def url_for(self, host: str) -> str:
         """Its URL for those who reach this machine as `host`, with the password. Never print it."""

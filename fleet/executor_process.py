@@ -6,23 +6,25 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from fleet import executor_main
-from fleet.executor_main import pack, unpack
+from fleet.executor_main import TURN, Frames
+
+if TYPE_CHECKING:
+    from fleet.executor_main import Frame
 
 #: reads and writes of one call, of 256 KiB at most, so that one large value does not hold up the loop
 _TURNS = 16
 _CHUNK = 1 << 18
 #: a read that brought fewer bytes than this took all there was
 _SHORT = 1 << 14
-
-Frame = tuple[dict[str, Any], Mapping[bytes, bytes]]
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,12 @@ class Channel:
         sock.setblocking(False)
         self.socket = sock
         self.at_end = False
-        #: whether the last look at the socket found something
-        self.progressed = False
-        self._incoming = bytearray()
+        self._frames = Frames()
         self._outgoing = memoryview(b"")
 
-    def send(self, header: Mapping[str, Any], blobs: Mapping[bytes, bytes] | None = None) -> None:
+    def send(self, frames: bytes) -> None:
         """Send as much as the socket takes now, and keep the rest for `flush`."""
-        frame = pack(header, blobs)
-        self._outgoing = memoryview(bytes(self._outgoing) + frame if self._outgoing else frame)
+        self._outgoing = memoryview(bytes(self._outgoing) + frames if self._outgoing else frames)
         self.flush()
 
     def flush(self) -> None:
@@ -82,25 +81,23 @@ class Channel:
         """Whether something is kept."""
         return bool(self._outgoing) and not self.at_end
 
-    def receive(self) -> Frame | None:
-        """The next frame, if it is all there. After noise, as after the end, there is none."""
+    def receive(self) -> Iterator[Frame]:
+        """The frames that are there. After noise, as after the end, there are none."""
+        self._fill()
         try:
-            return unpack(self._incoming) or (unpack(self._incoming) if self._fill() else None)
-        except (ValueError, KeyError, TypeError):
+            while frame := self._frames.pop():
+                yield frame
+        except (ValueError, EOFError, TypeError):
             self.at_end = True
-            return None
 
-    def _fill(self) -> bool:
-        """Read some of what is there; False if that was nothing."""
-        before = len(self._incoming)
+    def _fill(self) -> None:
+        """Read what is there, up to a limit."""
         with suppress(BlockingIOError):
             for _ in range(_TURNS):
                 chunk = self._read()
-                self._incoming += chunk
+                self._frames.feed(chunk)
                 if len(chunk) < _SHORT:
                     break
-        self.progressed = len(self._incoming) > before
-        return self.progressed
 
     def _read(self) -> bytes:
         try:
@@ -110,9 +107,42 @@ class Channel:
         self.at_end = self.at_end or not chunk
         return chunk
 
+    def has_news(self) -> bool:
+        """Whether there is something to receive."""
+        try:
+            return bool(self.socket.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Let go of the socket; the other side reads the end of the file."""
         self.socket.close()
+
+
+class Turns:
+    """The numbers of tasks that may be begun, in a pipe whose both ends are ours: see executor_main."""
+
+    def __init__(self) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        self._reader, self._writer = open(reader, "rb", 0), open(writer, "wb", 0)  # noqa: SIM115
+
+    def fileno(self) -> int:
+        """The end that the executor reads."""
+        return self._reader.fileno()
+
+    def give(self, numbers: Iterable[int]) -> None:
+        """Let these be begun, in this order."""
+        self._writer.write(b"".join(map(TURN.pack, numbers)))
+
+    def take_back(self) -> list[int]:
+        """The numbers that nobody has taken; those tasks will not be begun."""
+        return [number for (number,) in TURN.iter_unpack(self._reader.read(1 << 16) or b"")]
+
+    def close(self) -> None:
+        """Let go of both ends; the executor leaves when it has done what it may."""
+        self._reader.close()
+        self._writer.close()
 
 
 class Executor:
@@ -120,10 +150,13 @@ class Executor:
 
     def __init__(self, channel: Channel, live: tuple[Path, Path], on_exit: Callable[[int], None]) -> None:
         self.channel = channel
+        self.turns = Turns()
         self.stdout_live_path, self.stderr_live_path = live
         self.ready = False
         self.jobs = 0
         self.rss_bytes = 0
+        #: the most it ever had, known once it is buried
+        self.peak_rss_bytes = 0
         #: why there is no process at all
         self.start_error = ""
         self._on_exit = on_exit
@@ -141,15 +174,16 @@ class Executor:
         """Start the process, with the channel's far end as its own. Raises OSError."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
         files: list[int] = []
+        theirs = [far_end.fileno(), self.turns.fileno()]
         try:
             for path in (self.stdout_live_path, self.stderr_live_path):
                 files.append(os.open(path, flags, 0o644))
             self._process = subprocess.Popen(
-                [config.python, "-I", executor_main.__file__, str(far_end.fileno())],
+                [config.python, "-I", executor_main.__file__, *map(str, theirs)],
                 stdin=subprocess.DEVNULL,
                 stdout=files[0],
                 stderr=files[1],
-                pass_fds=[far_end.fileno()],
+                pass_fds=theirs,
                 env=dict(config.environ),
                 start_new_session=True,
             )
@@ -157,19 +191,13 @@ class Executor:
             for fd in files:
                 os.close(fd)
 
-    def receive(self) -> Frame | None:
-        """The next frame but for the one that says the process is ready."""
-        frame = self.channel.receive()
-        if frame and frame[0]["op"] == "ready":
-            self.ready = True
-            frame = self.channel.receive()
-        return frame
-
-    def is_alive(self) -> bool:
-        """Whether it can be given work. Only for one that is idle: what it says is dropped."""
-        while self.receive():
-            pass
-        return not self.channel.at_end
+    def receive(self) -> Iterator[Frame]:
+        """The frames that are there but for the one that says the process is ready."""
+        for frame in self.channel.receive():
+            if frame[0]["op"] == "ready":
+                self.ready = True
+            else:
+                yield frame
 
     def signal_group(self, number: int) -> None:
         """Send a signal to the process and to all in its group."""
@@ -206,7 +234,8 @@ class Executor:
         self.buried = True
         if self._status is None:
             with suppress(ChildProcessError):
-                self._status = os.waitpid(self._process.pid, 0)[1]
+                _, self._status, usage = os.wait4(self._process.pid, 0)
+                self.peak_rss_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self._process.returncode = self._status or 0
         return self._status
 
@@ -219,5 +248,6 @@ class Executor:
     def close(self) -> None:
         """Let go of the process, which leaves when it reads that, and of its live files."""
         self.channel.close()
+        self.turns.close()
         for path in (self.stdout_live_path, self.stderr_live_path):
             path.unlink(missing_ok=True)

@@ -1,9 +1,8 @@
 """Executors as the worker sees them: a pool of processes that run Python jobs, never waited for.
 
-    execution = pool.start(job_id, fields, execution_id=..., stdout_path=..., stderr_path=...)
-    selector.register(execution, EVENT_READ)      # and EVENT_WRITE while execution.wants_write()
-    outcome = execution.receive()                 # when readable; None: not yet
-    pool.release(execution)                       # after the outcome has been handled
+    execution = pool.start(job_id, fields, execution_id, stdout_path, stderr_path)
+    execution.outcome          # there when the pool's selector has called back, and it is over
+    pool.release(execution)    # after the outcome has been handled
 
 The process is `executor_main.py`, run by the interpreter that the user names. It leads a session
 and a process group of its own, so one signal reaches all that a job started.
@@ -13,14 +12,19 @@ The worker must not reap executors: no `waitpid(-1)`.
 
 from __future__ import annotations
 
+import selectors
 import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fleet.executions import Execution, Outcome
+from broker import sentinel
+from fleet.executions import Execution, Lane, Outcome
+from fleet.executor_main import pack
 from fleet.executor_process import Channel, Executor, ExecutorConfig
 
 __all__ = ["Execution", "ExecutorConfig", "ExecutorPool", "Outcome"]
@@ -32,6 +36,8 @@ DEFAULT_TIMEOUT_SECONDS = 180
 CALLBACK_TIMEOUT_SECONDS = 60
 #: seconds an executor without work gets to leave by itself
 LEAVE_SECONDS = 5.0
+#: jobs that may wait in line for one executor
+LINE = 32
 
 
 def _ignore(pgid: int) -> None:
@@ -50,28 +56,26 @@ class ExecutorPool:
         self,
         config: ExecutorConfig,
         *,
+        selector: selectors.BaseSelector | None = None,
         on_spawn: Callable[[int], None] = _ignore,
         on_exit: Callable[[int], None] = _ignore,
     ) -> None:
         self._config = config
+        self._selector = selector
         self._on_spawn, self._on_exit = on_spawn, on_exit
-        self._idle: list[Executor] = []
-        self._busy: set[Executor] = set()
+        self._idle: list[Lane] = []
+        self._busy: set[Lane] = set()
+        #: what was lined up in lanes that are busy no more
+        self._stranded: list[Execution] = []
         #: (executor, when to kill it)
         self._leaving: list[tuple[Executor, float]] = []
         self._serial = 0
         config.live_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def prestart(self, count: int) -> None:
-        """Start executors until `count` wait for work, so that first jobs find them ready."""
-        while len(self._idle) < count:
-            self._idle.append(self._spawn())
-
     def start(
         self,
         job_id: str,
         fields: Mapping[bytes, bytes],
-        *,
         execution_id: str,
         stdout_path: str | Path | None = None,
         stderr_path: str | Path | None = None,
@@ -85,6 +89,51 @@ class ExecutorPool:
         timeout = _seconds(fields.get(b"timeout"), DEFAULT_TIMEOUT_SECONDS)
         task = {"op": "job", "execution_id": execution_id}
         return self._run(job_id, fields, task, (stdout_path, stderr_path), timeout)
+
+    def line_up(
+        self,
+        job_id: str,
+        fields: Mapping[bytes, bytes],
+        execution_id: str,
+        stdout_path: str | Path | None = None,
+        stderr_path: str | Path | None = None,
+    ) -> Execution | None:
+        """As `start`, behind a job that runs; None where no executor has room. `send` lets them have it.
+
+        It may be taken back, with `withdraw`, until its turn has come.
+        """
+        lane = self._shortest()
+        if lane is None:
+            return None
+        timeout = _seconds(fields.get(b"timeout"), DEFAULT_TIMEOUT_SECONDS)
+        task = {"op": "job", "execution_id": execution_id}
+        return self._give(lane, job_id, fields, task, (stdout_path, stderr_path), timeout)
+
+    def send(self) -> None:
+        """Send the executors what was lined up."""
+        for lane in self._busy:
+            self._send(lane)
+
+    def notice_deaths(self) -> None:
+        """Look at executors that died while a process they left behind keeps their socket open."""
+        for lane in self._busy:
+            if lane.executor.has_exited():
+                lane.look()
+
+    def withdraw(self) -> list[Execution]:
+        """Take back all that was lined up and is not begun."""
+        return [execution for lane in self._busy if len(lane) > 1 for execution in lane.withdraw()]
+
+    def stranded(self) -> list[Execution]:
+        """What was lined up in executors that died or were killed since: it was not begun."""
+        for lane in self._busy:
+            self._take_stranded(lane)
+        found, self._stranded = self._stranded, []
+        return found
+
+    def _take_stranded(self, lane: Lane) -> None:
+        self._stranded += lane.stranded
+        lane.stranded = []
 
     def stopped_callback(
         self,
@@ -115,16 +164,22 @@ class ExecutorPool:
 
     def release(self, execution: Execution) -> None:
         """Take the executor back; kills it if it still runs the job."""
-        executor = execution.executor
-        if executor not in self._busy:
+        lane = execution.lane
+        if lane not in self._busy:
             return
-        self._busy.remove(executor)
-        if execution.outcome is None or executor.buried:
-            self._bury(executor)
-        elif self._is_worn(executor) or len(self._idle) >= self._config.max_idle:
-            self._dismiss(executor)
+        if self._is_worn(lane.executor):
+            lane.stranded += lane.withdraw()
+        if len(lane) and execution.outcome:
+            return
+        self._take_stranded(lane)
+        self._busy.remove(lane)
+        self._unwatch(lane)
+        if execution.outcome is None or lane.executor.buried:
+            self._bury(lane.executor)
+        elif self._is_worn(lane.executor) or len(self._idle) >= self._config.max_idle:
+            self._dismiss(lane.executor)
         else:
-            self._idle.append(executor)
+            self._idle.append(lane)
         if self._leaving:
             self.reap()
 
@@ -140,10 +195,11 @@ class ExecutorPool:
 
     def close(self, grace_seconds: float = 2.0) -> None:
         """End all executors: those with work at once, the others within `grace_seconds`."""
-        for executor in self._busy:
-            self._bury(executor)
-        for executor in self._idle:
-            self._dismiss(executor, grace_seconds)
+        for lane in self._busy:
+            self._unwatch(lane)
+            self._bury(lane.executor)
+        for lane in self._idle:
+            self._dismiss(lane.executor, grace_seconds)
         self._busy.clear()
         self._idle.clear()
         while self._leaving:
@@ -158,23 +214,81 @@ class ExecutorPool:
         targets: tuple[str | Path | None, str | Path | None],
         timeout_seconds: float | None,
     ) -> Execution:
-        stdout, stderr = (None if path is None else str(path) for path in targets)
-        executor = self._take()
-        executor.channel.send({**task, "id": job_id, "stdout": stdout, "stderr": stderr}, fields)
-        limit = None if timeout_seconds is None else timeout_seconds + BACKSTOP_SECONDS
-        return Execution(executor, job_id, (stdout, stderr), limit)
+        execution = self._give(self._take(), job_id, fields, task, targets, timeout_seconds)
+        self._send(execution.lane)
+        return execution
 
-    def _take(self) -> Executor:
+    def _give(
+        self,
+        lane: Lane,
+        job_id: str,
+        fields: Mapping[bytes, bytes],
+        task: Mapping[str, Any],
+        targets: tuple[str | Path | None, str | Path | None],
+        timeout_seconds: float | None,
+    ) -> Execution:
+        stdout, stderr = (None if path is None else str(path) for path in targets)
+        limit = None if timeout_seconds is None else timeout_seconds + BACKSTOP_SECONDS
+        execution = Execution(lane, job_id, (stdout, stderr), limit)
+        lane.add(execution, {**task, "id": job_id, "stdout": stdout, "stderr": stderr}, fields)
+        return execution
+
+    def _take(self) -> Lane:
         """An executor that waits for work and lives, else a new one."""
         while self._idle:
-            executor = self._idle.pop()
-            if executor.is_alive():
+            lane = self._idle.pop()
+            lane.look()
+            if not lane.executor.channel.at_end:
                 break
-            self._bury(executor)
+            self._bury(lane.executor)
         else:
-            executor = self._spawn()
-        self._busy.add(executor)
-        return executor
+            lane = Lane(self._spawn())
+        self._busy.add(lane)
+        self._watch(lane)
+        return lane
+
+    # -- the selector ----------------------------------------------------------------------
+
+    def _watch(self, lane: Lane) -> None:
+        if self._selector:
+            handler = partial(self._attend, lane)
+            self._selector.register(lane.executor.channel.socket, selectors.EVENT_READ, handler)
+
+    def _unwatch(self, lane: Lane) -> None:
+        if self._selector:
+            self._selector.unregister(lane.executor.channel.socket)
+
+    def _send(self, lane: Lane) -> None:
+        lane.send()
+        if self._selector and lane.executor.channel.wants_write:
+            self._await(lane, selectors.EVENT_READ | selectors.EVENT_WRITE)
+
+    def _attend(self, lane: Lane) -> None:
+        """Its socket is ready."""
+        channel = lane.executor.channel
+        if channel.wants_write:
+            channel.flush()
+            if not channel.wants_write:
+                self._await(lane, selectors.EVENT_READ)
+        lane.look()
+
+    def _await(self, lane: Lane, events: int) -> None:
+        if self._selector:
+            handler = partial(self._attend, lane)
+            self._selector.modify(lane.executor.channel.socket, events, handler)
+
+    # -- executors -------------------------------------------------------------------------
+
+    def _shortest(self) -> Lane | None:
+        """The executor to line up behind: one that is running short jobs, and has a place left."""
+        lanes = [lane for lane in self._busy if len(lane) <= LINE and self._may_line_up(lane)]
+        return min(lanes, key=len, default=None) if self._config.mode == "warm" else None
+
+    def _may_line_up(self, lane: Lane) -> bool:
+        executor = lane.executor
+        if not executor.ready or executor.channel.wants_write or lane.is_slow():
+            return False
+        return not self._is_worn(executor, len(lane))
 
     def _spawn(self) -> Executor:
         near, far = socket.socketpair()
@@ -187,7 +301,7 @@ class ExecutorPool:
             far.close()
         if executor.pid is not None:
             self._on_spawn(executor.pid)
-        executor.channel.send(self._hello(executor))
+        executor.channel.send(pack(self._hello(executor)))
         return executor
 
     def _live_paths(self) -> tuple[Path, Path]:
@@ -202,6 +316,7 @@ class ExecutorPool:
             "op": "hello",
             "mode": config.mode,
             "redis_url": config.redis_url,
+            "sentinel": _service(config.redis_url),
             "worker_name": config.worker_name,
             "paths": list(config.paths),
             "work_dir": config.work_dir,
@@ -209,8 +324,10 @@ class ExecutorPool:
             "stderr": str(executor.stderr_live_path),
         }
 
-    def _is_worn(self, executor: Executor) -> bool:
-        return executor.jobs >= self._config.max_jobs or executor.rss_bytes >= self._config.max_rss_bytes
+    def _is_worn(self, executor: Executor, more: int = 0) -> bool:
+        """Whether it is to be replaced, once it has run so many more."""
+        jobs = executor.jobs + more
+        return jobs >= self._config.max_jobs or executor.rss_bytes >= self._config.max_rss_bytes
 
     def _dismiss(self, executor: Executor, grace_seconds: float = LEAVE_SECONDS) -> None:
         """Let it leave by itself: what its jobs registered for the end of the process shall run."""
@@ -221,6 +338,11 @@ class ExecutorPool:
         executor.signal_group(signal.SIGKILL)
         executor.bury()
         executor.close()
+
+
+def _service(redis_url: str) -> dict[str, Any] | None:
+    """What a URL of Sentinel names, read here: the executor's file stands alone."""
+    return asdict(sentinel.parse(redis_url)) if sentinel.is_sentinel(redis_url) else None
 
 
 def _seconds(value: bytes | None, default: int) -> int | None:

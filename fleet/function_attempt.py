@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import selectors
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from broker import failures
 from broker.work import Claim, End, Tails
-from fleet.attempt import Attempt, never_started
+from fleet.attempt import Attempt, CommandContext, never_started
 from fleet.executors import Execution, ExecutorPool, Outcome
-from fleet.outputs import Folders, file_end, output_paths, tail_of
+from fleet.memory import Memory
+from fleet.outputs import file_end, output_paths, tail_of
+from fleet.process import Exit
 
 
 @dataclass
@@ -20,31 +21,51 @@ class FunctionAttempt(Attempt):
     execution: Execution = field(kw_only=True)
     pool: ExecutorPool = field(kw_only=True)
     paths: tuple[str, str] = field(kw_only=True)
+    memory: Memory = field(kw_only=True)
+    max_result_bytes: int = field(kw_only=True)
 
     @classmethod
-    def start(cls, claim: Claim, pool: ExecutorPool, folders: Folders) -> FunctionAttempt:
+    def start(cls, claim: Claim, pool: ExecutorPool, context: CommandContext) -> FunctionAttempt:
         """Give it to an executor; where none can be started, its end says so."""
-        paths = output_paths(folders, claim)
-        execution = pool.start(
-            claim.job_id,
-            claim.fields,
-            execution_id=claim.execution_id,
-            stdout_path=paths[0],
-            stderr_path=paths[1],
-        )
-        limit = execution.kill_after_seconds
-        return cls(claim, execution.pgid or 0, limit, execution=execution, pool=pool, paths=paths)
+        paths = output_paths(context.folders, claim)
+        return cls._of(claim, pool, context, paths, pool.start(*_work(claim), *paths))
 
-    def events(self) -> int:
-        """What the selector is to wait for."""
-        writing = selectors.EVENT_WRITE if self.execution.wants_write() else 0
-        return selectors.EVENT_READ | writing
+    @classmethod
+    def line_up(cls, claim: Claim, pool: ExecutorPool, context: CommandContext) -> FunctionAttempt | None:
+        """Let it wait for an executor that is busy; None where there is no room."""
+        paths = output_paths(context.folders, claim)
+        execution = pool.line_up(*_work(claim), *paths)
+        return cls._of(claim, pool, context, paths, execution) if execution else None
+
+    @classmethod
+    def _of(
+        cls,
+        claim: Claim,
+        pool: ExecutorPool,
+        context: CommandContext,
+        paths: tuple[str, str],
+        execution: Execution,
+    ) -> FunctionAttempt:
+        limit = execution.kill_after_seconds
+        return cls(
+            claim,
+            execution.pgid or 0,
+            limit,
+            execution=execution,
+            pool=pool,
+            paths=paths,
+            memory=context.memory,
+            max_result_bytes=context.max_result_bytes,
+        )
+
+    def signal(self, number: int) -> None:
+        self.execution.kill(number)  # and not the next job of its executor, should this one just have ended
 
     def has_ended(self) -> bool:
-        return self.execution.receive() is not None
+        return self.execution.outcome is not None
 
     def collect(self, tail_bytes: int) -> End:
-        outcome = self.execution.receive()
+        outcome = self.execution.outcome
         self.pool.release(self.execution)
         if outcome is None:
             raise RuntimeError("collected before it ended")
@@ -53,7 +74,17 @@ class FunctionAttempt(Attempt):
             return self.interrupted_end(self.cause, tails)
         if outcome.could_not_start:
             return never_started(self.claim, outcome.exc_string or "no executor", outcome="handed-back")
+        if outcome.unbegun:
+            return End(self.claim, "handed-back", "its executor died before it began", 0.0)
+        if outcome.signal is not None:
+            outcome = self._judged(outcome)
+        outcome = _limited(outcome, self.max_result_bytes)
         return _ENDS[outcome.kind](self.claim, outcome, tails)
+
+    def _judged(self, outcome: Outcome) -> Outcome:
+        """The death of an executor by a signal that we did not send."""
+        reason = self.memory.verdict(Exit(None, outcome.signal, max_rss_bytes=outcome.peak_rss_bytes))
+        return replace(outcome, exc_string=reason) if reason else outcome
 
     def output_ends(self) -> tuple[int, int]:
         execution = self.execution
@@ -63,6 +94,8 @@ class FunctionAttempt(Attempt):
         execution = self.execution
         out, out_end = tail_of(execution.stdout_live_path, limit)
         err, err_end = tail_of(execution.stderr_live_path, limit)
+        if execution.lane.executor.channel.has_news():  # it may have ended, and that be the next one's output
+            return Tails()
         return Tails(out, err, out_end, err_end)
 
     def _final_tails(self, outcome: Outcome, limit: int) -> Tails:
@@ -72,11 +105,33 @@ class FunctionAttempt(Attempt):
         return Tails(out, err, out_end, err_end)
 
 
+def _work(claim: Claim) -> tuple[str, Mapping[bytes, bytes], str]:
+    return claim.job_id, claim.fields, claim.execution_id
+
+
+def _limited(outcome: Outcome, limit: int) -> Outcome:
+    """One that Redis can keep: a value that is too large fails the job, a long traceback lacks its middle."""
+    size = len(outcome.return_value_b64 or "") * 3 // 4
+    if size > limit:
+        reason = (
+            f"ResultTooLarge: {size} bytes, more than worker.max_result_bytes; "
+            "let the job write a file and return its path"
+        )
+        return replace(outcome, kind="failed", return_value_b64=None, retry=None, exc_string=reason)
+    text = outcome.exc_string or ""
+    if len(text) > limit:
+        half = limit // 2
+        cut = f"{text[:half]}\n... {len(text) - 2 * half} characters ...\n{text[-half:]}"
+        return replace(outcome, exc_string=cut)
+    return outcome
+
+
 def _finished(claim: Claim, outcome: Outcome, tails: Tails) -> End:
     return End(
         claim,
         "finished",
         duration_seconds=outcome.duration_seconds,
+        callback_seconds=outcome.callback_seconds,
         return_value=outcome.return_value_b64,
         tails=tails,
     )
@@ -101,6 +156,7 @@ def _failed(claim: Claim, outcome: Outcome, tails: Tails) -> End:
         "failed",
         text.strip().splitlines()[-1][:500],
         outcome.duration_seconds,
+        callback_seconds=outcome.callback_seconds,
         exc_string=failures.encoded(text),
         tails=tails,
     )

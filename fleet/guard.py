@@ -21,13 +21,16 @@ class Guard:
         self._sidecar = Sidecar.start(incarnation, lock_fd)
         self._lock = threading.Lock()
         self._selector: selectors.BaseSelector | None = None
-        self._handler: Callable[[], None] = lambda: None
         self._killed: set[int] = set()
 
-    def watch(self, selector: selectors.BaseSelector, handler: Callable[[], None]) -> None:
-        """Call `handler` when there may be something in `killed`, or the sidecar died."""
-        self._selector, self._handler = selector, handler
-        selector.register(self._sidecar, selectors.EVENT_READ, handler)
+    def watch(self, selector: selectors.BaseSelector) -> None:
+        """Hear what the sidecar says, and of its death, by this selector."""
+        self._selector = selector
+        selector.register(self._sidecar, selectors.EVENT_READ, self._listen)
+
+    def _listen(self) -> None:
+        with self._lock:
+            self._killed |= self._sidecar.killed()
 
     def add(self, pgid: int) -> None:
         """Have a group killed should this worker die or lose its leases."""
@@ -78,7 +81,7 @@ class Guard:
                 log.warning("it could not be started, trying again: %s", exc)
                 return
         if self._selector:
-            self._selector.register(self._sidecar, selectors.EVENT_READ, self._handler)
+            self._selector.register(self._sidecar, selectors.EVENT_READ, self._listen)
 
     def _unwatch(self) -> None:
         if self._selector:

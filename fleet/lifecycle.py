@@ -10,9 +10,12 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from fleet.outputs import Folders
 
 log = logging.getLogger("fleet.worker")
 
+#: seconds for which an interpreter that could import rq is believed to be still able to
+_TRUSTED_SECONDS = 3600
 #: seconds to wait for a worker of this name that is just leaving, or whose sidecar is still killing
 _LOCK_WAIT_SECONDS = 40.0
 
@@ -93,13 +98,40 @@ def prepare(folders: Folders) -> None:
         ) from exc
 
 
-def check_executor(python: str) -> None:
+def check_executor(python: str, folders: Folders) -> None:
     """Refuse an interpreter that could run no function. Raises UsageError.
 
-    Better now than with the first job: a worker that fails every job it claims empties a queue.
+    Better now than with the first job: a worker that fails every job it claims empties a queue. What
+    was found good is remembered for a while: the workers of a host start together, and again and again.
     """
     if python == sys.executable:
         return
+    note = folders.run / f"executor-{zlib.crc32(python.encode()):08x}.json"
+    found = _interpreter(python)
+    if not _is_noted(note, found):
+        _try_executor(python)
+        _write(note, found)
+
+
+def _interpreter(python: str) -> list[Any]:
+    """What is another when the interpreter, or its virtual environment, was made anew. Raises UsageError."""
+    try:
+        path = Path(shutil.which(python) or python)
+        there = [path, path.parent.parent / "pyvenv.cfg"]
+        return [python, *(file.stat().st_mtime_ns for file in there if file.exists())]
+    except OSError as exc:
+        raise UsageError(f"--executor-python {python} cannot be run: {exc}") from exc
+
+
+def _is_noted(note: Path, found: list[Any]) -> bool:
+    try:
+        is_fresh = abs(time.time() - note.stat().st_mtime) < _TRUSTED_SECONDS
+        return is_fresh and bool(json.loads(note.read_text()) == found)
+    except (OSError, ValueError):
+        return False
+
+
+def _try_executor(python: str) -> None:
     try:
         command = [python, "-I", "-c", "import rq"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -120,16 +152,22 @@ def write_run_file(folders: Folders, name: str, incarnation: str) -> Path:
     path = run_file(folders, name)
     started = psutil.Process().create_time()
     note = {"pid": os.getpid(), "start_time": started, "incarnation": incarnation, "version": __version__}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(note))
-    temporary.replace(path)
+    _write(path, note)
     return path
 
 
-def enter(session: Session, client: redis.Redis, record: str, lock: NameLock) -> None:
+def _write(path: Path, document: Any) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(document))
+    temporary.replace(path)
+
+
+def enter(
+    session: Session, client: redis.Redis, record: str, lock: NameLock, sleep: Callable[[float], None]
+) -> None:
     """Register in the fleet, in place of an earlier life where that is surely over.
 
-    Raises Conflict where a live worker elsewhere has the name, and what redis-py raises.
+    Waits with `sleep`. Raises Conflict where a live worker elsewhere has the name, and what redis-py raises.
     """
     taken = session.register(client, record)
     if not taken:
@@ -139,10 +177,12 @@ def enter(session: Session, client: redis.Redis, record: str, lock: NameLock) ->
         log.info("taking over from pid %s, which is gone", other.get("pid"))
         session.register(client, record, replaces=str(other.get("incarnation")))
         return
-    _outwait(session, client, record, other)
+    _outwait(session, client, record, other, sleep)
 
 
-def _outwait(session: Session, client: redis.Redis, record: str, other: dict[str, Any]) -> None:
+def _outwait(
+    session: Session, client: redis.Redis, record: str, other: dict[str, Any], sleep: Callable[[float], None]
+) -> None:
     """A worker we cannot see has the name: dead ones stop beating, live ones do not."""
     name = session.identity.name
     log.info("a worker named %s was on host %s: waiting whether it still beats", name, other.get("host"))
@@ -154,7 +194,18 @@ def _outwait(session: Session, client: redis.Redis, record: str, other: dict[str
                 "Give this one another --name, or stop that one first.",
             )
         ttl = client.pttl(keys.worker_beat(name))
-        time.sleep(min(0.5, max(ttl, 50) / 1000))
+        sleep(min(0.5, max(ttl, 50) / 1000))
+
+
+def inherit(session: Session, client: redis.Redis, record: str) -> None:
+    """The first heartbeat: what earlier lives of this name held is lost, and goes on at once.
+
+    They are over: `enter` has seen to it, and their jobs were killed with them or before their leases
+    ran out. It must be done before the first look at the queues, which would seem empty without those jobs.
+    """
+    beat = session.beat(client, record, {}, session.claims_settled)
+    if beat.foreign:
+        session.lose_foreign(client, beat.foreign)
 
 
 def _fields(record: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 import redis
 
 from broker import clock
-from broker.connection import Line
+from broker.line import Line
 from broker.session import Session
 from broker.waiting import RqCommands, Waiter
 
@@ -28,7 +28,6 @@ class Links:
 
     def __init__(self, session: Session, client: redis.Redis, selector: selectors.BaseSelector) -> None:
         self.client = client
-        #: for the rounds: one every few hundred microseconds
         self.line = Line(client)
         block = max(1, int(session.settings.lease_seconds))
         self.waiter = Waiter(client, session.identity, block)
@@ -41,11 +40,12 @@ class Links:
         self._up_at = 0.0
         self._said = ""
 
-    def connect(self, on_wake: Callable[[], None], on_rq: Callable[[], None]) -> None:
-        """Open the two that wait and watch them. Raises what redis-py raises."""
-        self.waiter.connect()
-        self.rq.connect()
-        for link, handler in ((self.waiter, on_wake), (self.rq, on_rq)):
+    def connect(
+        self, on_answer: Callable[[], None], on_wake: Callable[[], None], on_rq: Callable[[], None]
+    ) -> None:
+        """Open all and watch them. Raises what redis-py raises."""
+        for link, handler in ((self.line, on_answer), (self.waiter, on_wake), (self.rq, on_rq)):
+            link.connect()
             self._selector.register(link.fileno(), selectors.EVENT_READ, handler)
             self._watched.append(link.fileno())
         self.up, self._up_at = True, clock.monotonic()

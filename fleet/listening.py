@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -33,11 +32,6 @@ def addresses(host: str) -> tuple[str, ...]:
     if listen_error(address, 0) is not None:
         raise UsageError(f"--host {host}: {address} is no address of this machine")
     return (address,) if address in (LOOPBACK, EVERY_IPV4) else (LOOPBACK, address)
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach `address`."""
-    return ipaddress.ip_address(address).is_loopback
 
 
 def covers(bound_to: Sequence[str], address: str) -> bool:

@@ -18,15 +18,15 @@ import redis
 from broker import clock
 from broker.connection import is_denied
 from broker.session import Session
-from broker.work import Beat, End, Round
+from broker.work import Beat, End, Exchange, Round
 from fleet.asides import Asides
 from fleet.beater import Beater, Denied
-from fleet.chores import ChoreThread
 from fleet.executors import ExecutorPool
 from fleet.guard import Guard
 from fleet.links import Links
 from fleet.mailbox import Mailbox
 from fleet.outputs import Folders
+from fleet.rounds import Rounds
 from fleet.slots import Slots
 from fleet.worker_config import WorkerConfig
 
@@ -42,7 +42,7 @@ _LONGEST_WAIT = 5.0
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop works with; built, and taken down, by `fleet.worker`."""
+    """What the loop works with; built, and taken down, by `fleet.assembly`."""
 
     session: Session
     selector: selectors.BaseSelector
@@ -68,10 +68,13 @@ class WorkerLoop:
         self._guard = parts.guard
         self._mail = parts.mail
         self._folders = parts.folders
+        self._rounds = Rounds(parts.session, parts.links.line, parts.slots)
         self._shown: dict[str, tuple[int, int]] = {}
-        self._asides = Asides(parts.pool, parts.selector)
+        self._asides = Asides(parts.pool)
         self._foreign: tuple[tuple[str, str], ...] = ()
         self._claim_due = True
+        #: told of jobs while a round was under way
+        self._rung = False
         self._taken = 0
         self._found_nothing = False
         self._outputs_at = 0.0
@@ -81,10 +84,10 @@ class WorkerLoop:
         self._said_stopping = False
         self._exit_code = 0
         self._fleet_size = 1
+        self._draining = False
         #: shown in `fleet status`: why it takes no jobs
         self.notice = ""
         self.beater: Beater | None = None
-        self.chores: ChoreThread | None = None
 
     def request_stop(self) -> None:
         """Finish what runs, within the grace; asked a second time, at once. Safe in a signal handler."""
@@ -94,7 +97,7 @@ class WorkerLoop:
     def run(self) -> int:
         """Work until told to stop or nothing is left to do; returns the exit code."""
         self._selector.register(self._mail, selectors.EVENT_READ, self._on_mail)
-        self._guard.watch(self._selector, lambda: None)  # what it says is heard when ends are collected
+        self._guard.watch(self._selector)
         while not self._is_done():
             for key, _ in self._selector.select(self._patience()):
                 key.data()
@@ -104,14 +107,16 @@ class WorkerLoop:
     def _turn(self) -> None:
         self._guard.keep_alive()
         self._claim_due |= self._slots.collect(redis_is_away=not self._is_beating())
+        if self._stop_at is not None or self._draining:  # also what a round under way has brought since
+            self._slots.hand_back_waiting()
+        self._enforce_stop()
         self._slots.start_waiting()
         self._slots.enforce_times()
-        self._asides.enforce_times()
-        self._enforce_stop()
+        self._asides.collect()
         self._reconnect()
         self._give_up_foreign()
-        self._exchange()
         self._listen()
+        self._exchange()
         self._show_outputs()
 
     def _is_beating(self) -> bool:
@@ -119,14 +124,14 @@ class WorkerLoop:
 
     def _patience(self) -> float:
         """Seconds until something is due without being told."""
-        if self._links.up and (self._slots.ends or (self._claim_due and self._wanted())):
-            return 0.0
         now = clock.monotonic()
         times = [now + _LONGEST_WAIT, self._slots.next_time()]
         if not self._links.up:
             times.append(self._links.retry_at)
-        elif len(self._slots):
-            times.append(self._outputs_at)
+        else:
+            times.append(self._rounds.next_time())
+            if len(self._slots):
+                times.append(self._outputs_at)
         # what is over and has been acted upon is nothing to wait for
         if self._stop_at is not None and self._stop_at > now:
             times.append(self._stop_at)
@@ -135,11 +140,13 @@ class WorkerLoop:
         return max(0.0, min(times) - now)
 
     def _is_working(self) -> bool:
-        return bool(len(self._slots) or len(self._asides) or self._slots.ends)
+        return bool(len(self._slots) or len(self._asides) or self._slots.ends or self._rounds.under_way)
 
     def _is_done(self) -> bool:
         if len(self._slots) or len(self._asides):
             return False
+        if self._rounds.under_way and self._links.up:
+            return False  # its answer may bring claims, and a lease must not be left behind
         if self._stop_at is not None:
             # ends that cannot be told within the grace: recovery will find the leases
             is_over = clock.monotonic() >= self._stop_at
@@ -153,6 +160,8 @@ class WorkerLoop:
             return True
         if self._config.burst and self._found_nothing:
             return True
+        if self._config.ephemeral and self._draining:
+            return True
         limit = self._config.idle_timeout_seconds
         return limit is not None and clock.monotonic() - self._slots.busy_at >= limit
 
@@ -163,7 +172,6 @@ class WorkerLoop:
             self._said_stopping = True
             left = max(0.0, self._stop_at - clock.monotonic())
             log.info("stopping: %d jobs have %.0f s to end", len(self._slots), left)
-        self._slots.hand_back_waiting()
         if clock.monotonic() >= self._stop_at:
             self._slots.kill_all("hand-back")
             self._asides.kill_all()
@@ -186,13 +194,14 @@ class WorkerLoop:
         except (redis.RedisError, OSError) as exc:
             if is_denied(exc):
                 self._give_up(f"Redis refused us: {exc}", 6)
+            self._rounds.abandon(exc)
             self._links.lost(exc, self._fleet_size)
 
     def _reconnect(self) -> None:
         if self._links.up or clock.monotonic() < self._links.retry_at:
             return
         with self._linked():
-            self._links.connect(self._on_wake, self._on_rq_command)
+            self._links.connect(self._on_answer, self._on_wake, self._on_rq_command)
             self._claim_due = True
 
     def _give_up_foreign(self) -> None:
@@ -203,16 +212,27 @@ class WorkerLoop:
                 self._foreign = ()
 
     def _exchange(self) -> None:
-        """Report all ends and claim for all free slots, in one round trip."""
-        ends = self._slots.ends
-        wanted = self._wanted() if ends or self._claim_due else 0
-        if not self._links.up or not (ends or wanted):
+        """Report what ended and claim what there is room for, if it is time."""
+        if not self._links.up:
+            return
+        wanted, ahead = self._room()
+        with self._linked():
+            self._links.line.check()
+            # jobs are claimed ahead along with ends alone: where none end, none will be begun soon
+            if self._rounds.is_due(wants_jobs=self._claim_due and wanted > 0):
+                self._rounds.send(wanted, ahead, is_deaf=self._links.waiter.is_deaf)
+
+    def _on_answer(self) -> None:
+        if not self._links.up:
             return
         with self._linked():
-            done = self._session.round(self._links.line, ends, wanted, self._ahead())
-            for end, accepted in zip(ends, done.accepted, strict=True):
+            answer = self._rounds.receive()
+            if answer is None:
+                return
+            exchange, done = answer
+            for end, accepted in zip(exchange.ends, done.accepted, strict=True):
                 self._settle(end, accepted)
-            self._admit(done, wanted)
+            self._admit(exchange, done)
 
     def _settle(self, end: End, accepted: bool) -> None:
         self._slots.settled(end)
@@ -222,31 +242,45 @@ class WorkerLoop:
         else:
             log.warning("job %s: its lease was no longer ours, %s dropped", end.claim.job_id, end.outcome)
 
-    def _admit(self, done: Round, wanted: int) -> None:
-        """Make new claims known to the heartbeat first, then start them."""
+    def _admit(self, exchange: Exchange, done: Round) -> None:
+        """Make new claims known to the heartbeat first; the turn starts them."""
         self._slots.admit(done.claims)
-        self._session.settle(done)
+        self._session.settle(exchange)
         if not done.registered and self.beater:
             self.beater.beat_now()
         self._taken += len(done.claims)
-        self._found_nothing = wanted > 0 and not done.claims and done.registered
+        self._found_nothing = exchange.wanted > 0 and not done.claims and done.registered
         # fewer than asked for: the queues are empty, wait for a token
-        self._claim_due = wanted > 0 and len(done.claims) >= wanted
+        asked = exchange.wanted + exchange.ahead
+        if asked:
+            self._claim_due = len(done.claims) >= asked
         self._slots.take(done.claims)
+        self._heed_ring()
 
-    def _wanted(self) -> int:
-        """How many jobs to claim now."""
-        if self._stop_at is not None or not self._is_fit():
-            return 0
+    def _heed_ring(self) -> None:
+        """Somebody rang while the round was under way: for us, or for others if that left us no room."""
+        if self._rung and self._room()[0]:
+            self._claim_due = True
+        elif self._rung:
+            self._links.waiter.pass_on(self._links.client)
+        self._rung = False
+
+    def _room(self) -> tuple[int, int]:
+        """How many jobs to claim now, and how many ahead of that: none, where jobs are counted."""
+        if self._stop_at is not None or self._draining or not self._is_fit():
+            return 0, 0
         if self._config.max_jobs is not None:
-            return max(0, min(self._slots.free, self._config.max_jobs - self._taken))
-        return self._slots.free
+            return max(0, min(self._slots.free, self._config.max_jobs - self._taken)), 0
+        return self._slots.free, self._slots.ahead()
 
-    def _ahead(self) -> int:
-        """How many jobs to claim ahead: none by a worker that counts them, or may not claim at all."""
-        if self._config.max_jobs is not None or self._stop_at is not None or not self._is_fit():
-            return 0
-        return self._slots.ahead()
+    def _heed_drain(self, draining: bool) -> None:
+        """An operator's wish, which holds until it is undone, also for a worker that starts."""
+        if draining and not self._draining:
+            name = self._session.identity.name
+            log.info("draining: no jobs are taken until 'fleet undrain %s'", name)
+        elif self._draining and not draining:
+            log.info("no longer draining")
+        self._draining = draining
 
     def _is_fit(self) -> bool:
         """Whether this host can run jobs: one must not fail because of us, another host may be fit."""
@@ -276,13 +310,16 @@ class WorkerLoop:
         return f"disk full: {room >> 20} MiB free at {self._folders.root}"
 
     def _listen(self) -> None:
-        """Wait for tokens exactly while a slot is free."""
-        if self._links.up:
-            with self._linked():
-                wants = self._wanted() > 0
-                if wants and not self._claim_due:
-                    self._links.waiter.nudge(self._links.client)
-                self._links.waiter.listen(wants_jobs=wants)
+        """Wait for tokens exactly while a slot is free and the queues are known to be empty."""
+        if not self._links.up or self._rounds.under_way:
+            return
+        wants = self._room()[0] > 0
+        if wants and self._claim_due:
+            return
+        with self._linked():
+            if wants:
+                self._links.waiter.nudge(self._links.client)
+            self._links.waiter.listen(wants_jobs=wants)
 
     def _show_outputs(self) -> None:
         """Let `fleet logs` see what running jobs have written so far."""
@@ -307,10 +344,16 @@ class WorkerLoop:
             news = self._links.waiter.receive()
             if isinstance(news, dict):
                 self._slots.stop_job(news.get("stop"))
-            elif news and self._wanted():
-                self._claim_due = True
+                if "drain" in news and self.beater:
+                    self.beater.beat_now()
+            elif news and self._room()[0]:
+                self._claim_again()
             elif news:
                 self._links.waiter.pass_on(self._links.client)
+
+    def _claim_again(self) -> None:
+        """There may be jobs, whatever a round that is under way finds."""
+        self._claim_due, self._rung = True, self._rounds.under_way
 
     def _on_rq_command(self) -> None:
         if not self._links.up:
@@ -338,11 +381,11 @@ class WorkerLoop:
                 self._on_beat(news)
 
     def _on_beat(self, beat: Beat) -> None:
-        self._claim_due = True  # once a beat for safety: a token may have been lost
+        self._claim_again()  # once a beat for safety: a token may have been lost
+        if beat.state == "ok":
+            self._heed_drain(beat.draining)
         self._pool.reap()
         self._fleet_size = max(1, beat.workers)
-        if self.chores:
-            self.chores.fleet_size = self._fleet_size
         for lease in beat.lost | beat.stop:
             attempt, is_lost = self._slots.get(lease), lease in beat.lost
             if attempt:

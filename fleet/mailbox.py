@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 
 from broker.work import Beat
 from fleet.beater import Denied
+
+_CHUNK = 4096
 
 
 class Mailbox:
@@ -40,7 +41,7 @@ class Mailbox:
     def open(self) -> Iterator[Beat | Denied]:
         """All letters there are."""
         try:
-            while os.read(self._read, 4096):
+            while len(os.read(self._read, _CHUNK)) == _CHUNK:
                 continue
         except BlockingIOError:
             pass
@@ -49,11 +50,3 @@ class Mailbox:
                 yield self._letters.get_nowait()
         except Empty:
             return
-
-
-def install_signals(mail: Mailbox, stop: Callable[[], None]) -> None:
-    """SIGTERM, SIGINT and SIGHUP stop the worker; the end of a child wakes it."""
-    signal.set_wakeup_fd(mail.wake_fd, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop())
-    signal.signal(signal.SIGCHLD, lambda *_: None)

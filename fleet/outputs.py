@@ -178,12 +178,17 @@ class OutputFiles:
         """How long they are: whether there is anything new to tell."""
         return os.fstat(self.stdout).st_size, os.fstat(self.stderr).st_size
 
-    def close(self) -> None:
-        """Close both, and remove those that nothing was written to: most jobs say nothing."""
-        for fd, path in ((self.stdout, self.stdout_path), (self.stderr, self.stderr_path)):
-            if os.fstat(fd).st_size == 0:
+    def close(self, limit: int = 0) -> Tails:
+        """Close both and return their tails; one without content goes, as most jobs are silent."""
+        tails = self.tails(limit)
+        sizes = (tails.stdout_end, tails.stderr_end)
+        for fd, path, size in zip(
+            (self.stdout, self.stderr), (self.stdout_path, self.stderr_path), sizes, strict=True
+        ):
+            if size == 0:
                 _unlink(path)
             os.close(fd)
+        return tails
 
 
 def _unlink(path: str) -> None:

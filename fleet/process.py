@@ -53,7 +53,7 @@ def host_error(exc: OSError, doing: str) -> CannotStart:
 
 
 def spawn(
-    argv: tuple[str, ...], env: Mapping[str, str], cwd: str, files: tuple[int, int, int], home: int
+    argv: tuple[str, ...], env: Mapping[bytes, bytes], cwd: str, files: tuple[int, int, int], home: int
 ) -> int:
     """Start `argv` in a session of its own and return its process id, which is its group's too.
 
@@ -68,7 +68,7 @@ def spawn(
         raise CannotStart(f"working directory {cwd}: {getattr(exc, 'strerror', exc)}") from exc
     try:
         return os.posix_spawn(
-            resolve(argv[0], env.get("PATH", _DEFAULT_PATH)),
+            resolve(argv[0], os.fsdecode(env.get(b"PATH", _DEFAULT_PATH))),
             argv,
             env,
             file_actions=[(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(files)],

@@ -11,6 +11,7 @@ import ipaddress
 from collections.abc import Sequence
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
+from broker import sentinel
 from broker.connection import redacted
 from fleet.embedded import restart_command
 from fleet.launchers import base
@@ -38,11 +39,17 @@ def url_for(redis_url: str, bound_to: Sequence[str], probe: base.Probe) -> str:
 
 def is_loopback(redis_url: str) -> bool:
     """Whether only this machine reaches Redis at that URL."""
+    if sentinel.is_sentinel(redis_url):
+        return all(_is_loopback(host) for host, _ in sentinel.parse(redis_url).sentinels)
     parts = urlsplit(redis_url)
-    if parts.scheme == "unix" or parts.hostname in _LOOPBACK_NAMES:
+    return parts.scheme == "unix" or _is_loopback(parts.hostname or "")
+
+
+def _is_loopback(host: str) -> bool:
+    if host in _LOOPBACK_NAMES:
         return True
     try:
-        return ipaddress.ip_address(parts.hostname or "").is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -62,6 +69,8 @@ def _way_out(url: SplitResult, bound_to: Sequence[str], our_address: str | None)
     if bound_to:
         command = restart_command(address)
         return f"Let it listen on a network, then run this again: {command}{meant}"
+    if url.scheme in sentinel.SCHEMES:
+        return f"Let Redis and its sentinels listen on a network, and name these so: {sentinel.SHAPE}"
     is_socket = url.scheme == "unix"
     scheme, port, path = ("redis", "PORT", "") if is_socket else (url.scheme, url.port or 6379, url.path)
     return (

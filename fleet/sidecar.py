@@ -103,8 +103,8 @@ class Sidecar:
         return self._reports.fileno()
 
     def alive(self) -> bool:
-        """Whether it still watches."""
-        return not self._at_end and self._process.poll() is None
+        """Whether it still watched when `killed` was last asked, or it was last written to."""
+        return not self._at_end
 
     def close(self, timeout_seconds: float = 5.0) -> None:
         """End it: it kills what is left of this worker's jobs and leaves.

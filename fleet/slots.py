@@ -2,34 +2,41 @@
 
 An attempt leaves its slot when its process is gone; its lease stays known until Redis has
 accepted, or refused, its end. Where jobs are short, a few are claimed ahead of the slots, so that
-the next starts while the end of the last is reported; what is not started at once goes back.
+the next starts while the end of the last is reported; functions among them are lined up in the
+executors. What is not begun soon goes back.
 """
 
 from __future__ import annotations
 
 import logging
-import selectors
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 
 from broker import clock, command
-from broker.settings import WorkerSettings
 from broker.work import Claim, End, Outcome
-from fleet import resources
+from broker.worker_settings import WorkerSettings
 from fleet.attempt import Attempt, Cause, CommandAttempt, CommandContext, never_started
-from fleet.executors import ExecutorPool
+from fleet.executors import Execution, ExecutorPool
 from fleet.function_attempt import FunctionAttempt
 from fleet.guard import Guard
+from fleet.pace import AHEAD_SECONDS, Pace
 from fleet.process import CannotStart, host_error
 
 log = logging.getLogger("fleet.worker")
 
 #: seconds without claims after this host could not start a job
 _HOST_FAULT_SECONDS = 10.0
-#: seconds of work, by the time that jobs took lately, that may be claimed ahead of the slots; and for
-#: how long at most: a worker with nothing to do must not wait for what another hoards
-AHEAD_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A claim that is not begun: what it runs (None: a function), and until when it may wait."""
+
+    claim: Claim
+    what: command.Command | None
+    until: float
 
 
 class Slots:
@@ -42,46 +49,58 @@ class Slots:
         context: CommandContext,
         pool: ExecutorPool,
         guard: Guard,
-        selector: selectors.BaseSelector,
     ) -> None:
         self._count = count
-        self._cpus = resources.cpus()
         self._settings = settings
         self._context = context
         self._pool = pool
         self._guard = guard
-        self._selector = selector
         #: by lease: what runs, what ended and is not reported yet, and the jobs of both
         self._attempts: dict[str, Attempt] = {}
         self._ends: dict[str, End] = {}
         self._leases: dict[str, str] = {}
-        #: claimed ahead, in order, and until when they may wait
-        self._waiting: deque[Claim] = deque()
-        self._waiting_until = 0.0
-        #: seconds that jobs took lately; nothing is known yet
-        self._pace = float("inf")
+        #: claimed and not begun, in order: those in line for an executor come before those that are not
+        self._lined_up: dict[Execution, tuple[_Waiting, FunctionAttempt]] = {}
+        self._waiting: deque[_Waiting] = deque()
+        self._pace = Pace(count)
+        #: whether something ended where nobody but `collect` will look
+        self._overlooked = False
         #: why this host cannot run jobs at the moment, and when it may be tried again
         self.fault = ""
         self.fault_until = 0.0
         #: when something last started or ended, monotonic seconds
         self.busy_at = clock.monotonic()
+        #: when the first of `ends` was noted, monotonic seconds
+        self.oldest_end = float("inf")
 
     def __len__(self) -> int:
         """How many attempts run or are about to."""
-        return len(self._attempts) + len(self._waiting)
+        return len(self._attempts) + self._held
+
+    @property
+    def _held(self) -> int:
+        """How many claims are not begun."""
+        return len(self._lined_up) + len(self._waiting)
 
     def __iter__(self) -> Iterator[Attempt]:
         """What runs."""
         return iter(list(self._attempts.values()))
 
     def get(self, lease: str) -> Attempt | None:
-        """The attempt under that lease, if it runs."""
-        return self._attempts.get(lease)
+        """The attempt under that lease, if it runs; if it is in line it is taken back, to wait here."""
+        if any(waiting.claim.lease == lease for waiting, _ in self._lined_up.values()):
+            self._withdraw()
+        return next((attempt for attempt in self._begun() if attempt.claim.lease == lease), None)
 
     @property
     def ends(self) -> list[End]:
         """What ended and is not reported yet."""
         return list(self._ends.values())
+
+    @property
+    def unreported(self) -> int:
+        """How many `ends` there are."""
+        return len(self._ends)
 
     def leases(self) -> dict[str, str]:
         """Lease -> job of all that runs or is not reported yet; also called from the heartbeat's thread."""
@@ -95,53 +114,92 @@ class Slots:
         return max(0, self._count - len(self))
 
     def ahead(self) -> int:
-        """How many jobs to claim beyond the free slots: one for each slot, if jobs are short.
+        """How many jobs to claim beyond the free slots, so that as many wait as will be begun soon."""
+        return max(0, self._pace.stock() - self._held)
 
-        None where there is a core for each slot: the next job would only take from Redis the core on
-        which it answers for the last (benchmarks/commands.py, two slots on two cores: 8 % slower).
-        """
-        if self._count <= self._cpus:
-            return 0
-        room = 2 * self._count - max(self._count, len(self))
-        return min(room, int(AHEAD_SECONDS * self._count / max(self._pace, 1e-3)))
+    def is_stocked(self) -> bool:
+        """Whether enough waits for the slots that claiming more may wait, too."""
+        return self._held > self._pace.stock() // 2
 
-    def take(self, claims: Sequence[Claim]) -> None:
-        """Start what there is a slot for; the rest waits for the next that is free."""
-        self._waiting.extend(claims)
-        self._waiting_until = clock.monotonic() + AHEAD_SECONDS
-        self.start_waiting()
+    def take(self, claims: Iterable[Claim]) -> None:
+        """Let these wait for a slot, if only until `start_waiting` is called."""
+        until = clock.monotonic() + AHEAD_SECONDS
+        for claim in claims:
+            try:
+                self._waiting.append(_Waiting(claim, command.from_data(claim.fields.get(b"data")), until))
+            except command.Damaged as exc:
+                self._end(never_started(claim, f"DamagedJob: {exc}"))
 
     def start_waiting(self) -> None:
         """Start what waits, if a slot is free; hand back what waited too long, or until we were late."""
-        if self._waiting and (clock.monotonic() > self._waiting_until or self._guard.is_late()):
-            self._pace = float("inf")  # jobs are not as short as they were
+        if self._held and (clock.monotonic() > self._patient_until() or self._guard.is_late()):
+            self._pace.forget()
             self.hand_back_waiting()
+        if self._lined_up and len(self._attempts) < self._count:  # a slot is free: no need to be in line
+            self._withdraw()
         while self._waiting and len(self._attempts) < self._count:
-            self.start(self._waiting.popleft())
+            self._start(self._waiting.popleft())
+        while self._waiting and self._line_up(self._waiting[0]):
+            self._waiting.popleft()
+        self._pool.send()
+
+    def _patient_until(self) -> float:
+        """Until when all that is not begun may wait."""
+        first = [waiting.until for waiting, _ in islice(self._lined_up.values(), 1)]
+        return min(first + [waiting.until for waiting in islice(self._waiting, 1)], default=float("inf"))
 
     def hand_back_waiting(self) -> None:
-        """Give back what was claimed and not started."""
+        """Give back what was claimed and not begun."""
+        self._withdraw()
         while self._waiting:
-            claim = self._waiting.pop()  # the last first: each goes to the front of its queue
-            self._ends[claim.lease] = End(claim, "handed-back", "claimed ahead and not started")
+            claim = self._waiting.pop().claim  # the last first: each goes to the front of its queue
+            self._note(End(claim, "handed-back", "claimed ahead and not started"))
+
+    def _line_up(self, waiting: _Waiting) -> bool:
+        """Let it wait in an executor, where it begins as soon as the one before it ends; False: no room."""
+        if waiting.what is not None or any(map(_may_come_first_again, self._attempts.values())):
+            return False
+        attempt = FunctionAttempt.line_up(waiting.claim, self._pool, self._context)
+        if attempt is None:
+            return False
+        self._lined_up[attempt.execution] = (waiting, attempt)
+        return True
+
+    def _withdraw(self) -> None:
+        """Take back what is in line for the executors and not begun, to wait here."""
+        self._wait_again(self._pool.withdraw())
+
+    def _begun(self) -> list[Attempt]:
+        """What runs and, after `_withdraw`, also what its executor began before we heard that it had."""
+        return [*self._attempts.values(), *(attempt for _, attempt in self._lined_up.values())]
+
+    def _wait_again(self, executions: Iterable[Execution]) -> None:
+        found = [self._lined_up.pop(execution)[0] for execution in executions if execution in self._lined_up]
+        self._waiting.extendleft(reversed(found))
+
+    def _advance(self) -> None:
+        """What was lined up and has begun is running; if its executor died before, it waits again."""
+        self._wait_again(self._pool.stranded())
+        for execution in [one for one in self._lined_up if one.begun_at is not None]:
+            _, attempt = self._lined_up.pop(execution)
+            attempt.started = execution.begun_at or attempt.started
+            self._run(attempt)
 
     def admit(self, claims: Iterable[Claim]) -> None:
         """Make claims known to the heartbeat. They are started after that."""
         for claim in claims:
             self._leases[claim.lease] = claim.job_id
 
-    def start(self, claim: Claim) -> None:
+    def _start(self, waiting: _Waiting) -> None:
         """Start an attempt; one that cannot be started ends at once."""
+        claim = waiting.claim
         try:
-            what = command.from_data(claim.fields.get(b"data"))
-            if what is None:
-                self._run(FunctionAttempt.start(claim, self._pool, self._context.folders))
+            if waiting.what is None:
+                self._run(FunctionAttempt.start(claim, self._pool, self._context))
             else:
-                attempt = CommandAttempt.start(claim, what, self._context)
+                attempt = CommandAttempt.start(claim, waiting.what, self._context)
                 self._guard.add(attempt.pgid)
                 self._run(attempt)
-        except command.Damaged as exc:
-            self._end(never_started(claim, f"DamagedJob: {exc}"))
         except CannotStart as exc:
             self._could_not_start(claim, exc)
         except OSError as exc:
@@ -153,16 +211,22 @@ class Slots:
         """Redis has heard of this end, and accepted or refused it."""
         self._ends.pop(end.claim.lease, None)
         self._leases.pop(end.claim.lease, None)
+        self.oldest_end = clock.monotonic() if self._ends else float("inf")
+
+    def replace(self, end: End) -> None:
+        """What is to be reported of this attempt instead."""
+        self._ends[end.claim.lease] = end
 
     def drop_ends(self) -> None:
         """Nothing can be reported any more."""
         self._ends.clear()
+        self.oldest_end = float("inf")
 
     def drop_waiting(self, lease: str, outcome: Outcome, reason: str) -> None:
         """One that waits is lost, or unwanted."""
-        for claim in [one for one in self._waiting if one.lease == lease]:
-            self._waiting.remove(claim)
-            self._ends[lease] = never_started(claim, reason, outcome=outcome)
+        for waiting in [one for one in self._waiting if one.claim.lease == lease]:
+            self._waiting.remove(waiting)
+            self._note(never_started(waiting.claim, reason, outcome=outcome))
 
     def collect(self, *, redis_is_away: bool) -> bool:
         """Turn attempts that ended into ends to report; says whether there were any.
@@ -170,23 +234,20 @@ class Slots:
         What the sidecar killed when the leases were about to end is lost, and did not fail; if
         Redis was away it is lost through nobody's fault.
         """
+        self._overlooked = False
+        self._pool.notice_deaths()
+        self._advance()
         ended = [(lease, attempt) for lease, attempt in self._attempts.items() if attempt.has_ended()]
         if ended:
             self._mark_killed(uncounted=redis_is_away)
         for lease, attempt in ended:
             self._finish(lease, attempt)
+        self._context.memory.look()
         return bool(ended)
 
     def _run(self, attempt: Attempt) -> None:
         self._attempts[attempt.claim.lease] = attempt
         self.busy_at = clock.monotonic()
-        if isinstance(attempt, FunctionAttempt):
-            self._selector.register(attempt.execution, attempt.events(), partial(self._on_execution, attempt))
-
-    def _on_execution(self, attempt: FunctionAttempt) -> None:
-        attempt.execution.flush()
-        if not attempt.has_ended():
-            self._selector.modify(attempt.execution, attempt.events(), partial(self._on_execution, attempt))
 
     def _could_not_start(self, claim: Claim, exc: CannotStart) -> None:
         outcome: Outcome = "handed-back" if exc.host_fault else "failed"
@@ -196,26 +257,33 @@ class Slots:
         """Note an end; one that never began for this host's fault keeps claims away for a while."""
         if end.outcome == "handed-back" and end.duration_seconds is None:
             self.fault, self.fault_until = end.reason, clock.monotonic() + _HOST_FAULT_SECONDS
+        self._note(end)
+
+    def _note(self, end: End) -> None:
+        if not self._ends:
+            self.oldest_end = clock.monotonic()
         self._ends[end.claim.lease] = end
 
     def _finish(self, lease: str, attempt: Attempt) -> None:
-        if isinstance(attempt, FunctionAttempt):
-            self._selector.unregister(attempt.execution)
-        else:
+        if isinstance(attempt, CommandAttempt):
             self._guard.remove(attempt.pgid)
-        self._end(attempt.collect(self._settings.output_tail_bytes))
+        end = attempt.collect(self._settings.output_tail_bytes)
+        if end.outcome == "failed" and _may_come_first_again(attempt):
+            self.hand_back_waiting()
+        self._end(end)
         del self._attempts[lease]
-        took = attempt.duration()
-        self._pace = took if self._pace == float("inf") else 0.8 * self._pace + 0.2 * took
+        if end.duration_seconds is not None:
+            self._pace.note(end.duration_seconds)
         self.busy_at = clock.monotonic()
 
     # -- interruptions ---------------------------------------------------------------------
 
     def next_time(self) -> float:
         """When an attempt has run too long, or its grace ends; monotonic seconds."""
+        if self._overlooked:
+            return clock.monotonic()
         times = [at for attempt in self for at in (attempt.timeout_at, attempt.kill_at) if at is not None]
-        if self._waiting:
-            times.append(self._waiting_until)
+        times.append(self._patient_until())
         return min(times, default=float("inf"))
 
     def enforce_times(self) -> None:
@@ -224,17 +292,21 @@ class Slots:
         for attempt in self:
             if attempt.timeout_at is not None and now >= attempt.timeout_at:
                 attempt.interrupt("timeout", self._settings.kill_grace_seconds)
+                self._overlooked |= attempt.has_ended()
             if attempt.kill_at is not None and now >= attempt.kill_at:
                 attempt.kill()
+                self._overlooked |= attempt.has_ended()
 
     def stop_job(self, job_id: object) -> None:
         """An operator, or RQ's stop-job, wants it ended."""
-        for attempt in self:
+        if any(waiting.claim.job_id == job_id for waiting, _ in self._lined_up.values()):
+            self._withdraw()
+        for attempt in self._begun():
             if attempt.claim.job_id == job_id:
                 self.end(attempt, "stop")
-        for claim in list(self._waiting):
-            if claim.job_id == job_id:
-                self.drop_waiting(claim.lease, "stopped", "stopped before it began")
+        for waiting in list(self._waiting):
+            if waiting.claim.job_id == job_id:
+                self.drop_waiting(waiting.claim.lease, "stopped", "stopped before it began")
 
     def end(self, attempt: Attempt, cause: Cause) -> None:
         """End one attempt: a command gets a grace to stop in, a function is killed, as RQ does."""
@@ -243,14 +315,21 @@ class Slots:
             attempt.interrupt(cause, self._settings.kill_grace_seconds)
         else:
             attempt.kill(cause)
+        self._overlooked |= attempt.has_ended()
 
     def kill_all(self, cause: Cause) -> None:
         """End everything now."""
         for attempt in self:
             attempt.kill(cause)
+            self._overlooked |= attempt.has_ended()
 
     def _mark_killed(self, *, uncounted: bool) -> None:
         killed = self._guard.killed()
-        for attempt in self if killed else ():
+        for attempt in self._begun() if killed else ():
             if attempt.pgid in killed:
                 attempt.cause, attempt.uncounted = "lost", uncounted
+
+
+def _may_come_first_again(attempt: Attempt) -> bool:
+    """Whether, should it fail, its job is to be the next that runs."""
+    return attempt.claim.fields.get(b"enqueue_at_front_on_retry") == b"1"

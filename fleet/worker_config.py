@@ -25,7 +25,7 @@ class WorkerConfig:
     """One worker: who it is, what it listens to, where it writes.
 
     `host` is the host's name in the hosts file, not gethostname; `output_dir` is absolute
-    and shared by the workers of a host; `settings` are those of `broker.settings.WorkerSettings`.
+    and shared by the workers of a host; `settings` are those of `broker.worker_settings.WorkerSettings`.
     """
 
     name: str

@@ -10,21 +10,14 @@ import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from importlib import resources
-from typing import Any, Protocol
+from typing import Any
 
+import redis
 from redis.exceptions import NoScriptError
 
 from broker import keys
 
 _CONSTANTS = ("QUEUES", "WORKERS", "SUSPENDED", "FENCE", "LEASES", "FLEET_WORKERS", "PAUSED", "COUNTERS")
-
-
-class Runner(Protocol):
-    """Who can run a script: a client of redis-py, or a `broker.connection.Line`."""
-
-    def evalsha(self, sha: str, numkeys: int, *keys_and_args: Any) -> Any: ...
-
-    def script_load(self, script: str) -> Any: ...
 
 
 class Script:
@@ -35,15 +28,17 @@ class Script:
 
     @cached_property
     def text(self) -> str:
-        """The whole text that is sent: keys, library, script."""
-        return "\n".join((_keys_in_lua(), _read("_lib"), _read(self.name)))
+        """The whole text that is sent: keys, library, script, and the writes that these put off."""
+        body = ("local function script()", _read(self.name), "end")
+        end = ("local reply = script()", "flush()", "return reply")
+        return "\n".join((_keys_in_lua(), _read("_lib"), *body, *end))
 
     @cached_property
     def sha(self) -> str:
         """What EVALSHA calls it."""
         return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
-    def __call__(self, client: Runner, script_keys: Sequence[str], args: Sequence[Any]) -> Any:
+    def __call__(self, client: redis.Redis, script_keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run it; raises what redis-py raises. After NOSCRIPT it is safe to repeat: nothing was run."""
         try:
             return client.evalsha(self.sha, len(script_keys), *script_keys, *args)
@@ -57,21 +52,34 @@ def _read(name: str) -> str:
 
 
 def _keys_in_lua() -> str:
-    """`local K = {...}`: the templates and constants of broker/keys.py, for Lua."""
-    rows = [f'  {kind} = "{template}",' for kind, template in keys.LUA_TEMPLATES.items()]
+    """`local K = {...}`: of broker/keys.py, the templates as functions and the constants, for Lua."""
+    rows = [f"  {kind} = {_function(template)}," for kind, template in keys.LUA_TEMPLATES.items()]
     rows += [f'  {name} = "{getattr(keys, name)}",' for name in _CONSTANTS]
     return "\n".join(("local K = {", *rows, "}"))
+
+
+def _function(template: str) -> str:
+    """`rq:job:%s:x` as a function that joins the parts: a third of what string.format costs."""
+    parts = [f'"{part}"' for part in template.split("%s")]
+    joined = " .. ".join(f"{part} .. {name}" for part, name in zip(parts[:-1], "ab", strict=False))
+    return f"function(a, b) return {joined} .. {parts[-1]} end"
 
 
 ROUND = Script("round")
 REGISTER = Script("register")
 RETIRE = Script("retire")
 BEAT = Script("beat")
+ELECT = Script("elect")
 EXPIRED = Script("expired")
 LOSE = Script("lose")
 DUE = Script("due")
 RING = Script("ring")
+RESUME = Script("resume")
+FORGET = Script("forget")
 SWEEP = Script("sweep")
+TIDY = Script("tidy")
+PRUNE_GROUPS = Script("prune_groups")
 SUBMIT = Script("submit")
 CANCEL = Script("cancel")
+RETRY = Script("retry")
 OUTPUT = Script("output")

@@ -13,15 +13,64 @@
 
 local FAR_MS = 31536000000      -- scores of RQ's mirror: finite, and no cleanup of RQ's reaches them
 local ATTEMPTS_BYTES = 4096     -- what fleet_attempts may grow to
+local MEND_SECONDS = 60         -- between two looks at whether a queue can take jobs again
 local RQ_TIMEOUT = '180'        -- rq.Queue.DEFAULT_TIMEOUT, for jobs whose producer set none
 local RQ_FAILURE_TTL = 31536000 -- rq.defaults.DEFAULT_FAILURE_TTL
 
 local function key(kind, a, b)
-  return string.format(K[kind], a, b)
+  return K[kind](a, b)
+end
+
+-- A command on a key of a job or a queue: what somebody put there instead must not stop a script half
+-- way. Returns nil where the key is of another type, and raises any other error.
+local function try(...)
+  local reply = redis.pcall(...)
+  if type(reply) ~= 'table' or not reply.err then
+    return reply
+  elseif not string.find(reply.err, 'WRONGTYPE', 1, true) then
+    error(reply.err)
+  end
+  redis.call('HINCRBY', K.COUNTERS, 'damaged', 1)
+  return nil
+end
+
+-- Writes to one key on behalf of many jobs are gathered, and made in one call when the script ends or
+-- says `flush`: a call costs more than what it does. Nothing may read such a key before that.
+local MOST_ARGUMENTS = 4000 -- of one call: Lua's stack holds some 8,000
+local gathered, order = {}, {}
+
+local function gather(name, command, where)
+  local call = gathered[name]
+  if not call or #call > MOST_ARGUMENTS then
+    call = {command, where}
+    gathered[name] = call
+    table.insert(order, call)
+  end
+  return call
+end
+
+local function later(command, where, a, b)
+  local call = gather(command .. where, command, where)
+  call[#call + 1] = a
+  call[#call + 1] = b
+end
+
+local function delete_later(where)
+  local call = gather('DEL', 'DEL')
+  call[#call + 1] = where
+end
+
+local function flush()
+  for _, call in ipairs(order) do
+    local run = string.sub(call[2], 1, 6) == 'fleet:' and redis.call or try
+    run(unpack(call))
+  end
+  gathered, order = {}, {}
 end
 
 local clock = redis.call('TIME')
 local NOW_MS = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local NOW_EXACT_MS = clock[1] * 1000 + clock[2] / 1000 -- for what people read: with microseconds
 
 -- ISO-8601 as RQ writes it; days to civil date after H. Hinnant, "chrono-compatible date algorithms".
 local function iso(ms)
@@ -38,11 +87,14 @@ local function iso(ms)
   local day = doy - math.floor((153 * mp + 2) / 5) + 1
   local month = mp < 10 and mp + 3 or mp - 9
   local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  local micros = math.min(math.floor((ms - seconds * 1000) * 1000 + 0.5), 999999)
   return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06dZ', year, month, day,
-    math.floor(rest / 3600), math.floor(rest / 60) % 60, rest % 60, (ms - seconds * 1000) * 1000)
+    math.floor(rest / 3600), math.floor(rest / 60) % 60, rest % 60, micros)
 end
 
-local NOW = iso(NOW_MS)
+local NOW = iso(NOW_EXACT_MS)
+local NOW_SECONDS = string.format('%.3f', NOW_MS / 1000)
+local FAR_SECONDS = string.format('%d', (NOW_MS + FAR_MS) / 1000)
 
 -- Fields of a hash that somebody damaged must not stop a script half way: what comes out of these
 -- is a whole number that any command takes, or a list of numbers.
@@ -67,6 +119,7 @@ local JOB_FIELDS = {
   'status', 'fleet_lease', 'origin', 'worker_name', 'started_at', 'ttl', 'result_ttl', 'failure_ttl',
   'retries_left', 'retry_intervals', 'number_of_retries', 'enqueue_at_front_on_retry',
   'repeats_left', 'repeat_intervals', 'fleet_losses', 'fleet_attempts', 'fleet_stop', 'group_id',
+  'dependency_ids',
 }
 
 -- RQ's Job.save() writes the status it knew, and a job under a lease may be painted with an old one.
@@ -104,15 +157,31 @@ end
 -- if it leaves jobs behind.
 local function ring(queue)
   local bell = key('wake', queue)
-  if redis.call('LLEN', bell) == 0 then
+  local length = try('LLEN', bell)
+  if not length then
+    redis.call('DEL', bell) -- ours alone
+  end
+  if (length or 0) == 0 then
     redis.call('RPUSH', bell, '1')
+  end
+end
+
+local function schedule(id, queue, delay_seconds, ttl)
+  redis.call('HSET', key('job', id), 'status', 'scheduled')
+  try('ZADD', key('scheduled', queue), string.format('%.3f', NOW_MS / 1000 + delay_seconds), id)
+  redis.call('SADD', K.QUEUES, key('queue', queue))
+  if number(ttl, 0) > 0 then
+    redis.call('EXPIRE', key('job', id), number(ttl))
   end
 end
 
 local function enqueue(id, queue, front, ttl)
   redis.call('HSET', key('job', id), 'status', 'queued', 'enqueued_at', NOW)
   redis.call('HSETNX', key('job', id), 'timeout', RQ_TIMEOUT)
-  redis.call(front and 'LPUSH' or 'RPUSH', key('queue', queue), id)
+  if not try(front and 'LPUSH' or 'RPUSH', key('queue', queue), id) then
+    schedule(id, queue, MEND_SECONDS, ttl) -- the queue's key is no list: until somebody has mended it
+    return
+  end
   redis.call('SADD', K.QUEUES, key('queue', queue))
   if number(ttl, 0) > 0 then
     redis.call('EXPIRE', key('job', id), number(ttl))
@@ -120,29 +189,18 @@ local function enqueue(id, queue, front, ttl)
   ring(queue)
 end
 
-local function schedule(id, queue, delay_seconds, ttl)
-  redis.call('HSET', key('job', id), 'status', 'scheduled')
-  redis.call('ZADD', key('scheduled', queue), string.format('%.3f', NOW_MS / 1000 + delay_seconds), id)
-  redis.call('SADD', K.QUEUES, key('queue', queue))
-  if number(ttl, 0) > 0 then
-    redis.call('EXPIRE', key('job', id), number(ttl))
-  end
-end
-
 -- RQ's three records of a running job: written together here, removed together below.
 local function mirror(id, queue, execution, worker)
-  local now = string.format('%.3f', NOW_MS / 1000)
-  local far = math.floor((NOW_MS + FAR_MS) / 1000)
-  redis.call('ZADD', key('wip', queue), far, id .. ':' .. execution)
-  redis.call('HSET', key('execution', id, execution),
-    'id', execution, 'created_at', now, 'last_heartbeat', now, 'worker_name', worker)
-  redis.call('ZADD', key('executions', id), far, execution)
+  later('ZADD', key('wip', queue), FAR_SECONDS, id .. ':' .. execution)
+  try('HSET', key('execution', id, execution),
+    'id', execution, 'created_at', NOW_SECONDS, 'last_heartbeat', NOW_SECONDS, 'worker_name', worker)
+  try('ZADD', key('executions', id), FAR_SECONDS, execution)
 end
 
 local function unmirror(id, queue, execution)
-  redis.call('ZREM', key('wip', queue), id .. ':' .. execution)
-  redis.call('DEL', key('execution', id, execution))
-  redis.call('ZREM', key('executions', id), execution)
+  later('ZREM', key('wip', queue), id .. ':' .. execution)
+  delete_later(key('execution', id, execution))
+  try('ZREM', key('executions', id), execution)
 end
 
 local function execution_of(lease)
@@ -151,23 +209,36 @@ end
 
 -- Take the lease away from whoever holds it; the job's next state is the caller's to write.
 local function release(id, fields)
-  redis.call('ZREM', K.LEASES, id)
-  redis.call('HDEL', key('worker_leases', fields.worker_name or ''), id)
-  unmirror(id, fields.origin or '', execution_of(fields.fleet_lease))
+  local execution = execution_of(fields.fleet_lease)
+  later('ZREM', K.LEASES, id)
+  later('HDEL', key('worker_leases', fields.worker_name or ''), id)
+  later('ZREM', key('wip', fields.origin or ''), id .. ':' .. execution)
+  delete_later(key('execution', id, execution))
+  delete_later(key('executions', id)) -- the only one: nobody runs a job but under its lease
   redis.call('HDEL', key('job', id), 'fleet_lease')
 end
 
--- Append what became of an attempt to the job's own record of them.
-local function record_attempt(id, fields, outcome, reason, started_at)
+-- The job's record of its attempts, with what became of this one.
+local function attempts(fields, outcome, reason, started_at)
   local line = cjson.encode({
     fence = string.match(fields.fleet_lease, '^(%d+)'), worker = fields.worker_name,
-    started_at = started_at or fields.started_at, ended_at = NOW, outcome = outcome, reason = reason,
+    started_at = started_at, ended_at = NOW, outcome = outcome, reason = reason,
   })
   local text = fields.fleet_attempts and (fields.fleet_attempts .. '\n' .. line) or line
   while #text > ATTEMPTS_BYTES and string.find(text, '\n', 1, true) do
     text = string.sub(text, string.find(text, '\n', 1, true) + 1)
   end
-  redis.call('HSET', key('job', id), 'fleet_attempts', text)
+  return text
+end
+
+-- When an attempt ended, ms, its callbacks not counted; by Redis's clock and the worker's stopwatch.
+local function ended_ms(ended)
+  return NOW_EXACT_MS - (ended.callback or 0) * 1000
+end
+
+-- When it began, or when it was claimed.
+local function began_at(fields, ended)
+  return ended.duration and iso(ended_ms(ended) - ended.duration * 1000) or fields.started_at
 end
 
 -- Whether a dependent waits for nothing more, now that `parent` ended in `status`.
@@ -184,37 +255,53 @@ local function is_met(dependent, parent, status, allow_failure)
   return true
 end
 
+-- Returns whether there are any, met or not.
 local function enqueue_dependents(parent, status)
   local waiting = key('dependents', parent)
-  for _, id in ipairs(redis.pcall('SMEMBERS', waiting)) do
+  local found = redis.pcall('SMEMBERS', waiting)
+  for _, id in ipairs(found) do
     local f = redis.pcall('HMGET', key('job', id),
       'status', 'origin', 'allow_dependency_failures', 'enqueue_at_front', 'ttl')
     if f[1] == 'deferred' and f[2] and is_met(id, parent, status, f[3] == '1') then
-      redis.call('ZREM', key('deferred', f[2]), id)
+      try('ZREM', key('deferred', f[2]), id)
       redis.call('SREM', waiting, id)
       enqueue(id, f[2], f[4] == '1', f[5])
     end
   end
+  return #found > 0
 end
 
--- Keep a job that ended for `ttl` seconds; 0: not at all, negative: for ever.
-local function keep(id, fields, ttl)
+-- What an earlier run let expire may have to stay.
+local function keep_results(id, ttl)
+  if ttl < 0 then
+    redis.call('PERSIST', key('results', id))
+  elseif ttl > 0 then
+    redis.call('EXPIRE', key('results', id), ttl)
+  end
+end
+
+local KINDS = {'job', 'output', 'dependencies', 'dependents'}
+
+-- Keep a job that ended for `ttl` seconds; 0: not at all, negative: for ever. `kinds` are the keys it has.
+local function keep(id, fields, ttl, kinds)
   if ttl == 0 then
     if fields.group_id and fields.group_id ~= '' then
-      redis.call('SREM', key('group', fields.group_id), id)
+      try('SREM', key('group', fields.group_id), id)
     end
     redis.call('DEL', key('job', id), key('dependents', id), key('dependencies', id),
       key('results', id), key('output', id), key('executions', id))
   elseif ttl > 0 then
-    for _, kind in ipairs({'job', 'dependents', 'dependencies', 'results', 'output'}) do
+    for _, kind in ipairs(kinds or KINDS) do
       redis.call('EXPIRE', key(kind, id), ttl)
     end
   end
+  keep_results(id, ttl)
 end
 
 local function add_to(registry, queue, id, ttl)
   if ttl ~= 0 then
-    redis.call('ZADD', key(registry, queue), ttl < 0 and '+inf' or math.floor(NOW_MS / 1000) + ttl, id)
+    local until_seconds = ttl < 0 and '+inf' or string.format('%d', NOW_MS / 1000 + ttl)
+    later('ZADD', key(registry, queue), until_seconds, id)
   end
 end
 
@@ -222,58 +309,85 @@ local RESULT_TYPES = {finished = '1', failed = '2', stopped = '2', retried = '4'
 
 -- One entry of rq:results:ID, as rq.results.Result reads it. Strings come ready encoded.
 local function add_result(id, fields, kind, ended)
+  local ended_at = ended_ms(ended) / 1000
   local entry = {'type', RESULT_TYPES[kind], 'worker_name', fields.worker_name or '',
-    'execution_id', execution_of(fields.fleet_lease), 'execution_ended_at', string.format('%.6f', NOW_MS / 1000),
-    'execution_started_at', string.format('%.6f', NOW_MS / 1000 - (ended.duration or 0))}
+    'execution_id', execution_of(fields.fleet_lease), 'execution_ended_at', string.format('%.6f', ended_at),
+    'execution_started_at', string.format('%.6f', ended_at - (ended.duration or 0))}
   for _, name in ipairs({'return_value', 'exc_string'}) do
     if ended[name] then
       table.insert(entry, name)
       table.insert(entry, ended[name])
     end
   end
-  redis.call('XADD', key('results', id), 'MAXLEN', '~', '10', '*', unpack(entry))
+  try('XADD', key('results', id), 'MAXLEN', '~', '10', '*', unpack(entry))
 end
 
--- The fields of a job whose attempt is over; `started_at` by Redis's clock and the worker's stopwatch.
-local function stamp(id, fields, ended, status)
-  redis.call('HSET', key('job', id), 'status', status, 'ended_at', NOW,
-    'started_at', ended.duration and iso(NOW_MS - ended.duration * 1000) or fields.started_at or NOW,
-    'fleet_reason', ended.reason or '', 'fleet_exit_code', ended.exit_code or '')
+-- The keys of a job whose attempt is over, for `keep`: a call for each that it has not would cost as much.
+local function kinds_of(fields, ended, has_dependents)
+  local kinds = {'job'}
+  if ended.stdout_end or ended.stderr_end or fields.fleet_attempts then
+    table.insert(kinds, 'output')
+  end
+  if fields.dependency_ids then
+    table.insert(kinds, 'dependencies')
+  end
+  if has_dependents then
+    table.insert(kinds, 'dependents')
+  end
+  return kinds
+end
+
+-- The fields of a job whose attempt is over.
+local function stamp(id, fields, ended, status, outcome)
+  local began = began_at(fields, ended)
+  redis.call('HSET', key('job', id), 'status', status,
+    'ended_at', iso(ended_ms(ended)), 'started_at', began or NOW,
+    'fleet_reason', ended.reason or '', 'fleet_exit_code', ended.exit_code or '',
+    'fleet_attempts', attempts(fields, outcome, ended.reason, began))
   if fields.fleet_losses or fields.fleet_stop then
     redis.call('HDEL', key('job', id), 'fleet_losses', 'fleet_stop')
   end
 end
 
+-- The attempt is over and the job is not.
+local function leave(id, fields, outcome, ended)
+  release(id, fields)
+  redis.call('HSET', key('job', id),
+    'fleet_attempts', attempts(fields, outcome, ended.reason, began_at(fields, ended)))
+end
+
 -- Back to a queue, to be run again.
 local function give_back(id, fields, outcome, ended, front)
-  release(id, fields)
-  record_attempt(id, fields, outcome, ended.reason,
-    ended.duration and iso(NOW_MS - ended.duration * 1000))
+  leave(id, fields, outcome, ended)
   enqueue(id, fields.origin, front, fields.ttl)
+end
+
+local function repeat_it(id, fields, left)
+  local intervals = list(fields.repeat_intervals)
+  local delay = intervals[left] or intervals[#intervals] or 0
+  redis.call('HSET', key('job', id), 'repeats_left', left - 1)
+  if delay > 0 then
+    schedule(id, fields.origin, delay, fields.ttl)
+  else
+    enqueue(id, fields.origin, false, fields.ttl)
+  end
 end
 
 local function settle_finished(id, fields, ended, default_ttl)
   local ttl = number(fields.result_ttl, default_ttl)
   local repeats = number(fields.repeats_left, 0)
   release(id, fields)
-  record_attempt(id, fields, 'finished', nil, iso(NOW_MS - (ended.duration or 0) * 1000))
-  stamp(id, fields, ended, 'finished')
+  stamp(id, fields, ended, 'finished', 'finished')
   if ttl ~= 0 then
     add_result(id, fields, 'finished', ended)
   end
-  enqueue_dependents(id, 'finished')
+  local has_dependents = enqueue_dependents(id, 'finished')
   if repeats > 0 then
-    local intervals = list(fields.repeat_intervals)
-    local delay = intervals[repeats] or intervals[#intervals] or 0
-    redis.call('HSET', key('job', id), 'repeats_left', repeats - 1)
-    if delay > 0 then
-      schedule(id, fields.origin, delay, fields.ttl)
-    else
-      enqueue(id, fields.origin, false, fields.ttl)
-    end
+    keep_results(id, ttl)
+    repeat_it(id, fields, repeats)
   else
     add_to('finished', fields.origin, id, ttl)
-    keep(id, fields, ttl)
+    keep(id, fields, ttl, kinds_of(fields, ended, has_dependents))
   end
 end
 
@@ -281,19 +395,15 @@ end
 local function settle_failed(id, fields, ended, status, kind, outcome)
   local ttl = number(fields.failure_ttl, RQ_FAILURE_TTL)
   release(id, fields)
-  record_attempt(id, fields, outcome or status, ended.reason,
-    ended.duration and iso(NOW_MS - ended.duration * 1000))
-  stamp(id, fields, ended, status)
+  stamp(id, fields, ended, status, outcome or status)
   add_result(id, fields, kind, ended)
   add_to('failed', fields.origin, id, ttl)
-  enqueue_dependents(id, status)
-  keep(id, fields, ttl)
+  keep(id, fields, ttl, kinds_of(fields, ended, enqueue_dependents(id, status)))
 end
 
 local function run_again(id, fields, ended, delay, front)
   if delay > 0 then
-    release(id, fields)
-    record_attempt(id, fields, 'failed', ended.reason, iso(NOW_MS - (ended.duration or 0) * 1000))
+    leave(id, fields, 'failed', ended)
     schedule(id, fields.origin, delay, fields.ttl)
   else
     give_back(id, fields, 'failed', ended, front)
@@ -305,6 +415,7 @@ local function retry(id, fields, ended)
   local left = number(fields.retries_left, 0)
   local intervals = list(fields.retry_intervals)
   local delay = intervals[math.max(#intervals - left, 0) + 1] or 0
+  redis.call('HSETNX', key('job', id), 'fleet_retries', left) -- for an operator's retry, which renews them
   redis.call('HSET', key('job', id), 'retries_left', left - 1)
   run_again(id, fields, ended, delay, fields.enqueue_at_front_on_retry == '1')
 end
@@ -319,7 +430,7 @@ local function retry_returned(id, fields, ended)
   local intervals = list(cjson.encode(ended.retry_intervals or {}))
   local delay = intervals[math.min(done + 1, #intervals)] or 0
   add_result(id, fields, 'retried', ended)
-  redis.call('EXPIRE', key('results', id), number(fields.failure_ttl, RQ_FAILURE_TTL))
+  keep_results(id, number(fields.failure_ttl, RQ_FAILURE_TTL))
   redis.call('HSET', key('job', id), 'number_of_retries', done + 1)
   run_again(id, fields, ended, delay, false)
 end

@@ -19,7 +19,7 @@ if current ~= incarnation then
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5])
-redis.call('HSET', KEYS[3], 'last_heartbeat', NOW)
+try('HSET', KEYS[3], 'last_heartbeat', NOW)
 redis.call('PEXPIRE', KEYS[3], ARGV[3])
 
 local known, lost, stopped, foreign = {}, {}, {}, {}
@@ -31,7 +31,7 @@ for i = 7, #ARGV, 2 do
   if f and f.status == 'started' and f.fleet_lease == lease then
     redis.call('ZADD', K.LEASES, NOW_MS + ARGV[3], id)
     redis.call('HSET', key('job', id), 'last_heartbeat', NOW)
-    redis.call('HSET', key('execution', id, execution_of(lease)), 'last_heartbeat', seconds)
+    try('HSET', key('execution', id, execution_of(lease)), 'last_heartbeat', seconds)
     if f.fleet_stop then
       table.insert(stopped, lease)
     end

@@ -18,10 +18,10 @@ end
 if f.status == 'finished' or f.status == 'failed' or f.status == 'stopped' or f.status == 'canceled' then
   return f.status
 end
-redis.call('LREM', key('queue', f.origin), 0, id)
-redis.call('ZREM', key('scheduled', f.origin), id)
-redis.call('ZREM', key('deferred', f.origin), id)
+try('LREM', key('queue', f.origin), 0, id)
+try('ZREM', key('scheduled', f.origin), id)
+try('ZREM', key('deferred', f.origin), id)
 redis.call('HSET', KEYS[1], 'status', 'canceled', 'ended_at', NOW)
-redis.call('ZADD', key('canceled', f.origin), math.floor(NOW_MS / 1000), id)
+try('ZADD', key('canceled', f.origin), math.floor(NOW_MS / 1000), id)
 keep(id, f, ttl)
 return 'canceled'

@@ -1,34 +1,44 @@
 -- Which attempts are lost: their lease ran out and their worker has no heartbeat.
 --
--- KEYS  1 fleet:leases  2 fleet:chores:seen  3 fleet:recovery:not-before
--- ARGV  1 lease ms  2 gap ms: chores not seen for longer mean that Redis was away  3 most to return
+-- KEYS  1 fleet:leases  2 fleet:chores:seen  3 fleet:recovery:not-before  4 fleet:losses:not-before
+-- ARGV  1 lease ms  2 gap ms, as for elect.lua  3 most to return  4 most to look at
 -- Returns {{job, lease, worker, queue, losses, 1 if it counts as a loss}, ...}; changes no job.
 --
--- After an outage, or a jump of Redis's clock, every lease looks expired: recovery pauses for one
--- lease, in which workers renew theirs, and what ran out before the pause ended counts for nobody.
-local lease_ms, gap, most = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local seen = tonumber(redis.call('GET', KEYS[2]) or 0)
-redis.call('SET', KEYS[2], NOW_MS)
-if NOW_MS - seen > gap or NOW_MS < seen then
-  redis.call('SET', KEYS[3], NOW_MS + lease_ms, 'PX', 4 * lease_ms)
-end
--- leases from before the clock was set back would not run out for as long as it was set back
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], NOW_MS + 2 * lease_ms, '+inf', 'LIMIT', 0, 100)) do
-  redis.call('ZADD', KEYS[1], NOW_MS + lease_ms, id)
-end
+-- Nothing is lost while recovery pauses, nor before elect.lua has judged what just happened.
+local lease_ms, gap_ms = tonumber(ARGV[1]), tonumber(ARGV[2])
+local most, looked_at = tonumber(ARGV[3]), tonumber(ARGV[4])
+local seen = tonumber(string.match(redis.call('GET', KEYS[2]) or '', '^%d+') or 0)
 local not_before = tonumber(redis.call('GET', KEYS[3]) or 0)
-if NOW_MS < not_before then
-  return {}
+
+-- What the clock, set back, would keep for as long as it was set back.
+local function shorten()
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], NOW_MS + 2 * lease_ms, '+inf', 'LIMIT', 0, most)) do
+    redis.call('ZADD', KEYS[1], NOW_MS + lease_ms, id)
+  end
 end
 
+-- Whether the worker still beats; a heartbeat outlives a lease only where the clock was set back.
+local function is_alive(worker)
+  local ttl = redis.call('PTTL', key('worker_beat', worker))
+  if ttl > 2 * lease_ms then
+    redis.call('PEXPIRE', key('worker_beat', worker), lease_ms)
+  end
+  return ttl ~= -2
+end
+
+shorten()
+if NOW_MS < not_before or NOW_MS < seen or NOW_MS - seen > gap_ms then
+  return {}
+end
+local counted_from = tonumber(redis.call('GET', KEYS[4]) or 0)
 local lost = {}
-local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', NOW_MS, 'WITHSCORES', 'LIMIT', 0, 1000)
+local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', NOW_MS, 'WITHSCORES', 'LIMIT', 0, looked_at)
 for i = 1, #due, 2 do
   local id, f = due[i], job_fields(due[i])
   if not f or f.status ~= 'started' or not f.fleet_lease then
     redis.call('ZREM', KEYS[1], id)
-  elseif #lost < most and redis.call('EXISTS', key('worker_beat', f.worker_name or '')) == 0 then
-    local counts = tonumber(due[i + 1]) >= not_before and 1 or 0
+  elseif #lost < most and not is_alive(f.worker_name or '') then
+    local counts = tonumber(due[i + 1]) >= counted_from and 1 or 0
     table.insert(lost, {id, f.fleet_lease, f.worker_name or '', f.origin or '', number(f.fleet_losses, 0), counts})
   end
 end

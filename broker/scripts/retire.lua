@@ -1,7 +1,8 @@
--- A worker leaves for good: nothing of it stays behind but an operator's wish to drain its name.
+-- A worker leaves for good: nothing of it stays behind but an operator's wish to drain its name. Nor does a
+-- token for a queue without jobs, for there may be no other worker to take it.
 --
 -- KEYS  1 fleet:worker:W:beat  2 fleet:worker:W:record  3 rq:worker:W  4 fleet:worker:W:signals
---       5 fleet:worker:W:leases
+--       5 fleet:worker:W:leases  6 fleet:worker:W:ended
 -- ARGV  1 worker  2 incarnation, or '' for whoever is offline  then the names of its queues
 -- Returns 1 if it left, 0 if the name is another's by now or still holds leases.
 local current = redis.call('GET', KEYS[1])
@@ -16,5 +17,8 @@ redis.call('SREM', K.FLEET_WORKERS, ARGV[1])
 redis.call('SREM', K.WORKERS, KEYS[3])
 for i = 3, #ARGV do
   redis.call('SREM', key('queue_workers', ARGV[i]), KEYS[3])
+  if redis.pcall('LLEN', key('queue', ARGV[i])) == 0 then
+    redis.call('DEL', key('wake', ARGV[i]))
+  end
 end
 return 1

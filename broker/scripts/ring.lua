@@ -2,13 +2,13 @@
 --
 -- KEYS  for each queue: rq:queue:Q
 -- ARGV  for each queue: its name
--- Returns how many jobs each queue has; -1 where the key is no list.
+-- Returns how many jobs each queue has; -1 where the key is no list. A paused one wakes nobody.
 local lengths = {}
 for i, jobs in ipairs(KEYS) do
   local length = redis.pcall('LLEN', jobs)
   if type(length) == 'table' then
     length = -1
-  elseif length > 0 then
+  elseif length > 0 and redis.call('SISMEMBER', K.PAUSED, ARGV[i]) == 0 then
     ring(ARGV[i])
   end
   table.insert(lengths, length)

@@ -1,33 +1,36 @@
 -- Ends of attempts and the next claim, in one round trip.
 --
 -- KEYS  1 fleet:worker:W:beat  2 fleet:worker:W:leases  3 fleet:worker:W:drain  4 rq:worker:W
+--       5 fleet:worker:W:ended
 --       then for each queue, most urgent first: rq:queue:Q, fleet:wake:Q
 -- ARGV  1 worker  2 incarnation  3 lease ms  4 result ttl s  5 losses limit
 --       6 number of this claim, counted up by the worker  7 jobs wanted now
 --       8 jobs wanted ahead of that  9 prefix for execution ids, unique to this call
 --       10 finished, 11 failed, 12 seconds worked: this worker's totals before these ends
---       13 number of queues, then their names
---       then for each end: JSON {job, lease, queue, outcome, duration, ...}, tail of stdout,
---       tail of stderr (empty: nothing new)
+--       13 1 if it waits for signals and not for tokens, so that it must be woken should it stay idle
+--       14 number of queues, then their names
+--       then for each end: JSON {job, lease, queue, outcome, duration, ...}, return value or text of
+--       the exception, tail of stdout, tail of stderr (empty: nothing new)
 -- Returns {{outcome of each end: 1 accepted, 0 stale}, {{queue, job, lease, flat hash} of each claim},
 --          1 if this incarnation is registered, 1 if draining, 1 if suspended}
 --
--- An end whose lease is not the job's newest changes nothing. A claim that finds a queue empty
--- takes its tokens away; one that leaves jobs behind rings for the next worker. A job that was lost
--- before is not claimed ahead: it may be what kills workers, and its neighbours must not suffer.
+-- An end whose lease is not the job's newest changes nothing; one that the worker reports again, since
+-- the reply to the last round was lost, is accepted without another change. A claim that finds a queue
+-- empty takes its tokens away; one that leaves jobs behind rings for the next worker. A job that was
+-- lost before is not claimed ahead: it may be what kills workers, and its neighbours must not suffer.
 local worker, incarnation = ARGV[1], ARGV[2]
 local lease_ms, result_ttl, limit = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local claim_number, wanted, ahead, prefix = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
 local finished, failed, worked = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
-local queue_count = tonumber(ARGV[13])
-local first_end = 14 + queue_count
+local is_deaf, queue_count = ARGV[13] == '1', tonumber(ARGV[14])
+local first_end = 15 + queue_count
 
-local function save_output(id, ended, out, err)
+local function save_output(id, f, ended, out, err)
   if ended.stdout_end or ended.stderr_end then
-    redis.call('HSET', key('output', id), 'lease', ended.lease, 'stdout', out, 'stderr', err,
+    try('HSET', key('output', id), 'lease', ended.lease, 'stdout', out, 'stderr', err,
       'stdout_end', ended.stdout_end or 0, 'stderr_end', ended.stderr_end or 0)
     redis.call('EXPIRE', key('output', id), result_ttl)
-  else
+  elseif f.fleet_attempts then
     redis.call('DEL', key('output', id)) -- what an earlier attempt wrote is not this one's
   end
 end
@@ -50,6 +53,14 @@ local SETTLE = {
   end,
 }
 
+local settled_before, accepted_leases = nil, {}
+
+-- Whether the last round had this end already: its reply was lost on the way.
+local function is_settled(ended)
+  settled_before = settled_before or redis.call('GET', KEYS[5]) or ''
+  return string.find(settled_before, ended.lease .. ' ', 1, true) ~= nil
+end
+
 -- The server may still list the attempt under this worker: it is over, whoever holds the job now.
 local function refuse(ended)
   count('stale')
@@ -60,24 +71,36 @@ local function refuse(ended)
   end
 end
 
-local function tally(ended)
+local function accept(ended)
+  table.insert(accepted_leases, ended.lease .. ' ')
   if ended.outcome == 'finished' then
     finished = finished + 1
-  elseif ended.outcome == 'failed' or ended.outcome == 'stopped' then
-    failed = failed + 1
+  elseif ended.outcome == 'failed' or ended.outcome == 'stopped' or ended.outcome == 'retry' then
+    failed = failed + 1 -- a Retry that was returned too: RQ counts it so
   end
   worked = worked + (ended.duration or 0)
 end
 
-local function settle(ended, out, err)
+local PAYLOAD = {finished = 'return_value', retry = 'return_value'}
+
+-- Returns 1 if the end counts, now or before.
+local function settle(ended, payload, out, err)
   local f = job_fields(ended.job)
   if not f or f.status ~= 'started' or f.fleet_lease ~= ended.lease then
+    if is_settled(ended) then
+      accept(ended)
+      return 1
+    end
     refuse(ended)
     return 0
   end
   f.worker_name, f.origin = worker, f.origin or ended.queue -- a late save() may have emptied them
-  save_output(ended.job, ended, out, err)
+  if payload ~= '' then
+    ended[PAYLOAD[ended.outcome] or 'exc_string'] = payload
+  end
+  save_output(ended.job, f, ended, out, err)
   SETTLE[ended.outcome](ended.job, f, ended)
+  accept(ended)
   return 1
 end
 
@@ -85,99 +108,130 @@ local ENDED_OR_ELSEWHERE = {
   finished = true, failed = true, stopped = true, canceled = true, deferred = true, scheduled = true,
 }
 
--- Whether an id from a queue stands for a job that waits. Not if it was deleted, ended, or is queued
--- twice and already runs; but 'started' without a lease is a job that somebody's late save() painted.
-local function is_waiting(queue, id, job)
-  if string.find(id, '[^ -~]') or string.find(id, '/', 1, true) then
-    count('damaged') -- no id of RQ's: it cannot name a file, nor be spoken of as text
-    return false
-  end
-  local f = redis.pcall('HMGET', job, 'status', 'fleet_lease')
-  if f.err then
+local function is_id(id)
+  -- anything else is no id of RQ's: it cannot name a file, nor be spoken of as text
+  return not string.find(id, '[^ -~]') and not string.find(id, '/', 1, true)
+end
+
+-- The hash of an id from a queue, and how often the job was lost, if it stands for a job that waits; else
+-- nil. Not if it was deleted, ended, or is queued twice and already runs; but 'started' without a lease
+-- is a job that somebody's late save() painted.
+local function look_up(queue, id)
+  local flat = is_id(id) and redis.pcall('HGETALL', key('job', id))
+  if not flat or flat.err then
     count('damaged')
-    add_to('failed', queue, id, RQ_FAILURE_TTL)
-    return false
-  end
-  if not f[1] then
-    return redis.call('EXISTS', job) == 1
-  end
-  return not ENDED_OR_ELSEWHERE[f[1]] and not (f[1] == 'started' and f[2])
-end
-
--- Give `id` to this worker, if it is there and waiting.
-local function claim_one(queue, id, execution)
-  local job = key('job', id)
-  if not is_waiting(queue, id, job) then
+    if flat then
+      add_to('failed', queue, id, RQ_FAILURE_TTL)
+    end
     return nil
   end
-  local lease = string.format('%d', redis.call('INCR', K.FENCE)) .. ':' .. execution
-  redis.call('HSET', job, 'status', 'started', 'worker_name', worker, 'started_at', NOW,
-    'last_heartbeat', NOW, 'fleet_lease', lease, 'origin', queue)
-  redis.call('PERSIST', job)
-  redis.call('ZADD', K.LEASES, NOW_MS + lease_ms, id)
-  redis.call('HSET', KEYS[2], id, lease .. ' ' .. claim_number)
-  mirror(id, queue, execution, worker)
-  return {queue, id, lease, redis.call('HGETALL', job)}
-end
-
--- The id to look at next, taken from the queue, or nil if there is none or it is not for us.
-local function take(jobs, claimed)
-  if claimed >= wanted + ahead then
-    return nil
-  end
-  if claimed >= wanted then
-    local id = redis.call('LINDEX', jobs, 0)
-    local losses = id and redis.pcall('HGET', key('job', id), 'fleet_losses')
-    if type(losses) == 'string' and losses ~= '0' then
-      return nil
+  local status, lease, losses
+  for i = 1, #flat, 2 do
+    local name = flat[i]
+    if name == 'status' then
+      status = flat[i + 1]
+    elseif name == 'fleet_lease' then
+      lease = flat[i + 1]
+    elseif name == 'fleet_losses' then
+      losses = flat[i + 1]
     end
   end
-  return redis.call('LPOP', jobs)
+  if #flat == 0 or ENDED_OR_ELSEWHERE[status] or (status == 'started' and lease) then
+    return nil
+  end
+  return flat, number(losses, 0)
+end
+
+-- Give a job to this worker; `flat` is its hash.
+local function give(queue, id, flat, fence, execution)
+  local job, lease = key('job', id), string.format('%d:%s', fence, execution)
+  local changes = {'status', 'started', 'worker_name', worker, 'started_at', NOW,
+    'last_heartbeat', NOW, 'fleet_lease', lease, 'origin', queue}
+  redis.call('HSET', job, unpack(changes))
+  redis.call('PERSIST', job)
+  later('ZADD', K.LEASES, string.format('%d', NOW_MS + lease_ms), id)
+  later('HSET', KEYS[2], id, lease .. ' ' .. claim_number)
+  mirror(id, queue, execution, worker)
+  for _, part in ipairs(changes) do
+    table.insert(flat, part)
+  end
+  return {queue, id, lease, flat}
+end
+
+-- Claim the first of `ids`, as many as are for us; returns how many of them are off the queue.
+local function claim_these(queue, ids, claims)
+  local fence = redis.call('INCRBY', K.FENCE, #ids) - #ids
+  for i, id in ipairs(ids) do
+    local flat, losses = look_up(queue, id)
+    if flat then
+      if #claims >= wanted and losses > 0 then
+        return i - 1
+      end
+      table.insert(claims, give(queue, id, flat, fence + i, prefix .. string.format('%04x', #claims)))
+    end
+  end
+  return #ids
 end
 
 local function claim_from(index, claims)
-  local queue, jobs, bell = ARGV[13 + index], KEYS[3 + 2 * index], KEYS[4 + 2 * index]
-  local id = take(jobs, #claims)
-  while id do
-    local claim = claim_one(queue, id, prefix .. string.format('%04x', #claims))
-    if claim then
-      table.insert(claims, claim)
+  local queue, jobs, bell = ARGV[14 + index], KEYS[4 + 2 * index], KEYS[5 + 2 * index]
+  local room, taken, ids = wanted + ahead - #claims, 0, {}
+  while room > 0 and taken == #ids do
+    ids = redis.pcall('LRANGE', jobs, 0, room - 1)
+    if ids.err then
+      count('damaged') -- no list: nobody's jobs
+      return
+    elseif #ids == 0 then
+      break
     end
-    id = take(jobs, #claims)
+    taken = claim_these(queue, ids, claims)
+    redis.call('LTRIM', jobs, taken, -1)
+    room = wanted + ahead - #claims
   end
-  if redis.call('LLEN', jobs) == 0 then
+  local length = try('LLEN', jobs)
+  if length == 0 then
     redis.call('DEL', bell)
-  else
+  elseif length then
     ring(queue)
   end
 end
 
-local outcomes, alive = {}, redis.call('GET', KEYS[1]) == incarnation
-for i = first_end, #ARGV, 3 do
-  local ended = cjson.decode(ARGV[i])
-  local accepted = settle(ended, ARGV[i + 1], ARGV[i + 2])
-  table.insert(outcomes, accepted)
-  if accepted == 1 then
-    tally(ended)
+-- These are written last: were one of the wrong type, nothing of this round must be done.
+for _, reply in ipairs({redis.pcall('ZCARD', K.LEASES), redis.pcall('HLEN', KEYS[2])}) do
+  if type(reply) == 'table' then
+    return redis.error_reply('DAMAGED ' .. K.LEASES .. ' or ' .. KEYS[2] .. ': ' .. reply.err)
   end
+end
+
+local outcomes, alive = {}, redis.call('GET', KEYS[1]) == incarnation
+for i = first_end, #ARGV, 4 do
+  table.insert(outcomes, settle(cjson.decode(ARGV[i]), ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]))
+end
+flush()
+if #accepted_leases > 0 then
+  redis.call('SET', KEYS[5], table.concat(accepted_leases), 'PX', 4 * lease_ms)
 end
 
 local claims = {}
 local draining, suspended = redis.call('EXISTS', KEYS[3]), redis.call('EXISTS', K.SUSPENDED)
 if alive and wanted + ahead > 0 and draining == 0 and suspended == 0 then
   for index = 1, queue_count do
-    if redis.call('SISMEMBER', K.PAUSED, ARGV[13 + index]) == 0 then
+    if redis.call('SISMEMBER', K.PAUSED, ARGV[14 + index]) == 0 then
       claim_from(index, claims)
     end
   end
 end
+if is_deaf and #claims < wanted then
+  redis.call('RPUSH', key('worker_signals', worker), '{}')
+  redis.call('PEXPIRE', key('worker_signals', worker), 2 * lease_ms)
+end
 if alive and (#claims > 0 or #outcomes > 0) then
   local last = claims[#claims]
-  redis.call('HSET', KEYS[4], 'successful_job_count', finished, 'failed_job_count', failed,
+  try('HSET', KEYS[4], 'successful_job_count', finished, 'failed_job_count', failed,
     'total_working_time', worked, unpack(last and {'state', 'busy', 'current_job', last[2]} or {}))
   if not last and redis.call('HLEN', KEYS[2]) == 0 then
-    redis.call('HSET', KEYS[4], 'state', 'idle')
-    redis.call('HDEL', KEYS[4], 'current_job')
+    try('HSET', KEYS[4], 'state', 'idle')
+    try('HDEL', KEYS[4], 'current_job')
   end
 end
 return {outcomes, claims, alive and 1 or 0, draining, suspended}

@@ -181,7 +181,7 @@ def build(venv: Path, request: Json) -> None:
     for what, argv in (
         ("make a virtual environment", [sys.executable, "-I", "-m", "venv", str(venv)]),
         ("install", [python, "-I", "-m", "pip", "install", "--no-input", "--quiet", wheel]),
-        ("import", [python, "-I", "-c", "import fleet.worker, fleet.detach"]),
+        ("import", [python, "-I", "-c", "import fleet.assembly, fleet.detach"]),
     ):
         run(what, argv, deadline)
 

@@ -44,7 +44,10 @@ class SshLauncher(ShellLauncher):
     async def _run(self, command: str, stdin: str) -> Output:
         process = await self._connection.ssh.create_process(command, errors="replace")
         try:
-            out, err = await process.communicate(stdin)
+            try:
+                out, err = await process.communicate(stdin)
+            except BrokenPipeError:  # it ended without reading all of that: what it said tells why
+                out, err = await process.communicate()
             await process.wait_closed()
         finally:
             process.close()

@@ -17,7 +17,7 @@ import yaml
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from broker.settings import WorkerSettings
+from broker.worker_settings import WorkerSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMPOSE = REPOSITORY / "compose.yaml"
@@ -104,17 +104,19 @@ def test_ci_runs_the_test_command_and_nothing_else():
     assert commands == ["exec make test"]
 
 
-def test_constraints_are_names_and_versions_alone():
-    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+@pytest.mark.parametrize("name", ["constraints.txt", "benchmarks/constraints.txt"])
+def test_constraints_are_names_and_versions_alone(name):
+    lines = (REPOSITORY / name).read_text().splitlines()
     assert [line for line in lines if not line.startswith("#") and not PIN.fullmatch(line)] == []
 
 
-def test_every_dependency_is_pinned():
+@pytest.mark.parametrize(
+    ("extra", "name"), [("test", "constraints.txt"), ("bench", "benchmarks/constraints.txt")]
+)
+def test_every_dependency_is_pinned(extra, name):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + [
-        line for lines in project["optional-dependencies"].values() for line in lines
-    ]
-    pinned = {_normal(line) for line in (REPOSITORY / "constraints.txt").read_text().splitlines()}
+    wanted = project["dependencies"] + project["optional-dependencies"][extra]
+    pinned = {_normal(line) for line in (REPOSITORY / name).read_text().splitlines()}
     assert {_normal(line) for line in wanted} <= pinned
 
 

@@ -217,8 +217,11 @@ def test_a_worker_whose_connections_broke_comes_back_too(fleet: Fleet, hosts: di
             timeout_seconds=40,
             message="it has given up its connections",
         )
-    states = {worker["state"] for worker in fleet.workers().values()}
-    assert states == {"offline"}
+    fleet.eventually(
+        lambda: {worker["state"] for worker in fleet.workers().values()} == {"offline"},
+        timeout_seconds=40,
+        message="their leases have run out",
+    )
     jobs = [fleet.submit() for _ in range(4)]
     for host in hosts.values():
         host.join()

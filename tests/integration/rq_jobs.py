@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -14,6 +15,10 @@ import rq
 
 def add(x: int, y: int) -> int:
     return x + y
+
+
+def return_bytes(size: int) -> bytes:
+    return bytes(size)
 
 
 def fail() -> None:
@@ -91,3 +96,14 @@ def save_in_callback(job: Any, connection: Any, result: Any) -> None:
 
 def save_in_failure(job: Any, connection: Any, kind: Any, value: Any, traceback: Any) -> None:
     job.save()
+
+
+def fill_memory(size: int) -> None:
+    block = bytearray(size)
+    for page in range(0, size, 4096):
+        block[page] = 1
+
+
+def be_refused_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
+    bytearray(1 << 30)

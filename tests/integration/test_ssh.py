@@ -321,7 +321,7 @@ def test_an_install_is_kept_and_costs_nothing_again(farm):
     host = farm.add("host1")
     python = install(farm, tiny_bundle("one"))
     assert Path(python).is_relative_to(host.home / ".local/share/rq-fleet/venvs")
-    assert psutil.Popen([python, "-I", "-c", "import fleet.worker"]).wait() == 0
+    assert psutil.Popen([python, "-I", "-c", "import fleet.assembly"]).wait() == 0
     made = Path(python).parent.parent.stat().st_mtime_ns
     assert install(farm, tiny_bundle("one")) == python
     assert Path(python).parent.parent.stat().st_mtime_ns == made
@@ -334,7 +334,7 @@ def test_a_failed_install_leaves_the_old_one_and_is_mended_by_the_next(farm):
     with pytest.raises(base.InstallFailed, match=r"could not install") as caught:
         install(farm, tiny_bundle("two", requires="rq-fleet-has-no-such-dependency"))
     assert "rq-fleet-has-no-such-dependency" in caught.value.message
-    assert psutil.Popen([old, "-I", "-c", "import fleet.worker"]).wait() == 0
+    assert psutil.Popen([old, "-I", "-c", "import fleet.assembly"]).wait() == 0
     complete = list((host.home / ".local/share/rq-fleet/venvs").glob("*/.complete"))
     assert [path.parent for path in complete] == [Path(old).parent.parent]
     assert install(farm, tiny_bundle("two")) != old

@@ -18,7 +18,7 @@ def tiny_bundle(key: str, *, requires: str = "", worker: str = "") -> Bundle:
     metadata = "Metadata-Version: 2.1\nName: rq-fleet\nVersion: 0.0\n"
     files = {
         "fleet/__init__.py": b"",
-        "fleet/worker.py": worker.encode(),
+        "fleet/assembly.py": worker.encode(),
         "fleet/detach.py": b"",
         f"{info}/METADATA": (metadata + (f"Requires-Dist: {requires}\n" if requires else "")).encode(),
         f"{info}/WHEEL": bundle._WHEEL.encode(),

@@ -47,7 +47,7 @@ def test_every_option_is_there(verb, option):
 def _about(verb: str) -> str:
     """What stands where a verb is explained: to the next heading."""
     return "".join(
-        part for part in re.split(r"\n(?=#|- `fleet)", DOCS) if re.match(rf"(### |- )`fleet {verb}\b", part)
+        part for part in re.split(r"\n(?=#|- `fleet)", DOCS) if re.match(rf"(### |- ).*`fleet {verb}\b", part)
     ) + ("" if verb != "down" else _about("up"))
 
 

@@ -111,9 +111,6 @@ def test_words_of_a_configuration_survive_blanks_quotes_and_bytes() -> None:
     ]
 
 
-def test_addresses_are_told_apart() -> None:
-    assert listening.is_loopback("127.0.1.1")
-    assert listening.is_loopback("::1")
-    assert not listening.is_loopback("0.0.0.0")
+def test_an_address_before_a_port_is_told_from_it() -> None:
     assert listening.bracketed("::1") == "[::1]"
     assert listening.bracketed("127.0.0.1") == "127.0.0.1"

@@ -39,6 +39,8 @@ def test_a_good_redis_is_called_good(checks, own_redis):
         (["--appendonly", "no"], "persistence", "error", "nothing is kept"),
         (["--appendonly", "no", "--save", "60 1"], "persistence", "warning", "last snapshot"),
         (["--appendfsync", "no"], "persistence", "warning", "half minute"),
+        (["--appendfsync", "everysec"], "persistence", "ok", "acknowledged in the last second"),
+        ([], "failover", "ok", "no replica"),
         (["--appendfsync", "always"], "persistence", "ok", "loses nothing"),
         (["--replicaof", "127.0.0.1 1"], "role", "error", "replica"),
         (["--rename-command", "CONFIG", ""], "persistence", "ok", "does not tell"),
@@ -51,6 +53,17 @@ def test_what_is_wrong_with_redis_is_found(run_fleet, own_redis, options, name, 
     assert word in found["found"]
     assert done.returncode == (1 if level == "error" else 0)
     assert found["mend"] or level == "ok"
+
+
+def test_replicas_and_what_a_failover_may_forget_are_told(checks, own_redis, eventually):
+    primary = own_redis("--repl-diskless-sync-delay", "0")
+    own_redis("--replicaof", f"127.0.0.1 {primary.port}")
+    with primary.client() as client:
+        eventually(lambda: client.info("replication")["connected_slaves"] == 1)
+        assert "min-replicas-to-write 0" in checks(primary.url)["failover"]["found"]
+        client.config_set("min-replicas-to-write", 1)
+        found = checks(primary.url)["failover"]
+    assert (found["level"], "at most the 10 s" in found["found"]) == ("ok", True)
 
 
 def test_a_redis_that_is_nearly_full_is_told(checks, own_redis):

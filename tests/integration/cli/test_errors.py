@@ -248,6 +248,17 @@ def test_a_full_disk_under_stdout(fleet_redis_url):
     assert done.stderr == b"fleet: No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"), [("staus", "'status'"), ("drian", "'drain' or 'undrain'"), ("cancle", "'cancel'")]
+)
+def test_a_verb_that_is_misspelled_is_suggested(fault, word, meant):
+    assert f"Did you mean {meant}" in fault(word, code=2)["message"]
+
+
+def test_a_word_that_is_no_verb_suggests_none(fault):
+    assert "Did you mean" not in fault("frobnicate", code=2)["message"]
+
+
 def test_help_is_quick(run_fleet):
     """0.3 s is promised; its own work counts, not waiting for other tests on a busy machine."""
     before = os.times()

@@ -101,6 +101,22 @@ def test_it_fits_the_terminal(fleet_redis_url, redis_client, width):
         assert word in shown
 
 
+def test_of_a_great_fleet_a_terminal_gets_those_in_trouble_first_and_a_pipe_all(fleet, redis_client):
+    with redis_client.pipeline() as pipe:
+        for number in range(300):
+            name = f"w{number:03}"
+            pipe.sadd(keys.FLEET_WORKERS, name)
+            pipe.set(keys.worker_record(name), json.dumps({"name": name, "host": "h", "pid": 1}))
+            if number != 299:
+                pipe.set(keys.worker_beat(name), "incarnation")
+        pipe.execute()
+    lines = _on_terminal(["status"], 100).splitlines()
+    assert "300 workers: 299 idle, 1 offline" in lines[0]
+    assert lines[3].startswith("w299")
+    assert "100 more: 100 idle" in lines[-1]
+    assert fleet("status").stdout.count("\nw") == 300
+
+
 def _on_terminal(words: list[str], width: int) -> str:
     """What a terminal of that width without colours is sent."""
     ours, theirs = pty.openpty()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import subprocess
+from datetime import datetime
 
 import pytest
 
@@ -173,3 +174,14 @@ def test_it_is_quick(fleet):
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(once() for _ in range(3)) < 0.5
+
+
+def test_a_retry_waits_for_its_delay_and_none_where_that_is_nothing(fleet, read, submit, burst, redis_client):
+    late = submit("false", options=("--retries", "2", "--retry-delay", "100"))
+    at_once = submit("false", options=("--retries", "2", "--retry-delay", "0"))
+    burst()
+    assert len(read("show", at_once)["attempts"]) == 3
+    shown = read("show", late)
+    assert (shown["state"], len(shown["attempts"])) == ("scheduled", 1)
+    ended = datetime.fromisoformat(shown["attempts"][0]["ended_at"]).timestamp()
+    assert 99.9 <= redis_client.zscore(keys.of("scheduled", "default"), late) - ended <= 150.1

@@ -1,0 +1,89 @@
+-- Jobs that failed, were stopped or canceled are run again under their ids, as if submitted anew.
+--
+-- KEYS  for each job: rq:job:ID
+-- ARGV  1 number of states that may be left so, then these  then for each job: id
+-- Returns for each job: 'retried'; '' for no such job; 'stopping': a worker still ends it; 'taken': it is
+-- in no registry, so somebody else (`rq requeue`) is about to queue it; else the state that forbids it.
+--
+-- It goes to the end of its queue, or back to the deferred ones where what it depends on has not ended as
+-- it must. Who takes it out of its registry is the one who may queue it: RQ does the same. Attempts stay
+-- on record; losses, stop, exit code and times begin anew, retries at the number that was submitted.
+local state_count = tonumber(ARGV[1])
+local allowed = {}
+for i = 2, 1 + state_count do
+  allowed[ARGV[i]] = true
+end
+
+local REGISTRIES = {failed = 'failed', stopped = 'failed', canceled = 'canceled'}
+
+-- A client of RQ may have canceled a job that runs: its worker hears of it with its next beat.
+local function is_still_run(id, f)
+  local expiry = f.fleet_lease and tonumber(redis.call('ZSCORE', K.LEASES, id) or 0)
+  if not expiry or expiry <= NOW_MS then
+    return false
+  end
+  local held = redis.call('HGET', key('worker_leases', f.worker_name or ''), id)
+  return held and string.match(held, '^(%S+)') == f.fleet_lease
+end
+
+-- Whether it may be queued; where not, those that it waits for will find it.
+local function depends_on_nothing(id)
+  local allow_failure = redis.call('HGET', key('job', id), 'allow_dependency_failures') == '1'
+  if is_met(id, nil, 'finished', allow_failure) then
+    return true
+  end
+  for _, parent in ipairs(redis.pcall('SMEMBERS', key('dependencies', id))) do
+    try('SADD', key('dependents', parent), id)
+  end
+  return false
+end
+
+local function begin_anew(id)
+  local job = key('job', id)
+  local fields = {'started_at', '', 'ended_at', '', 'exc_info', '', 'worker_name', ''}
+  local retries = redis.call('HGET', job, 'fleet_retries')
+  if retries then
+    table.insert(fields, 'retries_left')
+    table.insert(fields, retries)
+  end
+  redis.call('HSET', job, unpack(fields))
+  redis.call('HDEL', job, 'fleet_losses', 'fleet_stop', 'fleet_exit_code', 'fleet_reason',
+    'fleet_retries', 'number_of_retries')
+  for _, kind in ipairs({'job', 'dependents', 'dependencies', 'results'}) do
+    redis.call('PERSIST', key(kind, id))
+  end
+end
+
+local function retry_one(id, f)
+  local queue = f.origin or ''
+  if try('ZREM', key(REGISTRIES[f.status], queue), id) ~= 1 then
+    return 'taken'
+  end
+  if f.fleet_lease then
+    release(id, f)
+  end
+  begin_anew(id)
+  if depends_on_nothing(id) then
+    enqueue(id, queue, false, f.ttl)
+  else
+    redis.call('HSET', key('job', id), 'status', 'deferred')
+    try('ZADD', key('deferred', queue), NOW_SECONDS, id)
+  end
+  return 'retried'
+end
+
+local outcomes = {}
+for index = 1, #KEYS do
+  local id = ARGV[1 + state_count + index]
+  local f = job_fields(id)
+  if not f then
+    outcomes[index] = ''
+  elseif not allowed[f.status] then
+    outcomes[index] = f.status or ''
+  elseif is_still_run(id, f) then
+    outcomes[index] = 'stopping'
+  else
+    outcomes[index] = retry_one(id, f)
+  end
+end
+return outcomes

@@ -1,0 +1,78 @@
+"""What every worker of the fleet agrees on.
+
+A plain dataclass, so that a worker, which should be small and quick to start, reads its settings
+without pydantic; `broker.settings` fills the same class from flags, environment and files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, get_type_hints
+
+from annotated_types import Ge, Gt
+
+from broker.errors import ConfigError
+
+Seconds = Annotated[float, Gt(0)]
+Count = Annotated[int, Ge(1)]
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """See the field comments for units. Raises ValueError where two of them do not fit."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    #: seconds between two heartbeats
+    heartbeat_seconds: Seconds = 10.0
+    #: seconds after the last heartbeat when a worker is lost; also the length of a lease
+    lease_seconds: Seconds = 30.0
+    #: times a job may be lost with its worker before it fails as WorkerLost
+    losses_limit: Annotated[int, Ge(0)] = 3
+    #: seconds running jobs get to end when a worker stops, then they are handed back
+    stop_grace_seconds: Annotated[float, Ge(0)] = 30.0
+    #: seconds between SIGTERM and SIGKILL for a job that ran out of time or was stopped
+    kill_grace_seconds: Annotated[float, Ge(0)] = 10.0
+    #: bytes of output of a job kept in Redis, for each of stdout and stderr
+    output_tail_bytes: Annotated[int, Ge(0)] = 65536
+    #: bytes of a function's return value, or of its traceback, that Redis is given
+    max_result_bytes: Count = 64 * 1024 * 1024
+    #: seconds the result of a job is kept, unless its producer said otherwise
+    result_ttl_seconds: Count = 7 * 86400
+    #: bytes that must be free where output is written, or the worker takes no jobs
+    min_free_disk_bytes: Annotated[int, Ge(0)] = 64 * 1024 * 1024
+    #: jobs an executor runs before it is replaced by a fresh one
+    executor_max_jobs: Count = 100_000
+    #: resident bytes of an executor above which it is replaced after its job
+    executor_max_rss_bytes: Count = 2 * 1024**3
+
+    def __post_init__(self) -> None:
+        if self.lease_seconds < 2 * self.heartbeat_seconds:
+            raise ValueError("lease_seconds must be at least twice heartbeat_seconds")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> WorkerSettings:
+        """What a worker was started with: JSON values that `broker.settings` wrote. Raises ConfigError."""
+        hints = get_type_hints(cls, include_extras=True)
+        for name, value in values.items():
+            if name not in cls.__dataclass_fields__:
+                raise ConfigError(f"setting worker.{name}: there is no such setting, got {value!r}")
+            fault = _fault(value, *hints[name].__metadata__, whole=hints[name].__origin__ is int)
+            if fault:
+                raise ConfigError(f"setting worker.{name}: {fault}, got {value!r}")
+        try:
+            return cls(**values)
+        except ValueError as exc:
+            raise ConfigError(f"setting worker: {exc}") from exc
+
+
+def _fault(value: object, bound: Gt | Ge, *, whole: bool) -> str:
+    """What is wrong with a value, or ''."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return "must be a whole number" if whole else "must be a number"
+    least: Any = bound.gt if isinstance(bound, Gt) else bound.ge
+    if math.isnan(value) or value < least or (isinstance(bound, Gt) and value == least):
+        return f"must be {'above' if isinstance(bound, Gt) else 'at least'} {least}"
+    return ""

@@ -1,0 +1,273 @@
+"""One worker in the foreground, for `fleet.worker` and `fleet worker`.
+
+Puts the parts together, registers, runs the loop, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import platform
+import selectors
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import redis
+
+from broker import __version__, clock
+from broker.connection import address, connect, translated
+from broker.errors import FleetError, UsageError
+from broker.session import Identity, Session
+from broker.worker_settings import WorkerSettings
+from fleet import lifecycle, resources
+from fleet.attempt import CommandContext
+from fleet.beater import Beater, patience
+from fleet.chores import ChoreThread
+from fleet.executors import ExecutorConfig, ExecutorPool
+from fleet.guard import Guard
+from fleet.links import Links
+from fleet.loop import Parts, WorkerLoop
+from fleet.mailbox import Mailbox
+from fleet.memory import Memory
+from fleet.outputs import Folders, WorkingFolders
+from fleet.signals import StopSignals
+from fleet.slots import Slots
+from fleet.worker_config import WorkerConfig
+
+log = logging.getLogger("fleet.worker")
+
+#: variables that jobs must not see: they may carry a secret
+_SECRETS = ("FLEET_REDIS_URL", "FLEET_REDIS_PASSWORD_FILE", "REDIS_URL", "RQ_REDIS_URL")
+
+
+def run(config: WorkerConfig, settings: WorkerSettings, signals: StopSignals) -> int:
+    """Run one worker until it is told to stop or has nothing left to do; returns the exit code.
+
+    Raises UsageError for a folder or an interpreter that cannot be used, Conflict for a name
+    that is taken, RedisUnreachable or RedisDenied where it cannot begin, and SystemExit where
+    it is told to stop before it has.
+    """
+    config.checked()
+    time.sleep(config.startup_delay_seconds)
+    folders = Folders(config.output_dir)
+    lifecycle.prepare(folders)
+    lifecycle.check_executor(config.executor_python, folders)
+    lock = lifecycle.NameLock(folders, config.name)
+    try:
+        lock.acquire()
+        return _run_locked(config, settings, folders, lock, signals)
+    finally:
+        lock.release()
+
+
+def _run_locked(
+    config: WorkerConfig,
+    settings: WorkerSettings,
+    folders: Folders,
+    lock: lifecycle.NameLock,
+    signals: StopSignals,
+) -> int:
+    who = Identity(
+        config.name,
+        config.host,
+        config.queues,
+        os.getpid(),
+        platform.python_version(),
+        ephemeral=config.ephemeral,
+    )
+    session = Session(who, settings)
+    client = _connect(config, settings)
+    describe = _Description(config, session, lock.identity())
+    with translated(address(client)):
+        client.connection_pool.release(client.connection_pool.get_connection())  # what takes time comes first
+        signals.hold()
+        lifecycle.enter(session, client, describe(), lock, signals.sleep)
+    log.info("worker %s registered at Redis %s", config.name, address(client))
+    try:
+        with translated(address(client)):
+            lifecycle.inherit(session, client, describe())
+        return _work(config, session, client, folders, lock, describe, signals)
+    finally:
+        _leave(session, client)
+
+
+def _work(
+    config: WorkerConfig,
+    session: Session,
+    client: redis.Redis,
+    folders: Folders,
+    lock: lifecycle.NameLock,
+    describe: _Description,
+    signals: StopSignals,
+) -> int:
+    """Build the parts round the loop, run it, and take them down in the opposite order."""
+    with ExitStack() as stack:
+        note = lifecycle.write_run_file(folders, config.name, session.identity.incarnation)
+        stack.callback(partial(note.unlink, missing_ok=True))
+        guard = Guard(session.identity.incarnation, lock.fd)
+        stack.callback(guard.close)
+        parts = _parts(stack, config, session, client, folders, guard)
+        loop = WorkerLoop(config, parts)
+        describe.loop = loop
+        signals.hand_to(loop.request_stop, parts.mail.wake_fd)
+        loop.beater = Beater(
+            session,
+            _connect(config, session.settings),
+            leases=parts.slots.leases,
+            record=describe,
+            renewed=guard.renew,
+            post=parts.mail.post,
+        )
+        chores = ChoreThread(session, _connect(config, session.settings), folders)
+        for thread in (loop.beater, chores):
+            thread.start()
+            stack.callback(thread.stop)
+        _collect_garbage_rarely()
+        return loop.run()
+
+
+def _collect_garbage_rarely() -> None:
+    """What is there by now stays, and a job leaves no cycles: looking for some is a tenth of its cost."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+def _connect(config: WorkerConfig, settings: WorkerSettings) -> redis.Redis:
+    """A client that gives up a silent connection while there is time for another beat."""
+    return connect(config.redis_url, timeout_seconds=patience(settings.lease_seconds))
+
+
+def _parts(
+    stack: ExitStack,
+    config: WorkerConfig,
+    session: Session,
+    client: redis.Redis,
+    folders: Folders,
+    guard: Guard,
+) -> Parts:
+    settings = session.settings
+    environ = job_environ(os.environ, config, session.identity.incarnation)
+    executors = _executor_config(config, settings, folders, environ)
+    selector = stack.enter_context(selectors.DefaultSelector())
+    pool = ExecutorPool(executors, selector=selector, on_spawn=guard.add, on_exit=guard.remove)
+    stack.callback(pool.close)
+    links = Links(session, client, selector)
+    stack.callback(links.close)
+    null, home = (os.open(path, os.O_RDONLY) for path in (os.devnull, "."))
+    working = WorkingFolders(folders, config.name)
+    stack.callback(working.close)
+    encoded = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
+    context = CommandContext(folders, working, encoded, null, home, Memory(), settings.max_result_bytes)
+    slots = Slots(config.slots, settings, context, pool, guard)
+    return Parts(session, selector, links, slots, pool, guard, Mailbox(), folders)
+
+
+def _executor_config(
+    config: WorkerConfig, settings: WorkerSettings, folders: Folders, environ: Mapping[str, str]
+) -> ExecutorConfig:
+    return ExecutorConfig(
+        python=config.executor_python,
+        redis_url=config.redis_url,
+        worker_name=config.name,
+        environ=environ,
+        work_dir=str(Path.cwd()),
+        live_dir=folders.run / "live",
+        mode="fork" if config.executor == "fork" else "warm",
+        paths=config.paths,
+        max_jobs=settings.executor_max_jobs,
+        max_rss_bytes=settings.executor_max_rss_bytes,
+        max_idle=config.slots,
+    )
+
+
+def job_environ(environ: Mapping[str, str], config: WorkerConfig, incarnation: str) -> dict[str, str]:
+    """What every job finds in its environment: the worker's own, less what may be secret."""
+    kept = {name: value for name, value in environ.items() if name not in _SECRETS}
+    ours = {"FLEET_WORKER": config.name, "FLEET_HOST": config.host, "FLEET_INCARNATION": incarnation}
+    return kept | ours
+
+
+def _leave(session: Session, client: redis.Redis) -> None:
+    """Take the record out of the registry, if Redis can be reached; else it lapses by itself."""
+    try:
+        if not _is_retired(session, client):
+            log.warning("leases are left; others recover them when they have run out")
+    except redis.RedisError as exc:
+        log.warning("could not sign off: %s", exc)
+
+
+def _is_retired(session: Session, client: redis.Redis) -> bool:
+    try:
+        return session.retire(client)
+    except redis.ConnectionError:
+        return session.retire(client)  # it was cut unheard while it idled: now another one is opened
+
+
+class _Description:
+    """The record of a worker that `fleet status` reads: JSON, made anew with each beat."""
+
+    def __init__(self, config: WorkerConfig, session: Session, lock: str) -> None:
+        found, who = resources.detect(), session.identity
+        self._fixed = {
+            "name": who.name,
+            "host": who.host,
+            "pid": who.pid,
+            "incarnation": who.incarnation,
+            "lock": lock,
+            "queues": list(who.queues),
+            "slots": config.slots,
+            "labels": dict(config.labels),
+            "version": __version__,
+            "cpus": found.cpus,
+            "memory_bytes": found.memory_bytes,
+            "gpus": [],
+            "ephemeral": who.ephemeral,
+            "heartbeat_seconds": session.settings.heartbeat_seconds,
+            "started_at": clock.wall().isoformat(),
+        }
+        self._session = session
+        self.loop: WorkerLoop | None = None
+
+    def __call__(self) -> str:
+        now = {
+            "at": clock.wall().isoformat(),
+            "finished": self._session.finished,
+            "failed": self._session.failed,
+            "notice": self.loop.notice if self.loop else "",
+        }
+        return json.dumps(self._fixed | now)
+
+
+def set_up_logging() -> None:
+    """To stderr, one line an event; times in UTC."""
+    logging.Formatter.converter = time.gmtime
+    form = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, datefmt="%Y-%m-%dT%H:%M:%S", stream=sys.stderr)
+
+
+def main(signals: StopSignals) -> int:
+    """Start from the command line of `fleet.worker`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -I -m fleet.worker", description=__doc__)
+    parser.add_argument("--config", required=True, type=Path, help="the worker's configuration, JSON")
+    arguments = parser.parse_args()
+    set_up_logging()
+    try:
+        config = WorkerConfig.from_json(_read(arguments.config))
+        return run(config, WorkerSettings.from_json(config.settings), signals)
+    except FleetError as exc:
+        log.error("%s %s", exc.message, exc.hint)
+        return exc.exit_code
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise UsageError(f"cannot read {path}: {exc}") from exc

@@ -1,0 +1,61 @@
+"""SIGTERM, SIGINT and SIGHUP, from a worker's first moment to its last."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class StopSignals:
+    """Ends a process that has nothing to leave behind; remembers for one that has; then tells the loop.
+
+    Light, and installed before all else: the imports of a worker take longer than its registration.
+    """
+
+    def __init__(self) -> None:
+        self._may_leave = True
+        self._early = 0
+        self._stop: Callable[[], None] | None = None
+
+    def install(self) -> StopSignals:
+        """Hear them from now on; only in the main thread."""
+        for number in _STOPPING:
+            signal.signal(number, lambda *_: self._hear())
+        return self
+
+    def hold(self) -> None:
+        """From now on there is something to take down: a signal is remembered. Raises SystemExit."""
+        self._may_leave = False
+        if self._early:
+            raise SystemExit(0)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, amid what is held, where leaving leaves nothing behind. Raises SystemExit if told to stop."""
+        self._may_leave = True
+        try:
+            time.sleep(seconds)
+        finally:
+            self.hold()
+
+    def hand_to(self, stop: Callable[[], None], wake_fd: int) -> None:
+        """Call `stop` for each from now on, and for those remembered; each makes `wake_fd` readable.
+
+        So does the end of a child.
+        """
+        signal.set_wakeup_fd(wake_fd, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._stop = stop
+        for _ in range(self._early):
+            stop()
+
+    def _hear(self) -> None:
+        if self._stop is not None:
+            self._stop()
+            return
+        self._early += 1
+        if self._may_leave:
+            # also remembered: Python drops what is raised while it runs a callback of its own
+            raise SystemExit(0)

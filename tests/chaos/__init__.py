@@ -1,0 +1,1 @@
+"""Faults on purpose, everybody's history of them, and a checker that was not there."""

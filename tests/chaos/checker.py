@@ -1,0 +1,311 @@
+"""The offline checker: the ten properties of a fleet, proved from a history and from Redis alone.
+
+It is given what the participants wrote down (`history`), every step that Redis ever took (`journal`) and
+what was left at the end (`dump`), and knows nothing of workers, clocks or faults. Each property is a function
+that returns what contradicts it; none returns anything for a good history (tests/chaos/test_checker.py feeds
+each one bad ones).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any
+
+from tests.chaos.evidence import Evidence, Execution
+from tests.chaos.history import Event
+from tests.chaos.story import TERMINAL, Change, JobState, Record, execution_of, fence_of
+
+#: seconds by which two times that were taken by different means may disagree
+SLACK = 0.05
+#: the end of an attempt as its worker reports it -> as the job's record has it
+_RECORDED = {"retry": "failed"}
+
+
+@dataclass(frozen=True)
+class Violation:
+    """What contradicts a property: its number, the job concerned, why, and what shows it."""
+
+    number: int
+    job: str
+    why: str
+    evidence: tuple[Any, ...] = ()
+
+    def __str__(self) -> str:
+        shown = "".join(f"\n      {one}" for one in self.evidence[:12])
+        name = PROPERTIES[self.number].__name__
+        return f"property {self.number} ({name}): job {self.job}: {self.why}{shown}"
+
+
+Found = Iterator[Violation]
+
+
+# --- the ten properties ----------------------------------------------------------------------------
+
+
+def every_acknowledged_job_ends(evidence: Evidence) -> Found:
+    """1. Every acknowledged submission reaches a terminal state; expiry, and deletion by a client, count."""
+    deleted = {event["job"] for event in evidence.named("deleted")}
+    for job in evidence.acknowledged:
+        story = evidence.story.get(job)
+        if not story:
+            yield Violation(1, job, "acknowledged, and never seen in Redis")
+        elif not story[-1].after.exists:
+            if not (story[-1].before.is_terminal or _completes(story[-1]) or job in deleted):
+                yield Violation(1, job, "vanished before it ended", (story[-1],))
+        elif not story[-1].after.is_terminal:
+            where = ", ".join(story[-1].after.places) or "no place at all"
+            yield Violation(1, job, f"never ended: {story[-1].after.status}, in {where}", tuple(story[-3:]))
+
+
+def one_completion_is_accepted(evidence: Evidence) -> Found:
+    """2. Of all completions of a submission exactly one is accepted."""
+    for job, story in evidence.story.items():
+        done = [change for change in story for _ in range(_completes(change))]
+        if len(done) > max(1, evidence.submissions[job]):
+            yield Violation(2, job, f"{len(done)} completions were accepted", tuple(done))
+    told: dict[str, set[str]] = defaultdict(set)
+    for event in evidence.named("reported"):
+        if event["accepted"] and event["outcome"] == "finished":
+            told[event["job"]].add(event["lease"])
+    for job, leases in told.items():
+        if len(leases) > max(1, evidence.submissions[job]):
+            yield Violation(2, job, "several workers were told that theirs was accepted", tuple(leases))
+
+
+def executions_are_accounted_for(evidence: Evidence) -> Found:
+    """3. Executions <= 1 + recorded losses + retries; retries <= max; losses <= limit.
+
+    A run that was handed back, because its worker had to stop, is recorded as that and counts for nobody.
+    """
+    for job, runs in evidence.executions.items():
+        yield from _executions_of(evidence, job, runs)
+    for job in evidence.story:
+        retries = sum(_is_retry(change, record) for change, record in evidence.records(job))
+        allowed = evidence.intents.get(job, {}).get("retries", 0) * max(1, evidence.submissions[job])
+        if retries > allowed:
+            yield Violation(3, job, f"{retries} retries, {allowed} allowed")
+        worst = max(change.after.losses for change in evidence.story[job])
+        if worst > evidence.losses_limit:
+            yield Violation(3, job, f"{worst} losses, and still not failed")
+
+
+def no_stale_write_is_accepted(evidence: Evidence) -> Found:
+    """4. No accepted write carries a fence that is not the job's newest."""
+    recorded: dict[str, str] = {}
+    for change in evidence.changes:
+        for record in change.records:
+            recorded[record.fence] = record.outcome
+            if record.newest is None or record.fence != fence_of(record.newest):
+                yield Violation(4, change.job, f"end of fence {record.fence} accepted", (record,))
+        for written in change.written:
+            if not _is_newest(written.by, written.newest):
+                yield Violation(4, change.job, f"{written.what} of {written.by} accepted", (written,))
+    yield from _fences_grow(evidence)
+    for event in evidence.named("reported"):
+        outcome = _RECORDED.get(event["outcome"], event["outcome"])
+        if event["accepted"] and recorded.get(fence_of(event["lease"])) not in (outcome, "lost"):
+            yield Violation(4, event["job"], "told that its end was accepted, and it is not there", (event,))
+
+
+def a_job_is_in_one_place(evidence: Evidence) -> Found:
+    """5. After every step a job is in exactly one of queued, scheduled, deferred, leased, terminal."""
+    for change in evidence.changes:
+        places = change.after.places
+        if change.after.exists and (len(places) != 1 or not _is_sound(places[0])):
+            why = f"in {' and '.join(places)}" if places else f"{change.after.status}, and in no place"
+            yield Violation(5, change.job, why, (change,))
+    yield from _dump_agrees(evidence)
+
+
+def no_two_leases(evidence: Evidence) -> Found:
+    """6. No two valid leases on one job, and no two of its runs at once.
+
+    Nothing of CPUs, memory and GPUs is promised to jobs yet. Of a whole host that was frozen only one
+    accepted result is promised, which is property 2.
+    """
+    for change in evidence.changes:
+        for given in change.given:
+            if given.held is not None:
+                yield Violation(6, change.job, f"given away while {given.held} was held", (change,))
+        for record in change.records:
+            if record.outcome == "lost" and not _was_over(evidence, record):
+                yield Violation(6, change.job, "a valid lease was taken away", (record,))
+    for job, runs in evidence.executions.items():
+        for earlier, later in pairwise(runs):
+            if earlier.last_sign > later.start + SLACK and not _was_frozen(evidence, earlier):
+                yield Violation(6, job, "ran twice at once", (earlier, later))
+
+
+def dependents_wait(evidence: Evidence) -> Found:
+    """7. A dependent starts only after its condition is met."""
+    states: dict[str, JobState] = {}
+    for _, together in groupby(evidence.changes, key=lambda change: change.step):
+        changes = list(together)  # the end of a parent and the claim of what waited for it may be one step
+        states.update((change.job, change.after) for change in changes)
+        for change in changes:
+            if change.given:
+                yield from _unmet(change, evidence.intents.get(change.job, {}), states)
+
+
+def the_worker_is_fit(evidence: Evidence) -> Found:
+    """8. What a job asks for is true of the worker at the claim: its queue, and labels where it names any.
+
+    Placement by CPUs, memory and GPUs is not built yet, so there is nothing to check of them.
+    """
+    workers = {event["who"]: event for event in evidence.named("registered")}
+    for event in evidence.named("claimed"):
+        worker, intent = workers.get(event["who"]), evidence.intents.get(event["job"], {})
+        if worker is None:
+            yield Violation(8, event["job"], f"claimed by {event['who']}, which never registered", (event,))
+            continue
+        asked = intent.get("queue", event["queue"])
+        if asked != event["queue"] or asked not in worker["queues"]:
+            why = f"of queue {asked}, claimed from {event['queue']}"
+            yield Violation(8, event["job"], why, (event, worker))
+        for label, pattern in intent.get("labels", {}).items():
+            if not fnmatch.fnmatchcase(worker.get("labels", {}).get(label, ""), pattern):
+                yield Violation(8, event["job"], f"wants {label}={pattern}", (event, worker))
+
+
+def a_drain_leaves_nothing(evidence: Evidence) -> Found:
+    """9. After a drain no lease, execution, wake token or running mark is left behind."""
+    if not any(evidence.named("drained")):
+        return
+    for key in evidence.dump.left:
+        yield Violation(9, "-", f"left behind: {key}")
+    for job, (status, lease) in evidence.dump.jobs.items():
+        if status == "started" or lease is not None:
+            yield Violation(9, job, f"left {status} under lease {lease}")
+
+
+def rq_info_agrees(evidence: Evidence) -> Found:
+    """10. The counts of `rq info` equal ours, and running it changes nothing."""
+    for event in evidence.named("counted"):
+        if event["rq"] != event["ours"]:
+            yield Violation(10, "-", "rq info and we count differently", (event,))
+    for event in evidence.named("rq-info"):
+        if event["before"] != event["after"]:
+            yield Violation(10, "-", "rq info changed something", (event,))
+    for change in evidence.changes:
+        is_held = change.before.lease is not None and change.after.lease == change.before.lease
+        if is_held and (change.after.is_terminal or "queue" in " ".join(change.after.places)):
+            yield Violation(10, change.job, "moved by somebody while it was leased", (change,))
+
+
+PROPERTIES: dict[int, Callable[[Evidence], Found]] = {
+    1: every_acknowledged_job_ends,
+    2: one_completion_is_accepted,
+    3: executions_are_accounted_for,
+    4: no_stale_write_is_accepted,
+    5: a_job_is_in_one_place,
+    6: no_two_leases,
+    7: dependents_wait,
+    8: the_worker_is_fit,
+    9: a_drain_leaves_nothing,
+    10: rq_info_agrees,
+}
+
+
+def check(evidence: Evidence) -> list[Violation]:
+    """Everything that contradicts any of the ten."""
+    return [found for judge in PROPERTIES.values() for found in judge(evidence)]
+
+
+# --- what they are made of -------------------------------------------------------------------------
+
+
+def _completes(change: Change) -> int:
+    """How many completions this step accepted: ends of attempts that end the job, and stray results."""
+    ends = sum(
+        record.outcome == "finished" or (record.outcome != "handed-back" and change.after.is_terminal)
+        for record in change.records
+    )
+    results = sum(written.what == "result 1" for written in change.written)
+    return max(ends, results)
+
+
+def _unmet(change: Change, intent: Event, states: Mapping[str, JobState]) -> Found:
+    for parent in intent.get("after", ()):
+        status = states[parent].status if parent in states else "unknown"
+        if not (status == "finished" or (status == "failed" and intent.get("allow_failure"))):
+            yield Violation(7, change.job, f"given out while {parent} was {status}", (change,))
+
+
+def _is_sound(place: str) -> bool:
+    """Whether it is one of the places where a job may be: the journal has other words for what may not be."""
+    return place.startswith("queue ") or place in ("scheduled", "deferred", "leased", *TERMINAL)
+
+
+def _is_retry(change: Change, record: Record) -> bool:
+    return record.outcome == "failed" and not change.after.is_terminal and change.after.exists
+
+
+def _executions_of(evidence: Evidence, job: str, runs: Sequence[Execution]) -> Found:
+    twice = [lease for lease, count in Counter(run.lease for run in runs).items() if count > 1]
+    if twice:
+        yield Violation(3, job, f"ran twice under one lease: {twice}", tuple(runs))
+    unknown = [run for run in runs if run.lease.startswith("unknown:")]
+    if unknown and evidence.leases:
+        yield Violation(3, job, "ran under a lease that Redis never gave", tuple(unknown))
+    records = list(evidence.records(job))
+    handed_back = {record.fence for _, record in records if record.outcome == "handed-back"}
+    counted = [run for run in runs if fence_of(run.lease) not in handed_back]
+    losses = sum(record.outcome == "lost" for _, record in records)
+    retries = sum(_is_retry(change, record) for change, record in records)
+    allowed = max(1, evidence.submissions[job]) + losses + retries
+    if len(counted) > allowed:
+        why = f"{len(counted)} executions, {losses} recorded losses, {retries} retries"
+        yield Violation(3, job, why, tuple(runs))
+
+
+def _is_newest(by: str, newest: str | None) -> bool:
+    """Of a lease or an execution id. What RQ's own worker writes carries no lease at all."""
+    return newest is None or by in (newest, execution_of(newest))
+
+
+def _fences_grow(evidence: Evidence) -> Found:
+    """Every claim of the fleet has a higher fence than those before it; within one step they may mix."""
+    highest = 0
+    for step, given in evidence.given_by_step:
+        fences = [int(fence_of(lease)) for _, lease in given]
+        for (job, lease), fence in zip(given, fences, strict=True):
+            if fence <= highest or fences.count(fence) > 1:
+                yield Violation(4, job, f"fence {fence} given after {highest}", (step, lease))
+        highest = max(highest, *fences)
+
+
+def _was_over(evidence: Evidence, record: Record) -> bool:
+    """Whether a lease that was taken away had ended: run out, or its worker was dead or gave it up."""
+    if record.expiry <= record.at + 0.001:
+        return True
+    lease, worker, since = evidence.leases.get(record.fence, ("", record.worker, 0.0))
+    if lease in evidence.given_up:
+        return True
+    return any(since - 1 <= wall <= record.at + SLACK for wall in evidence.deaths.get(worker, ()))
+
+
+def _was_frozen(evidence: Evidence, run: Execution) -> bool:
+    """Whether its whole tree of processes stood still while it ran, so that nothing could end it."""
+    return any(
+        event["worker"] == run.worker
+        and event["frozen"]
+        and run.start <= event["at"] + event["seconds"] + SLACK
+        and run.last_sign >= event["at"]
+        for event in evidence.named("stopped")
+    )
+
+
+def _dump_agrees(evidence: Evidence) -> Found:
+    """The journal must lead to what is there: else somebody changed Redis past it, or it is not whole."""
+    for job, (status, lease) in evidence.dump.jobs.items():
+        known = evidence.final.get(job, JobState())
+        if (known.status, known.lease) != (status, lease):
+            yield Violation(5, job, f"in Redis {status} under {lease}, by its journal not", (known,))
+    for queue, ids in evidence.dump.queued.items():
+        for job, count in Counter(ids).items():
+            if count > 1 or f"queue {queue}" not in evidence.final.get(job, JobState()).places:
+                yield Violation(5, job, f"{count} times in the list of queue {queue}", ())
