@@ -89,13 +89,13 @@ class _Up:
     confirm_seconds: float
 
     async def bring_up(self, host: Host) -> HostResult:
-        """One host, from connect to confirm. Never raises but when cancelled."""
+        """One host, from connect to confirm. Never raises but when cancelled before its start."""
         journey = Journey(host, self.on_event)
-        try:
-            async with opened(journey, self.opener) as launcher:
-                return await self._steps(journey, launcher)
-        except Exception as exc:  # one host's trouble, foreseen or not, is not that of the others
-            return journey.failed(exc)
+        return await journey.taken(self._brought_up(journey))
+
+    async def _brought_up(self, journey: Journey) -> HostResult:
+        async with opened(journey, self.opener) as launcher:
+            return await self._steps(journey, launcher)
 
     async def _steps(self, journey: Journey, launcher: base.Launcher) -> HostResult:
         probe = await journey.take("probe", self._probe(launcher), _described)
@@ -106,8 +106,9 @@ class _Up:
         before = await self._beats([order.name for order in wanted])
         with self.fan_out.uncut(journey.host):
             started = await journey.take("start", launcher.start(python, wanted), _told)
+        unconfirmed = journey.result("unconfirmed", workers=_workers(started), note="started, not confirmed")
         if self.fan_out.interrupted:
-            return journey.result("unconfirmed", workers=_workers(started), note="started, not confirmed")
+            return unconfirmed
         await journey.take("confirm", self._confirmed(journey.host, launcher, wanted[0], before, started))
         fresh = any(worker.fresh for worker in started)
         return journey.result(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -48,6 +49,19 @@ class Journey:
     on_event: OnEvent
     began: float = field(default_factory=clock.monotonic)
     step: Step = "connect"
+    #: what is true of the host already, should the rest be cut short
+    so_far: HostResult | None = None
+
+    async def taken(self, steps: Awaitable[HostResult]) -> HostResult:
+        """What became of the host. Raises only CancelledError, where nothing was done to it yet."""
+        try:
+            return await steps
+        except asyncio.CancelledError:
+            if self.so_far is None:
+                raise
+            return self.so_far
+        except Exception as exc:  # one host's trouble, foreseen or not, is not that of the others
+            return self.failed(exc)
 
     async def take(
         self, step: Step, work: Awaitable[Value], tell: Callable[[Value], str] = lambda _: ""
@@ -68,7 +82,10 @@ class Journey:
         return self.result("failed", step=self.step, error=error)
 
     def result(self, outcome: Outcome, **more: Any) -> HostResult:
-        return HostResult(self.host.name, outcome, seconds=clock.monotonic() - self.began, **more)
+        """What is told of the host, also where it is cut off after this."""
+        seconds = clock.monotonic() - self.began
+        self.so_far = HostResult(self.host.name, outcome, seconds=seconds, **more)
+        return self.so_far
 
 
 @asynccontextmanager

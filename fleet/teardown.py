@@ -38,18 +38,18 @@ class _Down:
     force: bool
 
     async def take_down(self, host: Host) -> HostResult:
-        """One host. Never raises but when cancelled."""
+        """One host. Never raises but when cancelled before anything is known."""
         journey = Journey(host, self.on_event)
-        try:
-            async with opened(journey, self.opener) as launcher:
-                stopped = await journey.take("stop", self._stop(host, launcher), _ended)
-        except Exception as exc:  # as above
-            return journey.failed(exc)
-        workers = tuple(WorkerResult(worker.name, worker.how, worker.pid) for worker in stopped)
-        if any(worker.how == "remains" for worker in stopped):
-            return replace(journey.failed(_remains(stopped)), workers=workers)
-        ended = any(worker.how in ("stopped", "killed") for worker in stopped)
-        return journey.result("stopped" if ended else "not running", workers=workers)
+        return await journey.taken(self._taken_down(journey))
+
+    async def _taken_down(self, journey: Journey) -> HostResult:
+        async with opened(journey, self.opener) as launcher:
+            stopped = await journey.take("stop", self._stop(journey.host, launcher), _ended)
+            workers = tuple(WorkerResult(worker.name, worker.how, worker.pid) for worker in stopped)
+            if any(worker.how == "remains" for worker in stopped):
+                return replace(journey.failed(_remains(stopped)), workers=workers)
+            ended = any(worker.how in ("stopped", "killed") for worker in stopped)
+            return journey.result("stopped" if ended else "not running", workers=workers)
 
     async def _stop(self, host: Host, launcher: base.Launcher) -> tuple[base.Stopped, ...]:
         return await launcher.stop(

@@ -75,6 +75,7 @@ class StubLauncher:
 
     async def close(self) -> None:
         self.stub.open -= 1
+        await self.stub.step("close", self.host)
 
 
 class Stub:
@@ -264,6 +265,47 @@ def test_an_interrupt_leaves_hosts_started_and_known_or_untouched(stub):
     assert release.is_set(), "a start is never cut"
     assert [order.name for order in stub.started] == ["starting-0"]
     assert stub.open == 0
+
+
+def test_what_was_done_before_an_interrupt_is_told_though_the_connection_hangs(stub):
+    async def up(ready: asyncio.Event) -> Report:
+        async def hang() -> None:
+            ready.set()
+            await asyncio.Event().wait()
+
+        stub.steps["close", "a"] = hang
+        return await (stub.down(["a"]) if stub.started else stub.up(["a"]))
+
+    for outcome in ("started", "stopped"):
+        report = interrupted(up)
+        assert (outcomes(report), report.exit_code) == ([outcome], 130)
+
+
+def test_a_host_whose_workers_were_not_seen_to_beat_yet_is_not_called_untouched(stub):
+    stub.registers = False
+
+    async def up(ready: asyncio.Event) -> Report:
+        def begun(event: Event) -> None:
+            if (event.step, event.state) == ("confirm", "begun"):
+                ready.set()
+
+        stub.events = _Calling(begun)
+        return await stub.up(["a"])
+
+    (result,) = interrupted(up).hosts
+    assert (result.outcome, result.note) == ("unconfirmed", "started, not confirmed")
+    assert [worker.name for worker in result.workers] == ["a-0"]
+
+
+class _Calling(list):
+    """A list that tells of each element."""
+
+    def __init__(self, tell: Callable[[Event], None]) -> None:
+        self.tell = tell
+
+    def append(self, event: Event) -> None:
+        super().append(event)
+        self.tell(event)
 
 
 def test_hosts_that_wait_their_turn_are_untouched(stub):
