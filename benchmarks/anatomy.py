@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -64,9 +65,10 @@ def _times(worker: psutil.Process, server: psutil.Process) -> dict[str, float]:
     found["worker"], found["Redis"] = own.user + own.system, _seconds(server)
     found["jobs' own processes"] = own.children_user + own.children_system
     for child in worker.children():
-        command = " ".join(child.cmdline())
-        for who, program in (("executors", "executor_main"), ("sidecar", "sidecar_main")):
-            found[who] += _seconds(child) if program in command else 0.0
+        with suppress(psutil.NoSuchProcess):  # a command that ended meanwhile, or is a zombie yet
+            command = " ".join(child.cmdline())
+            for who, program in (("executors", "executor_main"), ("sidecar", "sidecar_main")):
+                found[who] += _seconds(child) if program in command else 0.0
     return found
 
 

@@ -37,7 +37,7 @@ from fleet.loop import Parts, WorkerLoop
 from fleet.mailbox import Mailbox
 from fleet.memory import Memory
 from fleet.outputs import Folders, WorkingFolders
-from fleet.signals import StopSignals
+from fleet.signals import StopSignals, kept_from_threads
 from fleet.slots import Slots
 from fleet.worker_config import WorkerConfig
 
@@ -127,7 +127,8 @@ def _work(
         )
         chores = ChoreThread(session, _connect(config, session.settings), folders)
         for thread in (loop.beater, chores):
-            thread.start()
+            with kept_from_threads():
+                thread.start()
             stack.callback(thread.stop)
         _collect_garbage_rarely()
         return loop.run()

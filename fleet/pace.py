@@ -14,21 +14,36 @@ _UNKNOWN = float("inf")
 
 
 class Pace:
-    """A running mean of what jobs took, in seconds; nothing is known of the first."""
+    """Running means of what jobs took, and of what those that waited for a slot waited for each before them.
+
+    The second tells more where a slot stands empty between two jobs, but only of jobs that waited.
+    Seconds; nothing is known of the first.
+    """
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
-        self._seconds = _UNKNOWN
+        self._ran = self._waited = _UNKNOWN
 
-    def note(self, seconds: float) -> None:
+    def ran(self, seconds: float) -> None:
         """A job took so long."""
-        known = self._seconds != _UNKNOWN
-        self._seconds = (1 - _WEIGHT) * self._seconds + _WEIGHT * seconds if known else seconds
+        self._ran = _mean(self._ran, seconds)
+
+    def waited(self, seconds: float, before: int) -> None:
+        """A job began after so long, when so many that were before it had begun."""
+        if before >= self._slots:  # the first of many say little of how fast the rest will go
+            self._waited = _mean(self._waited, seconds / before)
 
     def forget(self) -> None:
         """Jobs are not as short as they were."""
-        self._seconds = _UNKNOWN
+        self._ran = self._waited = _UNKNOWN
 
     def stock(self) -> int:
         """How many jobs may wait for a slot at once."""
-        return min(MOST_AHEAD * self._slots, int(_WORK_SECONDS * self._slots / max(self._seconds, 1e-6)))
+        each = self._ran / self._slots
+        if self._waited != _UNKNOWN:
+            each = max(each, self._waited)
+        return min(MOST_AHEAD * self._slots, int(_WORK_SECONDS / max(each, 1e-6)))
+
+
+def _mean(known: float, seconds: float) -> float:
+    return seconds if known == _UNKNOWN else (1 - _WEIGHT) * known + _WEIGHT * seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ def host_error(exc: OSError, doing: str) -> CannotStart:
 def spawn(
     argv: tuple[str, ...], env: Mapping[bytes, bytes], cwd: str, files: tuple[int, int, int], home: int
 ) -> int:
-    """Start `argv` in a session of its own and return its process id, which is its group's too.
+    """Start `argv` as a process group of its own and return its process id, which is the group's.
 
     `files` become stdin, stdout and stderr; `home` is the directory (a file number) that this
     process returns to: posix_spawn, unlike fork, has no way to set the child's directory, and
@@ -72,7 +73,7 @@ def spawn(
             argv,
             env,
             file_actions=[(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(files)],
-            setsid=True,
+            **_apart(),
             setsigmask=(),
             setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
         )
@@ -80,6 +81,20 @@ def spawn(
         raise _explained(argv[0], exc) from exc
     finally:
         os.fchdir(home)
+
+
+@functools.cache
+def _apart() -> dict[str, int]:
+    """What sets a job apart from this process, and from its terminal if it has one.
+
+    A session does both, but where jobs need none it is not free: to Linux each is a group of tasks
+    (autogroup, sched(7)) that is made, scheduled and taken down.
+    """
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return {"setpgroup": 0}
+    return {"setsid": True}
 
 
 def resolve(program: str, path: str) -> str:

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@contextmanager
+def kept_from_threads() -> Iterator[None]:
+    """Threads that are started inside get no signals of this process: the main thread is to hear them.
+
+    Else the kernel gives another thread the end of a child that comes while the main thread starts the
+    next one, and wakes it for nothing.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopSignals:

@@ -32,11 +32,17 @@ _HOST_FAULT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A claim that is not begun: what it runs (None: a function), and until when it may wait."""
+    """A claim that is not begun: what it runs (None: a function), until when it may wait, and how many came
+    before it."""
 
     claim: Claim
     what: command.Command | None
     until: float
+    before: int
+
+    def waited(self) -> float:
+        """Seconds so far."""
+        return clock.monotonic() - (self.until - AHEAD_SECONDS)
 
 
 class Slots:
@@ -126,7 +132,8 @@ class Slots:
         until = clock.monotonic() + AHEAD_SECONDS
         for claim in claims:
             try:
-                self._waiting.append(_Waiting(claim, command.from_data(claim.fields.get(b"data")), until))
+                what = command.from_data(claim.fields.get(b"data"))
+                self._waiting.append(_Waiting(claim, what, until, self._held))
             except command.Damaged as exc:
                 self._end(never_started(claim, f"DamagedJob: {exc}"))
 
@@ -138,7 +145,9 @@ class Slots:
         if self._lined_up and len(self._attempts) < self._count:  # a slot is free: no need to be in line
             self._withdraw()
         while self._waiting and len(self._attempts) < self._count:
-            self._start(self._waiting.popleft())
+            waiting = self._waiting.popleft()
+            self._pace.waited(waiting.waited(), waiting.before)
+            self._start(waiting)
         while self._waiting and self._line_up(self._waiting[0]):
             self._waiting.popleft()
         self._pool.send()
@@ -181,8 +190,9 @@ class Slots:
         """What was lined up and has begun is running; if its executor died before, it waits again."""
         self._wait_again(self._pool.stranded())
         for execution in [one for one in self._lined_up if one.begun_at is not None]:
-            _, attempt = self._lined_up.pop(execution)
+            waiting, attempt = self._lined_up.pop(execution)
             attempt.started = execution.begun_at or attempt.started
+            self._pace.waited(waiting.waited(), waiting.before)
             self._run(attempt)
 
     def admit(self, claims: Iterable[Claim]) -> None:
@@ -273,7 +283,7 @@ class Slots:
         self._end(end)
         del self._attempts[lease]
         if end.duration_seconds is not None:
-            self._pace.note(end.duration_seconds)
+            self._pace.ran(end.duration_seconds)
         self.busy_at = clock.monotonic()
 
     # -- interruptions ---------------------------------------------------------------------
