@@ -9,6 +9,7 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -84,7 +85,7 @@ def spawn(
 
 
 @functools.cache
-def _apart() -> dict[str, int]:
+def _apart() -> dict[str, Any]:
     """What sets a job apart from this process, and from its terminal if it has one.
 
     A session does both, but where jobs need none it is not free: to Linux each is a group of tasks
