@@ -32,6 +32,7 @@ from fleet.beater import Beater, patience
 from fleet.chores import ChoreThread
 from fleet.executors import ExecutorConfig, ExecutorPool
 from fleet.guard import Guard
+from fleet.launchers.agent import TOKEN_VARIABLE
 from fleet.links import Links
 from fleet.loop import Parts, WorkerLoop
 from fleet.mailbox import Mailbox
@@ -45,6 +46,8 @@ log = logging.getLogger("fleet.worker")
 
 #: variables that jobs must not see: they may carry a secret
 _SECRETS = ("FLEET_REDIS_URL", "FLEET_REDIS_PASSWORD_FILE", "REDIS_URL", "RQ_REDIS_URL")
+#: what no job gets: secrets, and the mark of the worker's own process
+_NOT_FOR_JOBS = (*_SECRETS, TOKEN_VARIABLE)
 
 
 def run(config: WorkerConfig, settings: WorkerSettings, signals: StopSignals) -> int:
@@ -190,7 +193,7 @@ def _executor_config(
 
 def job_environ(environ: Mapping[str, str], config: WorkerConfig, incarnation: str) -> dict[str, str]:
     """What every job finds in its environment: the worker's own, less what may be secret."""
-    kept = {name: value for name, value in environ.items() if name not in _SECRETS}
+    kept = {name: value for name, value in environ.items() if name not in _NOT_FOR_JOBS}
     ours = {"FLEET_WORKER": config.name, "FLEET_HOST": config.host, "FLEET_INCARNATION": incarnation}
     return kept | ours
 

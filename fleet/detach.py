@@ -2,7 +2,8 @@
 
 The worker gets a session of its own, no stdin, and its log for stdout and stderr, so it
 lives on when the SSH connection and the operator's laptop go. Prints one line of JSON,
-`{"pid": ..., "start_time": ..., "version": ...}`, and ends.
+`{"pid": ..., "start_time": ..., "token": ..., "version": ...}`, and ends. The process carries the
+token in its environment: with PID and start time it tells that very process from any other.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
 from broker import __version__
+from fleet.launchers.agent import TOKEN_VARIABLE
 
 #: what belongs to the connection that started the worker, and is void when that ends
 _OF_THE_CONNECTION = ("SSH_",)
@@ -41,6 +44,7 @@ def start(config: Path, output_dir: Path, name: str) -> dict[str, object]:
     log = log_file(output_dir, name)
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    token = uuid.uuid4().hex
     try:
         process = subprocess.Popen(
             [sys.executable, "-I", "-m", "fleet.worker", "--config", str(config)],
@@ -48,14 +52,14 @@ def start(config: Path, output_dir: Path, name: str) -> dict[str, object]:
             stdout=descriptor,
             stderr=descriptor,
             cwd=output_dir,
-            env=_environment(os.environ),
+            env={**_environment(os.environ), TOKEN_VARIABLE: token},
             start_new_session=True,
         )
     finally:
         os.close(descriptor)
     # never waited for: it is init's when we end
     started_at = psutil.Process(process.pid).create_time()
-    return {"pid": process.pid, "start_time": started_at, "version": __version__}
+    return {"pid": process.pid, "start_time": started_at, "token": token, "version": __version__}
 
 
 def log_file(output_dir: Path, name: str) -> Path:

@@ -25,6 +25,7 @@ import redis
 from broker import __version__, clock, keys
 from broker.errors import Conflict, UsageError
 from broker.session import Session
+from fleet.launchers.agent import TOKEN_VARIABLE
 from fleet.outputs import Folders
 
 log = logging.getLogger("fleet.worker")
@@ -148,10 +149,12 @@ def run_file(folders: Folders, name: str) -> Path:
 
 
 def write_run_file(folders: Folders, name: str, incarnation: str) -> Path:
-    """Leave a note of this process for `fleet down`: it is ours if pid and start time agree."""
+    """Leave a note of this process for `fleet down`: it is ours if pid, start time and token agree."""
     path = run_file(folders, name)
     started = psutil.Process().create_time()
     note = {"pid": os.getpid(), "start_time": started, "incarnation": incarnation, "version": __version__}
+    if token := os.environ.get(TOKEN_VARIABLE):  # a worker that somebody runs by hand has none
+        note["token"] = token
     _write(path, note)
     return path
 

@@ -26,6 +26,8 @@ Json = dict[str, Any]
 MARK = "rq-fleet: "
 #: seconds by which the start time of a process may be off: clocks are stepped, `ps` rounds
 START_TIME_SLACK_SECONDS = 2.0
+#: the variable in a worker's environment that tells it from a process with its PID and start time
+TOKEN_VARIABLE = "RQ_FLEET_TOKEN"
 #: seconds a worker gets after the second SIGTERM, which hurries it, to hand back its jobs
 HURRY_SECONDS = 5.0
 #: seconds the children of a worker get to go when it has gone; its sidecar needs less
@@ -418,9 +420,22 @@ def record(path: Path) -> Json | None:
 
 
 def lives(process: Json) -> bool:
-    """Whether that very process lives: its PID, started when it was."""
+    """Whether that very process lives: its PID, started when it was, with its token if it has one."""
     began = started_at(process["pid"])
-    return began is not None and abs(began - process["start_time"]) < START_TIME_SLACK_SECONDS
+    if began is None or abs(began - process["start_time"]) >= START_TIME_SLACK_SECONDS:
+        return False
+    return "token" not in process or carries(process["pid"], process["token"])
+
+
+def carries(pid: int, token: str) -> bool:
+    """Whether process `pid` was started with that token; what is not ours cannot be read, or has gone."""
+    if sys.platform != "linux":
+        return True
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return f"{TOKEN_VARIABLE}={token}".encode() in variables
 
 
 def started_at(pid: int) -> float | None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from fleet.bundle import Bundle
-from fleet.launchers import base
+from fleet.launchers import agent, base
 from fleet.launchers.ssh import Address, SshLauncher, SshOptions, open_launcher
 from fleet.worker_config import WorkerConfig
 from tests.conftest import wait_until
@@ -383,6 +383,9 @@ def test_a_worker_is_started_once_and_stopped(farm, eventually):
         config = host.output_dir / "run/host1-0.config.json"
         assert config.stat().st_mode & 0o777 == 0o600
         assert WorkerConfig.from_json(config.read_text()) == order(host)
+        started = json.loads((host.output_dir / "run/host1-0.started.json").read_text())
+        environ = psutil.Process(fresh.pid).environ()
+        assert environ[agent.TOKEN_VARIABLE] == started["token"]
         # it cannot reach Redis, so it ends by itself: that is seen, with the end of its log
         while (seen := await launcher.inspect(None, "host1", log_lines=5))[0].alive:
             await asyncio.sleep(0.05)
@@ -396,12 +399,23 @@ def test_a_worker_is_started_once_and_stopped(farm, eventually):
     at(farm, "host1", life)
 
 
-def test_a_recycled_pid_is_never_taken_for_a_worker(farm, spawn):
+@pytest.mark.parametrize(
+    ("noted", "carried"),
+    [
+        pytest.param({"start_time": 1000.0}, None, id="started at another time"),
+        pytest.param({"token": "t1"}, None, id="started at that time, without our token"),
+        pytest.param({"token": "t1"}, "t10", id="started at that time, with another token"),
+    ],
+)
+def test_a_recycled_pid_is_never_taken_for_a_worker(farm, spawn, noted, carried):
     host = farm.add("host1")
-    innocent = spawn(["sleep", "100"])
+    environ = {**os.environ, **({agent.TOKEN_VARIABLE: carried} if carried else {})}
+    innocent = spawn(["sleep", "100"], env=environ)
     run = host.output_dir / "run"
     run.mkdir(parents=True)
-    (run / "host1-0.json").write_text(f'{{"pid": {innocent.pid}, "start_time": 1000.0, "version": "0"}}')
+    found = {"pid": innocent.pid, "start_time": psutil.Process(innocent.pid).create_time(), "version": "0"}
+    for name in ("host1-0.json", "host1-0.started.json"):
+        (run / name).write_text(json.dumps(found | noted))
 
     async def look_and_stop(launcher: SshLauncher) -> Any:
         return await launcher.inspect(None, "host1"), await launcher.stop(None, "host1", grace_seconds=0)

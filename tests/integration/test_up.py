@@ -19,6 +19,7 @@ import pytest
 from broker import keys
 from broker.command import Command
 from broker.submit import Options, submit_commands
+from fleet.launchers.agent import TOKEN_VARIABLE
 from fleet.worker_config import this_host
 from tests.conftest import fleet_script
 from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes
@@ -164,6 +165,8 @@ def test_what_is_started_is_what_was_asked_for(farm, fleet, redis_client, option
     assert record["labels"] == {"kind": "test", "own": "yes"}
     assert record["slots"] == (3 if "--slots" in options else max(1, record["cpus"] // 2))
     assert (farm.hosts["host1"].home / "out/log/host1-1.log").exists()
+    note = json.loads((farm.hosts["host1"].home / "out/run/host1-1.json").read_text())
+    assert psutil.Process(record["pid"]).environ()[TOKEN_VARIABLE] == note["token"]
     assert fleet("down").returncode == 0, "it is known where they write"
     assert fleet_processes(farm.folder) == []
 
@@ -315,6 +318,7 @@ def test_no_secret_is_seen_in_a_process_list_a_log_or_an_environment(farm, fleet
         assert workers
         assert not [p for p in workers if secret in " ".join(p.environ().values())]
         assert secret not in (farm.folder / "environ").read_text()
+        assert TOKEN_VARIABLE not in (farm.folder / "environ").read_text()
         assert fleet("down", env={"FLEET_REDIS_URL": url}).returncode == 0
     assert watcher.rounds > 10
     assert watcher.found == set()
