@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -50,6 +51,21 @@ class Duration(_ParamType):
         if not math.isfinite(seconds) or seconds > _LONGEST_SECONDS:
             self.fail(f"{value!r} is longer than a hundred years.", param, ctx)
         return seconds
+
+
+class Gibibytes(_ParamType):
+    """`64`, `0.5`: a number of GiB, as bytes; more than 0."""
+
+    name = "gib"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            size = round(float(value) * 2**30)
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is no number of GiB.", param, ctx)
+        if size < 1:
+            self.fail(f"{value!r}: must be more than 0.", param, ctx)
+        return size
 
 
 class JobId(_ParamType):
@@ -134,6 +150,28 @@ def pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
             raise UsageError(f"{option} {word!r}: not of the form NAME=VALUE")
         found[name] = value
     return found
+
+
+def resource_options(command: Any) -> Any:
+    """What a machine is said to have, for a verb that starts workers; `resources` reads them."""
+    count = click.IntRange(min=0)
+    for option in (
+        click.option("--num-gpus", type=count, metavar="N", help="Not the GPUs detected."),
+        click.option("--memory-gb", type=Gibibytes(), metavar="GB", help="Not the memory detected; GiB."),
+        click.option("--num-cpus", type=click.IntRange(min=1), metavar="N", help="Not the CPUs detected."),
+    ):
+        command = option(command)
+    return command
+
+
+def resources(options: Mapping[str, Any]) -> dict[str, int]:
+    """What `resource_options` said, as arguments of `fleet.resources.detect`."""
+    said = {
+        "cpus": options["num_cpus"],
+        "memory_bytes": options["memory_gb"],
+        "num_gpus": options["num_gpus"],
+    }
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def json_option(command: Any) -> Any:

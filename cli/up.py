@@ -13,6 +13,7 @@ import click
 
 from broker.errors import UsageError
 from cli.context import Context, pass_context, print_json
+from cli.params import resource_options
 
 if TYPE_CHECKING:
     from fleet.bootstrap import Orders
@@ -51,6 +52,7 @@ def _ssh_options(command: Command) -> Command:
 @click.option("--no-install", is_flag=True, help="Use the rq-fleet that is there.")
 @click.option("--executor-python", metavar="PYTHON", help="Interpreter for Python functions; needs rq.")
 @click.option("--path", "paths", multiple=True, metavar="DIR", help="First on the path of Python functions.")
+@resource_options
 @click.option("--local", type=click.IntRange(min=1), metavar="N", help="N workers on this machine, no SSH.")
 @click.option("--dry-run", is_flag=True, help="Connect and look, change nothing.")
 @_ssh_options
@@ -140,7 +142,7 @@ def _named_hosts(hosts_file: str | None, options: Options) -> tuple[Host, ...]:
 def _orders(context: Context, options: Options) -> Orders:
     """What to start. Raises UsageError for what no host could do."""
     from broker import names
-    from cli.params import pairs
+    from cli.params import pairs, resources
     from fleet.bootstrap import Orders
 
     queues = tuple(names.queue_name(part.strip()) for part in options["queues"].split(","))
@@ -158,6 +160,7 @@ def _orders(context: Context, options: Options) -> Orders:
         install=not options["no_install"],
         executor_python=options["executor_python"],
         paths=options["paths"] or here,
+        resources=resources(options),
         settings=dataclasses.asdict(context.settings.worker),
         dry_run=options["dry_run"],
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.context import Context, pass_context
-from cli.params import pairs
+from cli.params import pairs, resource_options, resources
 
 if TYPE_CHECKING:
     from fleet.worker_config import WorkerConfig
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--executor-python", metavar="PYTHON", help="Interpreter for Python functions; needs rq.")
 @click.option("--path", "paths", multiple=True, metavar="DIR", help="First on the path of Python functions.")
 @click.option("--output-dir", type=click.Path(path_type=Path), help="Where jobs run and write.")
+@resource_options
 @pass_context
 def worker(context: Context, /, **options: Any) -> int:
     """Run one worker here until it is told to stop (Ctrl-C twice hurries it)."""
@@ -64,4 +65,5 @@ def _config(options: dict[str, Any], redis_url: str) -> WorkerConfig:
         idle_timeout_seconds=options["idle_timeout"],
         startup_delay_seconds=options["startup_delay_seconds"],
         ephemeral=ephemeral,
+        resources=resources(options),
     )

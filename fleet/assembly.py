@@ -6,6 +6,7 @@ Puts the parts together, registers, runs the loop, and leaves nothing behind.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import logging
@@ -218,7 +219,7 @@ class _Description:
     """The record of a worker that `fleet status` reads: JSON, made anew with each beat."""
 
     def __init__(self, config: WorkerConfig, session: Session, lock: str) -> None:
-        found, who = resources.detect(), session.identity
+        found, who = resources.detect(**config.resources), session.identity
         self._fixed = {
             "name": who.name,
             "host": who.host,
@@ -229,9 +230,7 @@ class _Description:
             "slots": config.slots,
             "labels": dict(config.labels),
             "version": __version__,
-            "cpus": found.cpus,
-            "memory_bytes": found.memory_bytes,
-            "gpus": [],
+            **dataclasses.asdict(found),
             "ephemeral": who.ephemeral,
             "heartbeat_seconds": session.settings.heartbeat_seconds,
             "started_at": clock.wall().isoformat(),

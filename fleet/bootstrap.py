@@ -50,6 +50,8 @@ class Orders:
     #: None: the worker's own
     executor_python: str | None = None
     paths: tuple[str, ...] = ()
+    #: what each host is said to have, by the arguments of `fleet.resources.detect`; the rest is detected
+    resources: Mapping[str, int] = field(default_factory=dict)
     #: those of broker.worker_settings.WorkerSettings
     settings: Mapping[str, Any] = field(default_factory=dict)
     dry_run: bool = False
@@ -186,10 +188,11 @@ def workers_for(host: Host, orders: Orders, probe: base.Probe, python: str) -> t
         redis_url=orders.redis_url,
         output_dir=_absolute(options.output_dir or orders.output_dir or probe.output_dir, probe),
         queues=options.queues or orders.queues,
-        slots=options.slots or orders.slots or max(1, probe.cpus // count),
+        slots=options.slots or orders.slots or max(1, orders.resources.get("cpus", probe.cpus) // count),
         labels={**orders.labels, **options.labels},
         executor_python=_absolute(orders.executor_python or python, probe),
         paths=tuple(_absolute(path, probe) for path in orders.paths),
+        resources=orders.resources,
         settings=orders.settings,
     ).checked()
     return tuple(replace(first, name=host.worker_name(number)) for number in range(count))

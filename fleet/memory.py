@@ -18,6 +18,7 @@ import psutil
 from broker import clock
 from broker.work import Tails
 from fleet.process import Exit
+from fleet.resources import cgroups
 
 _SIGKILL = 9
 #: what a shell returns whose command was killed so
@@ -55,7 +56,7 @@ def counters(root: Path = Path("/")) -> tuple[Counter, ...]:
 
 
 def _cgroup_files(root: Path) -> Iterator[Path]:
-    for folder, mount, version in _cgroups(root):
+    for folder, mount, version in cgroups("memory", root):
         if version == 1:
             yield folder / "memory.oom_control"
             continue
@@ -63,46 +64,6 @@ def _cgroup_files(root: Path) -> Iterator[Path]:
         while folder != mount and not (folder / "memory.events").exists():
             folder = folder.parent
         yield folder / "memory.events"
-
-
-def _cgroups(root: Path) -> Iterator[tuple[Path, Path, int]]:
-    """(our cgroup's folder, the hierarchy's mount, its version) of those that may account for memory."""
-    ours = _own_cgroups(root)
-    for line in _lines(root / "proc/self/mountinfo"):
-        before, _, after = line.partition(" - ")
-        fields, kind = before.split(), after.split()
-        if len(fields) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
-            continue
-        version = 2 if kind[0] == "cgroup2" else 1
-        path = ours.get("" if version == 2 else "memory")
-        if path is None or (version == 1 and "memory" not in kind[2].split(",")):
-            continue
-        mount = root / fields[4].lstrip("/")
-        yield mount / _below(path, fields[3]), mount, version
-
-
-def _own_cgroups(root: Path) -> dict[str, str]:
-    """Controller -> path of our cgroup; version 2 has no name for its controllers."""
-    found: dict[str, str] = {}
-    for line in _lines(root / "proc/self/cgroup"):
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        found |= dict.fromkeys(controllers.split(","), path)
-    return found
-
-
-def _below(path: str, mount_root: str) -> str:
-    """`path` as seen below a mount of `mount_root`; a container may be shown its own cgroup alone."""
-    prefix = mount_root.rstrip("/")
-    inside = path == prefix or path.startswith(f"{prefix}/")
-    return path.removeprefix(prefix).strip("/") if inside and ".." not in path else ""
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
 
 
 class Memory:

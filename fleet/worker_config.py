@@ -46,6 +46,8 @@ class WorkerConfig:
     idle_timeout_seconds: float | None = None
     startup_delay_seconds: float = 0.0
     ephemeral: bool = False
+    #: what it says that its host has, by the arguments of `fleet.resources.detect`; the rest is detected
+    resources: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def checked(self) -> WorkerConfig:

@@ -19,15 +19,8 @@ from typing import Protocol
 
 from broker.errors import FleetError
 from fleet.bundle import Bundle
+from fleet.resources import Gpu
 from fleet.worker_config import WorkerConfig
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU of a host."""
-
-    name: str
-    memory_bytes: int
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from fleet import resources
 from fleet.bundle import Bundle
 from fleet.launchers import agent, base
 from fleet.worker_config import WorkerConfig
@@ -98,7 +100,8 @@ class ShellLauncher(ABC):
 
     async def probe(self) -> base.Probe:
         began = time.time()
-        answer = await self._ask({"verb": "probe", "named": bool(self._named)})
+        source = Path(resources.__file__).read_text(encoding="ascii")
+        answer = await self._ask({"verb": "probe", "named": bool(self._named), "resources": source})
         middle = (began + time.time()) / 2
         self._found = _probe(
             answer,
@@ -228,6 +231,6 @@ def _explained(error: agent.Json) -> base.HostError:
 
 def _probe(answer: agent.Json, **more: Any) -> base.Probe:
     fields = {name: value for name, value in answer.items() if name != "time"}
-    fields["gpus"] = tuple(base.Gpu(**gpu) for gpu in answer["gpus"])
+    fields["gpus"] = tuple(resources.Gpu(**gpu) for gpu in answer["gpus"])
     fields["venvs"] = tuple(base.Venv(**venv) for venv in answer["venvs"])
     return base.Probe(**fields, **more)

@@ -12,7 +12,7 @@ import pytest
 import rq
 
 from broker import jobs
-from fleet.memory import _cgroups
+from fleet.resources import cgroups
 from tests.integration.conftest import Workers
 
 _MIB = 1 << 20
@@ -26,7 +26,7 @@ _REFUSED = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 29,) *
 def limited_cgroup() -> Path | None:
     """A new cgroup below our own whose processes may have _LIMIT of memory; None: we may not make one."""
     limits = {1: "memory.limit_in_bytes", 2: "memory.max"}
-    for own, mount, version in _cgroups(Path("/")):
+    for own, mount, version in cgroups("memory"):
         for parent in (own, mount):
             folder = parent / f"fleet-test-{secrets.token_hex(4)}"
             try:

@@ -20,6 +20,7 @@ import pytest
 from fleet.bundle import Bundle
 from fleet.launchers import agent, base
 from fleet.launchers.ssh import Address, SshLauncher, SshOptions, open_launcher
+from fleet.resources import Gpu, find_cpus, find_memory
 from fleet.worker_config import WorkerConfig
 from tests.conftest import wait_until
 from tests.integration.sshd import PYTHON, SshdFarm, listens, write_key
@@ -225,8 +226,7 @@ def test_a_probe_tells_what_the_host_is(farm):
     found = probe(farm, "host1")
     assert (found.system, found.home) == (os.uname().sysname, str(host.home))
     assert found.output_dir == str(host.output_dir)
-    assert found.memory_bytes == psutil.virtual_memory().total
-    assert found.cpus == len(os.sched_getaffinity(0))
+    assert (found.memory_bytes, found.cpus) == (find_memory(), find_cpus())
     assert 0 < found.free_disk_bytes <= shutil.disk_usage(host.home).total
     assert abs(found.clock_skew_seconds) < 2
     assert found.venvs == found.gpus == ()
@@ -238,7 +238,7 @@ def test_gpus_are_counted(farm, tmp_path):
     smi.write_text("#!/bin/sh\nprintf 'NVIDIA A100, 40960\\nNVIDIA A100, 40960\\n'\n")
     smi.chmod(0o755)
     farm.add("host1", PATH=f"{smi.parent}:{os.environ['PATH']}")
-    assert probe(farm, "host1").gpus == (base.Gpu("NVIDIA A100", 40960 * 2**20),) * 2
+    assert probe(farm, "host1").gpus == (Gpu("NVIDIA A100", 40960 * 2**20),) * 2
 
 
 def test_what_a_login_shell_prints_does_no_harm(farm):

@@ -20,6 +20,7 @@ from broker import keys
 from broker.command import Command
 from broker.submit import Options, submit_commands
 from fleet.launchers.agent import TOKEN_VARIABLE
+from fleet.resources import find_cpus, find_memory
 from fleet.worker_config import this_host
 from tests.conftest import fleet_script
 from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes
@@ -164,11 +165,22 @@ def test_what_is_started_is_what_was_asked_for(farm, fleet, redis_client, option
     assert (record["host"], record["queues"]) == ("host1", ["high", "low"])
     assert record["labels"] == {"kind": "test", "own": "yes"}
     assert record["slots"] == (3 if "--slots" in options else max(1, record["cpus"] // 2))
+    assert (record["cpus"], record["memory_bytes"], record["gpus"]) == (find_cpus(), find_memory(), [])
     assert (farm.hosts["host1"].home / "out/log/host1-1.log").exists()
     note = json.loads((farm.hosts["host1"].home / "out/run/host1-1.json").read_text())
     assert psutil.Process(record["pid"]).environ()[TOKEN_VARIABLE] == note["token"]
     assert fleet("down").returncode == 0, "it is known where they write"
     assert fleet_processes(farm.folder) == []
+
+
+def test_what_a_host_is_said_to_have_is_believed(farm, fleet, run_fleet):
+    farm.add("host1")
+    said = ("--num-cpus", "6", "--memory-gb", "1.5", "--num-gpus", "2")
+    assert fleet("up", "host1", options=("--workers-per-host", "2", *said)).returncode == 0
+    for row in json.loads(run_fleet("status", "--json").stdout)["workers"]:
+        assert (row["slots"], row["cpus"], row["memory_bytes"]) == (3, 6, 3 * 2**29)
+        assert row["gpus"] == [{"name": "unknown", "memory_bytes": 0}] * 2
+    assert fleet("down").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -178,6 +190,7 @@ def test_what_is_started_is_what_was_asked_for(farm, fleet, redis_client, option
         ("--path", "/opt/functions"),
         ("--label", "kind=other"),
         ("--queues", "high"),
+        ("--num-gpus", "1"),
         ("--executor-python", "/usr/bin/python3"),
     ],
 )
@@ -218,6 +231,10 @@ def test_a_hosts_file_with_faults_starts_nothing_and_no_broker(farm, run_fleet, 
         (("--label", "novalue"), "NAME=VALUE"),
         (("--output-dir", "relative"), "must begin with / or ~/"),
         (("--local", "2"), "exclude each other"),
+        (("--num-cpus", "0"), "0 is not in the range"),
+        (("--memory-gb", "nan"), "is no number of GiB"),
+        (("--memory-gb", "0"), "must be more than 0"),
+        (("--num-gpus", "-1"), "-1 is not in the range"),
     ],
 )
 def test_words_that_are_off_are_refused_before_anything_happens(farm, fleet, options, said):

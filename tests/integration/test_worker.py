@@ -20,7 +20,7 @@ from fleet import resources
 from tests.integration.conftest import Workers
 
 #: slots with which a worker claims ahead
-MORE_THAN_CORES = resources.cpus() + 2
+MORE_THAN_CORES = resources.find_cpus() + 2
 
 
 @pytest.fixture

@@ -396,3 +396,5 @@ def test_a_hosts_own_options_come_before_those_of_the_command_line():
 def test_slots_are_the_cpus_shared_among_the_workers():
     (first, *_), (alone,) = (workers_for(Host("h"), Orders(URL, n), PROBE, "p") for n in (3, 1))
     assert (first.slots, alone.slots) == (2, 8)
+    (said,) = workers_for(Host("h"), Orders(URL, resources={"cpus": 3}), PROBE, "p")
+    assert (said.slots, said.resources) == (3, {"cpus": 3})
