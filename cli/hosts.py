@@ -66,6 +66,7 @@ def _keep(context: Context, found: tuple[Any, ...]) -> None:
     from fleet import kept_hosts
 
     with context.redis() as client:
+        kept_hosts.check(client, found)
         kept_hosts.keep(client, found)
     context.say(f"kept {', '.join(host.name for host in found)}")
 
@@ -88,6 +89,5 @@ def _line(document: dict[str, Any]) -> str:
     ]
     words += [f"queues={','.join(document['queues'])}"] if document["queues"] else []
     words += [f"label.{name}={value}" for name, value in document["labels"].items()]
-    return "  ".join([address, *words]) + (
-        "  # this machine, without SSH" if document["launcher"] == "local" else ""
-    )
+    line = "  ".join([address, *words])
+    return line if document["launcher"] == "ssh" else f"# {line}  (this machine, without SSH)"

@@ -60,7 +60,8 @@ def _ssh_options(command: Command) -> Command:
 def up(context: Context, /, hosts_file: str | None, as_json: bool, **options: Any) -> int:
     """Start workers on every host of the file HOSTS ('-' reads stdin; none: the hosts kept).
 
-    What runs already is left alone, so it may be run again at any time.
+    What runs already is left alone, so it may be run again at any time. A host is kept from the
+    moment a worker is started there.
     """
     from fleet import kept_hosts
 
@@ -71,8 +72,8 @@ def up(context: Context, /, hosts_file: str | None, as_json: bool, **options: An
     with client or _Nothing():
         hosts = named or kept_hosts.choose(client, ())
         hosts = tuple(_with_output_dir(host, options) for host in hosts)
-        if not orders.dry_run:
-            kept_hosts.keep(client, hosts)
+        if client:
+            kept_hosts.check(client, hosts)
         orders = replace(orders, redis_url=url, bound_to=bound_to)
         return _run(context, hosts, as_json, _bring_up(context, hosts, orders, ssh, client, options))
 
@@ -233,6 +234,13 @@ def _print(report: Report) -> None:
             click.echo(f"{'':<{width}}    {result.error.hint}")
     if report.interrupted:
         click.echo("Interrupted.", err=True)
+    strange = [result.host for result in report.hosts if not result.kept and result.outcome != "planned"]
+    if strange:
+        click.echo(
+            f"Not kept, for nothing was started there: {', '.join(strange)}."
+            " Run it again with the file, or 'fleet hosts add' them.",
+            err=True,
+        )
 
 
 def _line(result: HostResult) -> str:
@@ -262,6 +270,7 @@ def _document(result: HostResult) -> dict[str, Any]:
         "step": result.step,
         "error": error,
         "note": result.note,
+        "kept": result.kept,
         "seconds": round(result.seconds, 3),
         "workers": [
             {"name": worker.name, "state": worker.state, "pid": worker.pid, "version": worker.version}

@@ -2,7 +2,8 @@
 
 A host goes through connect, probe, install, start, confirm. Up to `start` nothing of it is
 changed but for an install, which counts only when complete; `start` is never cut. So an
-interrupt leaves every host either untouched, or started and known.
+interrupt leaves every host either untouched, or started and known: it is kept in Redis before
+anything is started there. A host at which nothing ever was (a name with a typo) is not kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from broker import __version__, connection
 from broker import hosts as broker_hosts
-from fleet import bundle, reach
+from fleet import bundle, kept_hosts, reach
 from fleet.confirmation import Confirmation
 from fleet.fan_out import FanOut
 from fleet.hosts import Host
@@ -71,12 +72,17 @@ async def up(
 ) -> Report:
     """Start workers on `hosts`; what lives already is left alone.
 
-    `client` sees the beats; only a dry run may go without. Cancelling it, as Ctrl-C does,
-    gives a report too, with `interrupted` set. Raises UsageError.
+    `client` keeps the hosts and sees the beats; only a dry run may go without. Cancelling it, as
+    Ctrl-C does, gives a report too, with `interrupted` set. Raises UsageError, and RedisUnreachable
+    where it is away from the start.
     """
-    work = _Up(orders, opener, client, FanOut(max_parallel), on_event, confirm_seconds)
+    known = await asyncio.to_thread(kept_hosts.load, client) if client else ()
+    kept = {host.key for host in known}
+    work = _Up(orders, opener, client, FanOut(max_parallel), on_event, confirm_seconds, kept)
     results = await work.fan_out.run(hosts, work.bring_up)
-    return report(hosts, results, work.fan_out, "untouched")
+    found = report(hosts, results, work.fan_out, "untouched")
+    rows = zip(hosts, found.hosts, strict=True)
+    return replace(found, hosts=tuple(replace(result, kept=host.key in kept) for host, result in rows))
 
 
 @dataclass
@@ -89,6 +95,8 @@ class _Up:
     fan_out: FanOut[HostResult]
     on_event: OnEvent
     confirm_seconds: float
+    #: the keys of the hosts that are kept in Redis
+    kept: set[str]
 
     async def bring_up(self, host: Host) -> HostResult:
         """One host, from connect to confirm. Never raises but when cancelled before its start."""
@@ -106,6 +114,7 @@ class _Up:
         python = await journey.take("install", self._python(launcher, probe))
         wanted = workers_for(journey.host, self._orders_for(probe), probe, python)
         before = await self._beats([order.name for order in wanted])
+        await self._keep(journey.host)
         with self.fan_out.uncut(journey.host):
             started = await journey.take("start", launcher.start(python, wanted), _told)
         unconfirmed = journey.result("unconfirmed", workers=_workers(started), note="started, not confirmed")
@@ -116,6 +125,12 @@ class _Up:
         return journey.result(
             "started" if fresh else "running", workers=_workers(started), note=_note(journey.host, started)
         )
+
+    async def _keep(self, host: Host) -> None:
+        """From now on something of ours may be there, which `fleet down` has to find."""
+        if self.client is not None:
+            await asyncio.to_thread(kept_hosts.keep, self.client, [host])
+            self.kept.add(host.key)
 
     async def _confirmed(
         self,

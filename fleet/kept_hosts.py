@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from broker import hosts as rows
 from broker.connection import address, translated
-from broker.errors import NotFound
+from broker.errors import NotFound, UsageError
 from fleet.hosts import Host, NoHosts
 
 if TYPE_CHECKING:
@@ -18,6 +18,18 @@ def load(client: redis.Redis) -> tuple[Host, ...]:
     """All that are kept, none being fine. Raises RedisUnreachable, UsageError for a damaged row."""
     with translated(address(client)):
         return tuple(Host.from_json(row) for row in rows.kept(client).values())
+
+
+def check(client: redis.Redis, hosts: Sequence[Host]) -> None:
+    """Raises UsageError where workers of `hosts` would be named like those of another host that is kept."""
+    kept = load(client)
+    for host in hosts:
+        for other in kept:
+            if host.key != other.key and host.worker_base.lower() == other.worker_base.lower():
+                raise UsageError(
+                    f"workers of {host.name} would be named like those of {other.name}, which is kept",
+                    f"Name one of them otherwise, or let go of the other: 'fleet hosts remove {other.name}'.",
+                )
 
 
 def keep(client: redis.Redis, hosts: Sequence[Host]) -> None:

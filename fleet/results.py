@@ -54,6 +54,8 @@ class HostResult:
     error: FleetError | None = None
     note: str = ""
     seconds: float = 0.0
+    #: whether the host is among those kept in Redis
+    kept: bool = True
 
     @property
     def good(self) -> bool:

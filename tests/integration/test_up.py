@@ -97,23 +97,52 @@ def test_five_hosts_of_which_one_is_down(farm, fleet, redis_client):
     assert "[FAILED] host3: connect: " in done.stderr
     assert beating(redis_client) == ["host1-0", "host2-0", "host4-0", "host5-0"]
 
-    first = pids(rows(fleet("up", *names, options=("--json",))))
-    again = rows(fleet("up", options=("--json",)))
+    again = rows(fleet("up", *names, options=("--json",)))
     assert {row["outcome"] for name, row in again.items() if name != "host3"} == {"running"}
-    assert again["host3"]["error"]["code"] == "refused"
-    assert pids(again) == first, "nothing is started twice"
+    assert (again["host3"]["error"]["code"], again["host3"]["kept"]) == ("refused", False)
+    kept = rows(fleet("up", options=("--json",)))
+    assert pids(kept) == pids(again), "nothing is started twice"
+    assert set(kept) == {"host1", "host2", "host4", "host5"}
     assert len([p for p in fleet_processes(farm.folder) if "fleet.worker" in p.cmdline()]) == 4
 
     farm.hosts["host3"].start()
-    mended = fleet("up", options=("--json",))
+    mended = fleet("up", *names, options=("--json",))
     assert mended.returncode == 0
-    assert rows(mended)["host3"]["outcome"] == "started"
+    assert (rows(mended)["host3"]["outcome"], rows(mended)["host3"]["kept"]) == ("started", True)
 
     ended = fleet("down")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert fleet_processes(farm.folder) == []
     assert beating(redis_client) == []
     assert not list(farm.folder.rglob("*.config.json")), "no credentials are left behind"
+
+
+def test_a_host_at_which_nothing_was_ever_started_is_not_kept(farm, fleet, run_fleet, free_port):
+    farm.add("host1")
+    farm.alias("typo", free_port())
+    done = fleet("up", "host1", "typo")
+    assert done.returncode == 3
+    assert "Not kept, for nothing was started there: typo." in done.stderr
+    assert run_fleet("hosts", "list").stdout.split() == ["host1"]
+    assert fleet("up").returncode == fleet("down").returncode == 0, "it haunts nobody"
+
+    assert run_fleet("hosts", "add", "typo slots=2").returncode == 0
+    done = fleet("up", "host1", "typo slots=3", options=("--json",))
+    assert (done.returncode, rows(done)["typo"]["kept"]) == (3, True)
+    assert run_fleet("hosts", "list").stdout.splitlines() == ["host1", "typo  slots=2"], "as it was"
+    assert "Not kept" not in done.stderr
+    assert fleet("down", options=("host1",)).returncode == 0
+
+
+def test_a_host_is_kept_before_anything_is_started_there(farm, fleet, redis_client):
+    """Else whoever kills `fleet up` at that moment leaves a worker that no `fleet down` finds."""
+    host = farm.add("host1")
+    (host.home / "out").mkdir()
+    (host.home / "out/log").write_text("a file where the worker wants a folder")
+    done = fleet("up", "host1", options=("--output-dir", "~/out", "--json"))
+    row = rows(done)["host1"]
+    assert (done.returncode, row["step"], row["kept"]) == (1, "start", True)
+    assert redis_client.hkeys(keys.HOSTS) == [b"host1"]
 
 
 def test_down_does_not_take_a_host_that_is_away_for_stopped(farm, fleet):
@@ -400,7 +429,7 @@ def test_workers_on_this_machine_without_ssh(run_fleet, redis_client, fleet_redi
     again = run_fleet("up", "--local", "2", "--json", env=FAST)
     assert pids(rows(again)) == first
     assert rows(again)[name]["outcome"] == "running"
-    assert "this machine" in run_fleet("hosts", "list").stdout
+    assert run_fleet("hosts", "list").stdout.startswith(f"# {name}"), "as a hosts file it would need SSH"
     assert run_fleet("down", env=FAST).returncode == 0
     assert not [pid for pid in first.values() if is_alive(pid)]
     assert "not running" in run_fleet("down", name).stdout
@@ -415,6 +444,8 @@ def test_hosts_are_kept_listed_and_removed(run_fleet, fleet_redis_url, tmp_path)
     assert listed.stdout.splitlines() == ["[2001:db8::1]", "GPU7  slots=3", "one"]
     assert run_fleet("hosts", "add", "two", "bad:0").returncode == 2
     assert run_fleet("hosts", "remove", "one", "three").returncode == 4
+    clash = run_fleet("hosts", "add", "four", "2001-db8--1")
+    assert (clash.returncode, "named like those of 2001:db8::1" in clash.stderr) == (2, True)
     assert run_fleet("hosts", "remove", "one", "2001:DB8::1").returncode == 0
     document = json.loads(run_fleet("hosts", "list", "--json").stdout)
     assert [(row["name"], row["slots"]) for row in document["hosts"]] == [("GPU7", 3)]
@@ -448,4 +479,6 @@ def test_a_full_disk_is_told_and_the_other_host_goes_on(farm, fleet, full_disk, 
     assert row["error"]["code"] == "disk_full"
     assert row["step"] == ("start" if how else "install")
     assert done.returncode == (3 if how else 1)
-    assert fleet("down").returncode == 0
+    assert rows(done)["host1"]["kept"] == bool(how), "it is where something was written, or might have been"
+    if how:
+        assert fleet("down").returncode == 0
