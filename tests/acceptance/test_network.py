@@ -145,7 +145,7 @@ def bring_up(fleet: Fleet) -> dict[str, int]:
     assert refused.stdout.count("out of that machine's reach") == 2, refused.stdout
     assert f"fleet broker start --host {OUR_ADDRESS}\n" in refused.stdout
     follow(fleet, refused.stdout)
-    done = fleet.up("--json")
+    done = fleet.up(fleet.hosts_file(), "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     return pids(rows(done))
 
