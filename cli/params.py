@@ -68,6 +68,19 @@ class Gibibytes(_ParamType):
         return size
 
 
+class Count(click.IntRange):
+    """A whole number from 1 on."""
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: int = click.INT.convert(value, param, ctx)
+        if number < 1:
+            self.fail(f"must be at least 1, got {number}.", param, ctx)
+        return number
+
+
 class JobId(_ParamType):
     """The id of a job; Tab offers the newest."""
 

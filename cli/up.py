@@ -13,7 +13,7 @@ import click
 
 from broker.errors import UsageError
 from cli.context import Context, pass_context, print_json
-from cli.params import resource_options
+from cli.params import Count, resource_options
 
 if TYPE_CHECKING:
     from fleet.bootstrap import Orders
@@ -32,8 +32,13 @@ def _ssh_options(command: Command) -> Command:
         click.option(
             "--ssh-config", type=click.Path(path_type=Path), metavar="FILE", help="Not ~/.ssh/config."
         ),
-        click.option("--connect-timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS"),
-        click.option("--max-parallel-ssh", type=click.IntRange(min=1), metavar="N", help="Hosts at once."),
+        click.option(
+            "--connect-timeout",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="SECONDS",
+            help="To reach a host; default: its ConnectTimeout in ssh_config, else 30.",
+        ),
+        click.option("--max-parallel-ssh", type=Count(), metavar="N", help="Hosts at once; default 10."),
     ):
         command = option(command)
     return command
@@ -173,7 +178,8 @@ def _ssh(context: Context, options: Options) -> SshOptions:
     settings = context.settings.ssh
     return SshOptions(
         config=options["ssh_config"],
-        connect_timeout_seconds=options["connect_timeout"] or settings.connect_timeout_seconds,
+        connect_timeout_seconds=options["connect_timeout"],
+        default_connect_timeout_seconds=settings.connect_timeout_seconds,
         command_timeout_seconds=settings.command_timeout_seconds,
     ).checked()
 

@@ -182,6 +182,12 @@ class HostKeyChanged(ConnectError):
     code = "host_key_changed"
 
 
+class HostKeyUnknown(ConnectError):
+    """No key of the host is recorded, and StrictHostKeyChecking is yes."""
+
+    code = "host_key_unknown"
+
+
 class Disconnected(HostError):
     """The connection broke in the middle."""
 

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import ipaddress
 import logging
+import shlex
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,16 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import asyncssh
+from asyncssh.config import SSHClientConfig
 
 from broker.errors import UsageError
-from fleet.launchers import base
-from fleet.launchers.ssh_known_hosts import Entry, KnownHosts
+from fleet.launchers import base, ssh_keys
+from fleet.launchers.ssh_known_hosts import Entry, KnownHosts, pattern_of
 
 log = logging.getLogger(__name__)
+# asyncssh's reader passes over this option; from here on it keeps it, as text
+SSHClientConfig._handlers.setdefault(
+    "stricthostkeychecking", ("StrictHostKeyChecking", SSHClientConfig._set_string)
+)
 
 #: a jump through more hosts than this goes in circles
 _MOST_JUMPS = 8
 _DEFAULT_KNOWN_HOSTS = "~/.ssh/known_hosts"
+#: seconds between two signs of life asked of a host, unless ServerAliveInterval says otherwise: an install,
+#: or a long grace, is quiet for minutes, and a host that dies in it shall be noticed sooner
+_ALIVE_SECONDS = 15
+#: what makes a ProxyCommand one for a shell
+_OF_A_SHELL = "|&;<>$`~"
 #: errors that mean: no way there
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
@@ -37,7 +48,9 @@ class SshOptions:
     """How hosts are reached. `config`: a file instead of ~/.ssh/config."""
 
     config: Path | None = None
-    connect_timeout_seconds: float = 30.0
+    #: what was asked for; None: ConnectTimeout of ssh_config, else the default below
+    connect_timeout_seconds: float | None = None
+    default_connect_timeout_seconds: float = 30.0
     command_timeout_seconds: float = 30.0
 
     def checked(self) -> SshOptions:
@@ -83,16 +96,17 @@ class Connection:
 
 
 async def connect(address: Address, options: SshOptions) -> Connection:
-    """Connect within `options.connect_timeout_seconds`. Raises ConnectError."""
-    attempt: _Attempt | None = None
+    """Connect within the time that `options`, or ssh_config, give it. Raises ConnectError."""
+    attempt = await _Attempt.prepared(address, options)
+    seconds = (
+        options.connect_timeout_seconds or attempt.timeout_seconds or options.default_connect_timeout_seconds
+    )
     try:
-        async with asyncio.timeout(options.connect_timeout_seconds):
-            attempt = await _Attempt.prepared(address, options)
+        async with asyncio.timeout(seconds):
             return await _through_hops(attempt, options, jumps_left=_MOST_JUMPS)
     except TimeoutError:
-        where = attempt.where if attempt else address.host
         raise base.TimedOut(
-            f"no SSH connection to {where} within {options.connect_timeout_seconds:g} s",
+            f"no SSH connection to {attempt.where} within {seconds:g} s",
             "Is the machine up, and does a firewall let SSH through? --connect-timeout waits longer.",
         ) from None
 
@@ -102,9 +116,13 @@ async def _through_hops(attempt: _Attempt, options: SshOptions, jumps_left: int)
     try:
         return await attempt.connected(hops)
     except BaseException:
-        for hop in reversed(hops):
-            hop.close()
+        _close(hops)
         raise
+
+
+def _close(hops: Sequence[asyncssh.SSHClientConnection]) -> None:
+    for hop in reversed(hops):
+        hop.close()
 
 
 async def _hops(
@@ -117,9 +135,13 @@ async def _hops(
         raise base.ConnectError(f"ProxyJump to {address.host} goes in circles", "Mend your ssh_config.")
     first = await _through_hops(await _Attempt.prepared(jumps[0], options), options, jumps_left - 1)
     hops = [*first.hops, first.ssh]
-    for jump in jumps[1:]:
-        attempt = await _Attempt.prepared(jump, options)
-        hops.append((await attempt.connected(tuple(hops))).ssh)
+    try:
+        for jump in jumps[1:]:
+            attempt = await _Attempt.prepared(jump, options)
+            hops.append((await attempt.connected(tuple(hops))).ssh)
+    except BaseException:
+        _close(hops)
+        raise
     return tuple(hops)
 
 
@@ -141,6 +163,7 @@ class _Attempt:
         arguments = _arguments(address, options)
         try:
             settings = await asyncssh.SSHClientConnectionOptions.construct(client_keys=None, **arguments)
+            arguments |= _arguments_by_config(settings)
         except (ValueError, OSError) as exc:
             raise base.ConnectError(
                 f"ssh_config: {exc}", "Mend that file, or name another with --ssh-config."
@@ -160,17 +183,31 @@ class _Attempt:
         tunnel = self.settings.tunnel
         return [_jump(word) for word in tunnel.split(",")] if isinstance(tunnel, str) else []
 
+    @property
+    def timeout_seconds(self) -> float | None:
+        """ConnectTimeout of ssh_config."""
+        found = self.settings.config.get("ConnectTimeout")
+        return float(found) if isinstance(found, int) and found > 0 else None
+
+    @property
+    def checking(self) -> str:
+        """StrictHostKeyChecking: "yes", "no" or "accept-new", which "ask" is too, as nobody is asked."""
+        said = str(self.settings.config.get("StrictHostKeyChecking", "ask")).lower()
+        return {"true": "yes", "false": "no", "off": "no"}.get(said, "accept-new" if said == "ask" else said)
+
     async def connected(self, hops: tuple[asyncssh.SSHClientConnection, ...]) -> Connection:
         """Connect, through the last of `hops`. Raises ConnectError."""
+        keys = await asyncio.to_thread(ssh_keys.keys_for, self.settings)
         try:
             ssh = await asyncssh.connect(
                 **self.arguments,
-                client_keys=_identities(self.settings),
-                ignore_encrypted=True,
+                **_arguments_of_keys(keys),
                 known_hosts=self._known_keys,
                 client_factory=lambda: _Client(self),
                 tunnel=hops[-1] if hops else None,
             )
+        except asyncssh.PermissionDenied as exc:
+            raise await self._denied(keys) from exc
         except (OSError, asyncssh.Error, ValueError) as exc:
             raise self._explained(exc, hops) from exc
         direct = not hops and not self.settings.proxy_command
@@ -180,48 +217,78 @@ class _Attempt:
 
     def _known_keys(self, host: str, _addr: str, port: int | None) -> tuple[list[Any], ...]:
         """asyncssh asks for the keys to trust: plain, authorities, revoked."""
-        self.known = self.known_hosts.find(host, None if self.settings.host_key_alias else port)
-        kinds = ("key", "authority", "revoked")
+        self.known = self.known_hosts.find(host, self._recorded(port))
+        # where any key will do, none may keep the host from showing the one it has
+        kinds = ("" if self.checking == "no" else "key", "authority", "revoked")
         return tuple([entry.key for entry in self.known if entry.kind == kind] for kind in kinds)
 
+    def _recorded(self, port: int | None) -> int | None:
+        """The port under which a key is recorded: of an alias, none."""
+        return None if self.settings.host_key_alias else port
+
     def accept_new(self, host: str, port: int | None, key: asyncssh.SSHKey) -> bool:
-        """Whether to trust a key that is not among the known ones: only if there are none."""
+        """Whether to trust a key that is not among the known ones: as a rule, only if there are none."""
         self.shown_key = key.get_fingerprint()
-        if any(entry.kind == "key" for entry in self.known):
+        plain = [entry for entry in self.known if entry.kind == "key"]
+        if plain:
+            if self.checking == "no" and all(entry.key != key for entry in plain):
+                log.warning("%s, which StrictHostKeyChecking allows", self._key_changed(self.where).message)
+            return self.checking == "no"
+        if self.checking == "yes":
             return False
         try:
-            self.known_hosts.record(host, None if self.settings.host_key_alias else port, key)
+            self.known_hosts.record(host, self._recorded(port), key)
         except OSError as exc:  # as ssh(1): the connection is made, and next time is the first again
             log.warning("the host key of %s could not be recorded: %s", host, exc)
         return True
 
+    async def _denied(self, keys: ssh_keys.Keys) -> base.KeyDenied:
+        unlock = await ssh_keys.how_to_unlock(self.settings, keys.locked)
+        return base.KeyDenied(
+            f"{self.where} accepts none of our keys",
+            unlock or "Is our public key in ~/.ssh/authorized_keys there?",
+        )
+
     def _explained(self, exc: Exception, hops: Sequence[object]) -> base.ConnectError:
         """Our error for one of asyncssh or the system."""
         where = self.where
-        changed = isinstance(exc, asyncssh.HostKeyNotVerifiable | asyncssh.KeyExchangeFailed)
-        if changed and any(entry.kind != "authority" for entry in self.known):
-            return self._key_changed(where)
-        if isinstance(exc, asyncssh.PermissionDenied):
-            return base.KeyDenied(
-                f"{where} accepts none of our keys",
-                "Is our public key in ~/.ssh/authorized_keys there? A key with a passphrase needs ssh-agent.",
-            )
+        if isinstance(exc, asyncssh.HostKeyNotVerifiable | asyncssh.KeyExchangeFailed):
+            if any(entry.kind != "authority" for entry in self.known):
+                return self._key_changed(where)
+            if self.shown_key:
+                return self._key_unknown(where)
         if isinstance(exc, asyncssh.ChannelOpenError) and hops:
             return base.ConnectError(f"the jump host cannot reach {where}: {exc.reason}")
+        if self.settings.proxy_command:
+            command = self.settings.config.get("ProxyCommand")
+            return base.ConnectError(f"no way to {where}: {exc}", f"Does its ProxyCommand work? {command}")
         if isinstance(exc, asyncssh.Error):
-            return base.ConnectError(
-                f"{where} broke off the SSH connection: {exc.reason}", "Does an SSH server listen there?"
-            )
+            return _explained_ssh(exc, where)
         return _explained_os(exc, where)
 
     def _key_changed(self, where: str) -> base.HostKeyChanged:
         entry = next(entry for entry in self.known if entry.kind != "authority")
         said = "is revoked by" if entry.kind == "revoked" else "is not the one in"
+        name = shlex.quote(pattern_of(self._name, self._recorded(self.settings.port)))
         return base.HostKeyChanged(
             f"the host key of {where} has changed: {self.shown_key or 'what it offers'} {said} {entry}",
-            "If the machine was set up anew, remove that line and run again;"
-            " if not, somebody may be listening in between.",
+            "If the machine was set up anew, remove that line and run again:"
+            f" ssh-keygen -f {shlex.quote(str(entry.file))} -R {name}\n"
+            "If not, somebody may be listening in between.",
         )
+
+    def _key_unknown(self, where: str) -> base.HostKeyUnknown:
+        files = ", ".join(map(str, self.known_hosts.files))
+        return base.HostKeyUnknown(
+            f"the host key of {where} is not known, and StrictHostKeyChecking is yes: {self.shown_key}",
+            f"If that is its fingerprint, add it to {files}: ssh-keyscan -p {self.settings.port}"
+            f" {self.settings.host}",
+        )
+
+    @property
+    def _name(self) -> str:
+        """What known_hosts calls the host."""
+        return self.settings.host_key_alias or self.settings.host
 
 
 class _Client(asyncssh.SSHClient):
@@ -243,25 +310,42 @@ def _arguments(address: Address, options: SshOptions) -> dict[str, Any]:
         "config": options.config or (),
         "password_auth": False,
         "kbdint_auth": False,
-        # ours ends it first, over all hops
-        "login_timeout": 2 * options.connect_timeout_seconds,
+        # one limit of ours is over all hops
+        "connect_timeout": None,
+        "login_timeout": 0,
         "request_pty": False,
+        "agent_forwarding": False,
+        "x11_forwarding": False,
         "command": None,
     }
     optional = {"username": address.user, "port": address.port}
     return found | {name: value for name, value in optional.items() if value is not None}
 
 
+def _arguments_by_config(settings: asyncssh.SSHClientConnectionOptions) -> dict[str, Any]:
+    """Where ssh_config has to be read before it is known."""
+    found: dict[str, Any] = {"keepalive_interval": settings.config.get("ServerAliveInterval", _ALIVE_SECONDS)}
+    command = str(settings.config.get("ProxyCommand") or "")
+    if any(sign in command for sign in _OF_A_SHELL):
+        # asyncssh, which would start it by itself, takes the end of stderr for that of the connection:
+        # so the shell must outlive a command that redirects it
+        found["proxy_command"] = ["/bin/sh", "-c", f"( {command}\n); exit"]
+    return found
+
+
+def _arguments_of_keys(keys: ssh_keys.Keys) -> dict[str, Any]:
+    """No key at all is an empty list, for with None the agent would not be asked either."""
+    found: dict[str, Any] = {"client_keys": list(keys.pairs), "agent_identities": keys.of_agent}
+    return found if keys.of_agent is None or keys.of_agent else found | {"agent_path": None}
+
+
 def _known_hosts(settings: asyncssh.SSHClientConnectionOptions) -> KnownHosts:
     """The files of UserKnownHostsFile; "none" means that nothing is recorded."""
     files: Any = settings.config.get("UserKnownHostsFile", [_DEFAULT_KNOWN_HOSTS])
-    return KnownHosts([Path(file).expanduser() for file in files])
-
-
-def _identities(settings: asyncssh.SSHClientConnectionOptions) -> list[str]:
-    """The files of IdentityFile that exist; as in ssh(1), one that is missing is passed over."""
-    named: Any = settings.config.get("IdentityFile", [])
-    return [str(path) for path in (Path(name).expanduser() for name in named) if path.is_file()]
+    of_system: Any = settings.config.get("GlobalKnownHostsFile")
+    return KnownHosts(
+        [Path(file).expanduser() for file in files], None if of_system is None else [*map(Path, of_system)]
+    )
 
 
 def _jump(word: str) -> Address:
@@ -288,6 +372,17 @@ def _our_address(ssh: asyncssh.SSHClientConnection) -> str | None:
         return None
     address = ipaddress.ip_address(own[0].partition("%")[0])
     return None if address.is_link_local else str(address)
+
+
+def _explained_ssh(exc: asyncssh.Error, where: str) -> base.ConnectError:
+    if "Too many authentication failures" in exc.reason:
+        return base.KeyDenied(
+            f"{where} broke off before the right key was tried: {exc.reason}",
+            "ssh-agent holds many: name the right one in ssh_config: IdentityFile, and IdentitiesOnly yes.",
+        )
+    return base.ConnectError(
+        f"{where} broke off the SSH connection: {exc.reason}", "Does an SSH server listen there?"
+    )
 
 
 def _explained_os(exc: Exception, where: str) -> base.ConnectError:

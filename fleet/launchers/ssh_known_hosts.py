@@ -33,10 +33,10 @@ class Entry:
 
 
 class KnownHosts:
-    """The keys of some files. New ones are recorded in the first; with no file, nowhere."""
+    """The keys of some files. New ones are recorded in the first of `files`; with none, nowhere."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = [*files, SYSTEM_FILE]
+    def __init__(self, files: Sequence[Path], of_system: Sequence[Path] | None = None) -> None:
+        self.files = [*files, *([SYSTEM_FILE] if of_system is None else of_system)]
         self._record_in = files[0] if files else None
 
     def find(self, host: str, port: int | None) -> list[Entry]:
@@ -61,7 +61,7 @@ class KnownHosts:
             file.write(_line_break(self._record_in) + line_for(host, port, key))
 
     def _matching(self, pattern: str) -> Iterator[Entry]:
-        for file in self._files:
+        for file in self.files:
             for number, line in enumerate(_lines(file), start=1):
                 if _may_match(line, pattern):
                     yield from _entries(file, number, line, pattern)

@@ -97,6 +97,9 @@ def test_five_hosts_of_which_one_is_down(farm, fleet, redis_client):
     assert "[FAILED] host3: connect: " in done.stderr
     assert beating(redis_client) == ["host1-0", "host2-0", "host4-0", "host5-0"]
 
+    opened = [farm.hosts[name].log.count("Accepted publickey") for name in names if name != "host3"]
+    assert opened == [1] * 4, "one connection a host serves every step"
+
     again = rows(fleet("up", *names, options=("--json",)))
     assert {row["outcome"] for name, row in again.items() if name != "host3"} == {"running"}
     assert (again["host3"]["error"]["code"], again["host3"]["kept"]) == ("refused", False)
@@ -253,7 +256,7 @@ def test_a_hosts_file_with_faults_starts_nothing_and_no_broker(farm, run_fleet, 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--max-parallel-ssh", "0"), "0 is not in the range"),
+        (("--max-parallel-ssh", "0"), "'--max-parallel-ssh': must be at least 1, got 0."),
         (("--connect-timeout", "0"), "0.0 is not in the range"),
         (("--workers-per-host", "0"), "0 is not in the range"),
         (("--queues", "a b"), "is no queue name"),
