@@ -13,7 +13,8 @@ import click
 
 from broker.errors import UsageError
 from cli.context import Context, pass_context, print_json
-from cli.params import Count, resource_options
+from cli.params import resource_options
+from cli.ssh import max_parallel, ssh_from, ssh_options
 
 if TYPE_CHECKING:
     from fleet.bootstrap import Orders
@@ -22,26 +23,6 @@ if TYPE_CHECKING:
     from fleet.results import HostResult, OnEvent, Report, WorkerResult
 
 Options = dict[str, Any]
-Command = Callable[..., Any]
-
-
-def _ssh_options(command: Command) -> Command:
-    """The options of every verb that reaches hosts."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="One JSON document."),
-        click.option(
-            "--ssh-config", type=click.Path(path_type=Path), metavar="FILE", help="Not ~/.ssh/config."
-        ),
-        click.option(
-            "--connect-timeout",
-            type=click.FloatRange(min=0, min_open=True),
-            metavar="SECONDS",
-            help="To reach a host; default: its ConnectTimeout in ssh_config, else 30.",
-        ),
-        click.option("--max-parallel-ssh", type=Count(), metavar="N", help="Hosts at once; default 10."),
-    ):
-        command = option(command)
-    return command
 
 
 @click.command()
@@ -60,7 +41,7 @@ def _ssh_options(command: Command) -> Command:
 @resource_options
 @click.option("--local", type=click.IntRange(min=1), metavar="N", help="N workers on this machine, no SSH.")
 @click.option("--dry-run", is_flag=True, help="Connect and look, change nothing.")
-@_ssh_options
+@ssh_options
 @pass_context
 def up(context: Context, /, hosts_file: str | None, as_json: bool, **options: Any) -> int:
     """Start workers on every host of the file HOSTS ('-' reads stdin; none: the hosts kept).
@@ -72,7 +53,7 @@ def up(context: Context, /, hosts_file: str | None, as_json: bool, **options: An
 
     named = _named_hosts(hosts_file, options)
     orders = _orders(context, options)
-    ssh = _ssh(context, options)
+    ssh = ssh_from(context, options)
     client, url, bound_to = _redis_for(context, named, dry_run=options["dry_run"])
     with client or _Nothing():
         hosts = named or kept_hosts.choose(client, ())
@@ -93,7 +74,7 @@ def _bring_up(
         orders,
         opener=journey.opener(ssh, python=options["python"]),
         client=client,
-        max_parallel=options["max_parallel_ssh"] or context.settings.ssh.max_parallel,
+        max_parallel=max_parallel(context, options),
         on_event=on_event,
     )
 
@@ -104,13 +85,13 @@ def _bring_up(
     "--grace", type=click.FloatRange(min=0), metavar="SECONDS", help="For running jobs; default 30."
 )
 @click.option("--force", is_flag=True, help="Kill at once; others run the jobs again.")
-@_ssh_options
+@ssh_options
 @pass_context
 def down(context: Context, /, names: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """End the workers of the hosts named, or of all that are kept, and look whether they ended."""
     from fleet import journey, kept_hosts, teardown
 
-    ssh = _ssh(context, options)
+    ssh = ssh_from(context, options)
     with context.redis() as client:
         hosts = kept_hosts.choose(client, names)
     grace = options["grace"]
@@ -121,7 +102,7 @@ def down(context: Context, /, names: tuple[str, ...], as_json: bool, **options: 
         lambda on_event: teardown.down(
             hosts,
             opener=journey.opener(ssh),
-            max_parallel=options["max_parallel_ssh"] or context.settings.ssh.max_parallel,
+            max_parallel=max_parallel(context, options),
             on_event=on_event,
             grace_seconds=context.settings.worker.stop_grace_seconds if grace is None else grace,
             force=options["force"],
@@ -170,18 +151,6 @@ def _orders(context: Context, options: Options) -> Orders:
         settings=dataclasses.asdict(context.settings.worker),
         dry_run=options["dry_run"],
     )
-
-
-def _ssh(context: Context, options: Options) -> SshOptions:
-    from fleet.launchers.ssh import SshOptions
-
-    settings = context.settings.ssh
-    return SshOptions(
-        config=options["ssh_config"],
-        connect_timeout_seconds=options["connect_timeout"],
-        default_connect_timeout_seconds=settings.connect_timeout_seconds,
-        command_timeout_seconds=settings.command_timeout_seconds,
-    ).checked()
 
 
 def _redis_for(context: Context, named: Sequence[Host], *, dry_run: bool) -> tuple[Any, str, tuple[str, ...]]:
