@@ -29,6 +29,8 @@ class WorkerSettings:
     heartbeat_seconds: Seconds = 10.0
     #: seconds after the last heartbeat when a worker is lost; also the length of a lease
     lease_seconds: Seconds = 30.0
+    #: workers that may register, or come back after an outage, in one second
+    registrations_per_second: Annotated[float, Gt(0)] = 50.0
     #: times a job may be lost with its worker before it fails as WorkerLost
     losses_limit: Annotated[int, Ge(0)] = 3
     #: seconds running jobs get to end when a worker stops, then they are handed back

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.context import Context, pass_context
-from cli.params import pairs, resource_options, resources
+from cli.params import Duration, pairs, resource_options, resources
 
 if TYPE_CHECKING:
     from fleet.worker_config import WorkerConfig
@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 @click.option("--burst", is_flag=True, help="Leave when the queues are empty.")
 @click.option("--max-jobs", type=click.IntRange(min=1), help="Leave after so many jobs.")
 @click.option("--idle-timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Leave after idling.")
-@click.option("--startup-delay-seconds", type=click.FloatRange(min=0), default=0.0, help="Wait first.")
+@click.option(
+    "--startup-delay-seconds",
+    type=Duration(zero=True),
+    default=0.0,
+    metavar="SECONDS",
+    help="Begin at a moment within so long, its own.",
+)
 @click.option("--label", "labels", multiple=True, metavar="K=V", help="A label; may be repeated.")
 @click.option("--ephemeral", is_flag=True, help="One slot, and leave after one job.")
 @click.option("--executor", type=click.Choice(["warm", "fork"]), default="warm", show_default=True)

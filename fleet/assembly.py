@@ -27,7 +27,7 @@ from broker.connection import address, connect, translated
 from broker.errors import FleetError, UsageError
 from broker.session import Identity, Session
 from broker.worker_settings import WorkerSettings
-from fleet import lifecycle, resources
+from fleet import jitter, lifecycle, resources
 from fleet.attempt import CommandContext
 from fleet.beater import Beater, patience
 from fleet.chores import ChoreThread
@@ -59,7 +59,7 @@ def run(config: WorkerConfig, settings: WorkerSettings, signals: StopSignals) ->
     it is told to stop before it has.
     """
     config.checked()
-    time.sleep(config.startup_delay_seconds)
+    _wait_its_turn(config)
     folders = Folders(config.output_dir)
     lifecycle.prepare(folders)
     lifecycle.check_executor(config.executor_python, folders)
@@ -69,6 +69,14 @@ def run(config: WorkerConfig, settings: WorkerSettings, signals: StopSignals) ->
         return _run_locked(config, settings, folders, lock, signals)
     finally:
         lock.release()
+
+
+def _wait_its_turn(config: WorkerConfig) -> None:
+    """Begin at its own moment of the window in which many start. Raises SystemExit if told to stop."""
+    delay = jitter.delay_seconds(config.startup_delay_seconds, config.host, config.name)
+    if delay:
+        log.info("starting in %.3f s, so that not all workers come at once", delay)
+        time.sleep(delay)
 
 
 def _run_locked(

@@ -17,6 +17,7 @@ from broker import clock
 from broker.connection import is_denied
 from broker.session import Session
 from broker.work import Beat
+from fleet import jitter
 
 log = logging.getLogger("fleet.beater")
 
@@ -33,7 +34,7 @@ class Denied:
 
 
 class Beater:
-    """Beats every `heartbeat_seconds`, at once when asked, and once a second while Redis is away."""
+    """Beats every `heartbeat_seconds`, at once when asked; while Redis is away, as `fleet.jitter` has it."""
 
     def __init__(
         self,
@@ -57,6 +58,8 @@ class Beater:
         self._stopping = False
         #: whether the last beat arrived
         self.connected = True
+        self._workers = 1
+        self._pauses = jitter.returns_seconds(1, session.settings, session.identity)
         self._thread = threading.Thread(target=self._run, name="beater", daemon=True)
 
     def start(self) -> None:
@@ -74,9 +77,13 @@ class Beater:
         self._thread.join(timeout=20)
 
     def _run(self) -> None:
+        settings, identity = self._session.settings, self._session.identity
         while not self._stopping:
+            was_connected = self.connected
             self._turn()
-            self._wake.wait(self._session.settings.heartbeat_seconds if self.connected else 1.0)
+            if was_connected and not self.connected:
+                self._pauses = jitter.returns_seconds(self._workers, settings, identity)
+            self._wake.wait(settings.heartbeat_seconds if self.connected else next(self._pauses))
             self._wake.clear()
 
     def _turn(self) -> None:
@@ -105,6 +112,7 @@ class Beater:
         settled = self._session.claims_settled
         beat = self._session.beat(self._client, self._record(), self._leases(), settled)
         if beat.state == "ok":
+            self._workers = max(1, beat.workers)
             self._renewed(sent + lease_margin(self._session.settings.lease_seconds))
         elif beat.state == "gone":
             beat = self._register_again()

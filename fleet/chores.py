@@ -19,6 +19,7 @@ import redis
 
 from broker import chores, clock, jobs, keys, scripts
 from broker.session import Session
+from fleet import jitter
 from fleet.outputs import Folders
 
 log = logging.getLogger("fleet.chores")
@@ -64,6 +65,7 @@ class ChoreThread:
         self._thread = threading.Thread(target=self._run, name="chores", daemon=True)
         #: whether Redis was away, or late, since this worker last asked
         self._troubled = False
+        self._pauses = jitter.returns_seconds(1, session.settings, session.identity)
 
     def start(self) -> None:
         """Take part in elections from now on."""
@@ -82,7 +84,7 @@ class ChoreThread:
                 self._troubled |= _is_away(exc)
                 self._tell(exc)
                 self._peeks.close()
-                self._stop.wait(1.0)
+                self._stop.wait(next(self._pauses) if _is_away(exc) else 1.0)
         self._peeks.close()
         with suppress(redis.RedisError):
             self._resign()
@@ -98,6 +100,7 @@ class ChoreThread:
         self._prune()
         with self._timed():
             election = self._ask()
+        self._pauses = jitter.returns_seconds(election.alive, self._session.settings, self._session.identity)
         if not election.elected:
             self._peeks.close()
             self._stop.wait(_pause(election.alive))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import selectors
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -14,13 +13,12 @@ from broker import clock
 from broker.line import Line
 from broker.session import Session
 from broker.waiting import RqCommands, Waiter
+from fleet import jitter
 
 log = logging.getLogger("fleet.worker")
 
-#: seconds between attempts to reach Redis after the first
-_RETRY_SECONDS = 1.0
-#: workers that may come back in one second
-_RETURNS_PER_SECOND = 50
+#: seconds for which a connection must hold, or its end belongs to the outage before it
+_STABLE_SECONDS = 1.0
 
 
 class Links:
@@ -39,6 +37,7 @@ class Links:
         self.retry_at = 0.0
         self._up_at = 0.0
         self._said = ""
+        self._pauses = jitter.returns_seconds(1, session.settings, session.identity)
 
     def connect(
         self, on_answer: Callable[[], None], on_wake: Callable[[], None], on_rq: Callable[[], None]
@@ -54,11 +53,13 @@ class Links:
         """Drop all and set the time of the next attempt; not for all workers the same."""
         now = clock.monotonic()
         # a Redis that is full, loading or a replica can be connected to, and refuses all the same
-        is_new = self.up and now - self._up_at >= _RETRY_SECONDS
+        is_new = self.up and now - self._up_at >= _STABLE_SECONDS
         if is_new or str(exc) != self._said:
             self._said = str(exc)
             log.warning("Redis does not answer: %s", exc)
-        self.retry_at = now + (self._spread(fleet_size) if is_new else _RETRY_SECONDS)
+        if is_new:
+            self._pauses = jitter.returns_seconds(fleet_size, self._session.settings, self._session.identity)
+        self.retry_at = now + next(self._pauses)
         self.close()
 
     def close(self) -> None:
@@ -73,8 +74,3 @@ class Links:
             self.waiter.close()
             self.rq.close()
             self.client.connection_pool.disconnect()
-
-    def _spread(self, fleet_size: int) -> float:
-        """Seconds to wait, by the worker's name: at most a quarter of the lease, less in a small fleet."""
-        window = min(self._session.settings.lease_seconds / 4, fleet_size / _RETURNS_PER_SECOND)
-        return window * (zlib.crc32(self._session.identity.name.encode()) % 1000) / 1000

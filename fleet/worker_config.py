@@ -44,6 +44,7 @@ class WorkerConfig:
     burst: bool = False
     max_jobs: int | None = None
     idle_timeout_seconds: float | None = None
+    #: begin at a moment within so many seconds that follows from host and name: fleet/jitter.py
     startup_delay_seconds: float = 0.0
     ephemeral: bool = False
     #: what it says that its host has, by the arguments of `fleet.resources.detect`; the rest is detected

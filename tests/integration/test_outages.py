@@ -165,3 +165,26 @@ def test_connections_notice_a_silent_network_in_time(redis_url: str) -> None:
         assert [held._sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [6000, 2, 2]
         assert held._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         client.connection_pool.release(held)
+
+
+def test_a_worker_of_a_large_fleet_comes_back_at_its_own_moment(
+    workers_of: Callable[[str], Workers], own_redis: Callable[..., Any]
+) -> None:
+    server = own_redis()
+    workers = workers_of(server.url)
+    crowd = [f"crowd-{number}" for number in range(1000)]
+    workers.client.sadd(keys.FLEET_WORKERS, *crowd)
+    workers.client.mset({keys.worker_record(name): "{}" for name in crowd})
+    workers.start("w4", settings={"lease_seconds": 40.0, "heartbeat_seconds": 0.5})
+    for _ in range(4):  # the answer to an earlier beat has told it of the others
+        beat = workers.client.hget(keys.rq_worker("w4"), "last_heartbeat")
+        workers.until(
+            lambda beat=beat: workers.client.hget(keys.rq_worker("w4"), "last_heartbeat") != beat, "it beats"
+        )
+    killed_at = time.monotonic()
+    server.kill()
+    server.start()
+    workers.until(lambda: any(one["cmd"] == "blpop" for one in workers.client.client_list()), "it is back")
+    # a quarter of the lease x the hash of here, w4: tests/unit/test_jitter.py
+    assert time.monotonic() - killed_at >= 3.83
+    workers.wait([workers.submit("true")])

@@ -114,3 +114,16 @@ def test_an_executors_interpreter_is_tried_once_and_again_when_it_is_another(
     assert [start(), start()] == [2, 2], "what was found bad is not remembered"
     assert lines(tried) == ["x"] * 3
     assert "cannot import rq: no module named rq" in workers.log("w0")
+
+
+def test_a_worker_begins_at_its_own_moment_of_the_window(workers: Workers) -> None:
+    workers.start("w4", startup_delay_seconds=2.0)
+    assert "starting in 0.766 s" in workers.log("w4"), "2 s x the hash of here, w4: tests/unit/test_jitter.py"
+
+
+def test_sigterm_ends_the_wait_for_its_moment_at_once(workers: Workers) -> None:
+    worker = workers.start("w4", startup_delay_seconds=1000.0, wait=False)
+    workers.until(lambda: "starting in 383.021 s" in workers.log("w4"), "it waits")
+    worker.terminate()
+    assert worker.wait(20) == 0
+    assert not list(workers.client.scan_iter("*w4*"))
