@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import redis
     from rich.console import Console
 
+    from broker.errors import FleetError
     from broker.settings import Settings
 
 SCHEMA = 1
@@ -115,6 +116,11 @@ def json_value(value: Any) -> Any:
     except (TypeError, ValueError, RecursionError):
         return repr(value)
     return value
+
+
+def error_fields(error: FleetError | None) -> dict[str, str] | None:
+    """An error as a field of a document."""
+    return {"code": error.code, "message": error.message, "hint": error.hint} if error else None
 
 
 def fail(message: str, *, code: str, exit_code: int, as_json: bool, hint: str = "") -> int:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from broker.errors import UsageError
 from cli import tables
-from cli.context import Context, pass_context, print_json
-from cli.params import json_option
+from cli.context import Context, error_fields, pass_context, print_json
 from cli.queues import QUEUE_COLUMNS, queue_row
+from cli.ssh import max_parallel, ssh_from, ssh_options
 from cli.tables import Cell, Column
 
 if TYPE_CHECKING:
@@ -21,11 +24,13 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from broker.status import FleetStatus, QueueStatus, WorkerStatus
+    from fleet.probing import ProbedHost
 
 _WATCH_SECONDS = 1.0
 _COLUMNS = (
     Column("WORKER", least=24),
     Column("STATE"),
+    Column("PROBE", rank=1),
     Column("SLOTS", right=True),
     Column("BEAT", right=True),
     Column("QUEUES", rank=1, least=10, separator=","),
@@ -39,7 +44,7 @@ _COLUMNS = (
     Column("LABELS", rank=7, least=12, separator=","),
     Column("VERSION", rank=8),
 )
-#: what docs/cli.md promises; `probe` is for `--probe`, which is to come
+#: what docs/cli.md promises
 _WORKER_FIELDS = (
     *("name", "host", "pid", "state", "probe", "queues", "slots", "running", "labels", "version"),
     *("cpus", "memory_bytes", "gpus", "started_at", "last_heartbeat", "heartbeat_age_seconds"),
@@ -56,34 +61,82 @@ _NO_WORKER = "No workers: 'fleet worker' starts one here, 'fleet up HOSTS' on ot
 
 @click.command()
 @click.option("--watch", is_flag=True, help="Show it anew once a second, until Ctrl-C.")
-@json_option
+@click.option("--probe", is_flag=True, help="Ask the kept hosts over SSH too.")
+@ssh_options
 @pass_context
-def status(context: Context, /, watch: bool, as_json: bool) -> None:
+def status(context: Context, /, watch: bool, probe: bool, as_json: bool, **options: Any) -> None:
     """Workers, what they run and when they last beat; queues below.
 
-    BEAT is the time since the last heartbeat, SLOTS is used/total.
+    BEAT is the time since the last heartbeat, SLOTS is used/total. With --probe an offline worker is
+    stale (its process is there, and does not beat), stopped, or unreachable (SSH failed).
     """
+    if watch and probe:
+        raise UsageError("--watch and --probe exclude each other", "Try: watch -n 60 fleet status --probe")
     with context.redis() as client:
+        read = _probing(context, client, options) if probe else partial(_read, client)
         if watch and as_json:
-            _stream(context, client)
+            _stream(context, read)
         elif watch:
-            _watch(context, client)
+            _watch(context, read)
         elif as_json:
-            print_json(_document(context, client))
+            print_json(_document(context, read()))
         else:
-            _print(context, client)
+            _print(context, read())
 
 
-def _document(context: Context, client: redis.Redis) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Found:
+    """What there is to show. `hosts`: those that were asked over SSH; None: none were to be."""
+
+    status: FleetStatus
+    hosts: Sequence[ProbedHost] | None = None
+
+
+Read = Callable[[], _Found]
+
+
+def _read(client: redis.Redis) -> _Found:
     from broker import status as reader
+
+    return _Found(reader.read(client))
+
+
+def _probing(context: Context, client: redis.Redis, options: Mapping[str, Any]) -> Read:
+    """Asks the hosts first, so that what Redis says is the newer of both. Raises UsageError."""
+    from fleet import journey, kept_hosts, probing
+
+    opener = journey.opener(ssh_from(context, options))
+    hosts = kept_hosts.load(client)
+    if not hosts:
+        context.say("No host is kept, so none is asked: 'fleet hosts add', or 'fleet up HOSTS'.")
+
+    def read() -> _Found:
+        limit = max_parallel(context, options)
+        answers = asyncio.run(probing.ask(hosts, opener=opener, max_parallel=limit)) if hosts else ()
+        return _Found(*probing.merged(_read(client).status, answers))
+
+    return read
+
+
+def _document(context: Context, seen: _Found) -> dict[str, Any]:
     from broker.connection import redacted
 
-    found = reader.read(client)
-    return {
+    found = seen.status
+    document = {
         "at": found.at,
         "redis": {"url": redacted(context.url()), "version": found.redis_version},
         "workers": [_worker_fields(worker) for worker in found.workers],
         "queues": [_queue_fields(queue) for queue in found.queues],
+    }
+    return document if seen.hosts is None else {**document, "hosts": [_host_fields(h) for h in seen.hosts]}
+
+
+def _host_fields(host: ProbedHost) -> dict[str, Any]:
+    return {
+        "name": host.name,
+        "probe": host.probe,
+        "workers": host.workers,
+        "error": error_fields(host.error),
     }
 
 
@@ -96,49 +149,46 @@ def _queue_fields(queue: QueueStatus) -> dict[str, Any]:
     return {name: getattr(queue, name) for name in _QUEUE_FIELDS}
 
 
-def _print(context: Context, client: redis.Redis) -> None:
-    from broker import status as reader
-
+def _print(context: Context, found: _Found) -> None:
     view = _View(context.console.width, _MOST_WORKERS) if context.console.is_terminal else _View(None, None)
-    tables.print_lines(context.console, _lines(context, reader.read(client), view))
+    tables.print_lines(context.console, _lines(context, found, view))
 
 
-def _stream(context: Context, client: redis.Redis) -> None:
+def _stream(context: Context, read: Read) -> None:
     """A document a line, for programs; Ctrl-C ends it."""
     while True:
-        print_json(_document(context, client))
+        print_json(_document(context, read()))
         time.sleep(_WATCH_SECONDS)
 
 
-def _watch(context: Context, client: redis.Redis) -> None:
+def _watch(context: Context, read: Read) -> None:
     """The same lines again and again, in place on a terminal; Ctrl-C ends it."""
     from rich.console import Group
     from rich.live import Live
 
     if not context.console.is_terminal:
         while True:
-            _print(context, client)
+            _print(context, read())
             click.echo()
             time.sleep(_WATCH_SECONDS)
     with Live(console=context.console, auto_refresh=False, vertical_overflow="crop") as live:
         last: list[Text] = []
         while True:
-            last = _look(context, client, last)
+            last = _look(context, read, last)
             live.update(Group(*last), refresh=True)
             time.sleep(_WATCH_SECONDS)
 
 
-def _look(context: Context, client: redis.Redis, last: list[Text]) -> list[Text]:
+def _look(context: Context, read: Read, last: list[Text]) -> list[Text]:
     """What there is to see now; while Redis is away, what was seen last and that it is away."""
     from rich.text import Text
 
-    from broker import status as reader
     from broker.errors import RedisUnreachable
     from cli.errors import explained
 
     try:
-        found = reader.read(client)
-        room = context.console.height - len(found.queues) - _OTHER_LINES
+        found = read()
+        room = context.console.height - len(found.status.queues) - _OTHER_LINES
         return list(_lines(context, found, _View(context.console.width, max(room, _LEAST_WORKERS))))
     except Exception as exc:
         error = explained(exc, context)
@@ -158,10 +208,11 @@ class _View:
     workers: int | None
 
 
-def _lines(context: Context, found: FleetStatus, view: _View) -> Iterator[Text]:
-    """The headline, the workers with their notices, the queues."""
+def _lines(context: Context, seen: _Found, view: _View) -> Iterator[Text]:
+    """The headline, the workers with their notices, what hosts said, the queues."""
     from rich.text import Text
 
+    found = seen.status
     yield Text(_headline(context, found), overflow="ellipsis", no_wrap=True)
     yield Text()
     shown, hidden = _chosen(found.workers, view.workers)
@@ -172,6 +223,7 @@ def _lines(context: Context, found: FleetStatus, view: _View) -> Iterator[Text]:
         yield Text(_NO_WORKER)
     if hidden:
         yield Text(f"{len(hidden)} more: {_by_state(hidden)}. A pipe, or --json, gets them all.")
+    yield from _host_lines(seen.hosts or ())
     if found.queues:
         yield Text()
         yield from tables.lines(QUEUE_COLUMNS, map(queue_row, found.queues), view.width)
@@ -196,7 +248,7 @@ def _headline(context: Context, found: FleetStatus) -> str:
 
 
 def _by_state(workers: Sequence[WorkerStatus]) -> str:
-    counts = Counter(worker.state for worker in workers)
+    counts = Counter(map(_state, workers))
     return ", ".join(f"{counts[state]} {state}" for state in sorted(counts))
 
 
@@ -209,11 +261,33 @@ def _notices(workers: Sequence[WorkerStatus]) -> Iterator[Text]:
             yield Text(f"! {worker.name}: {tables.printable(worker.notice)}", style="yellow")
 
 
+def _host_lines(hosts: Sequence[ProbedHost]) -> Iterator[Text]:
+    """The hosts that could not be asked, and those at which nothing runs."""
+    from rich.text import Text
+
+    for host in hosts:
+        if host.error:
+            said = tables.printable(host.error.message)
+            yield Text(f"! host {host.name} is unreachable: {said}", style="yellow")
+        elif not host.workers:
+            yield Text(f"host {host.name}: {host.probe}, no worker runs there")
+
+
+def _state(worker: WorkerStatus) -> str:
+    """What is known of it: for one that is offline, what its host says."""
+    return (worker.state == "offline" and _probe(worker)) or worker.state
+
+
+def _probe(worker: WorkerStatus) -> str:
+    return getattr(worker, "probe", None) or ""
+
+
 def _worker_row(worker: WorkerStatus) -> list[Cell]:
     offline = worker.state == "offline"
     return [
         worker.name,
-        tables.state(worker.state),
+        tables.state(_state(worker)),
+        tables.state(_probe(worker)),
         f"{len(worker.running)}/{worker.slots}",
         (tables.age(worker.heartbeat_age_seconds), "bold red" if offline else ""),
         ",".join(worker.queues),

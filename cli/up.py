@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from broker.errors import UsageError
-from cli.context import Context, pass_context, print_json
+from cli.context import Context, error_fields, pass_context, print_json
 from cli.params import resource_options
 from cli.ssh import max_parallel, ssh_from, ssh_options
 
@@ -234,16 +234,11 @@ def _worker(worker: WorkerResult, outcome: str) -> str:
 
 
 def _document(result: HostResult) -> dict[str, Any]:
-    error = result.error and {
-        "code": result.error.code,
-        "message": result.error.message,
-        "hint": result.error.hint,
-    }
     return {
         "host": result.host,
         "outcome": result.outcome,
         "step": result.step,
-        "error": error,
+        "error": error_fields(result.error),
         "note": result.note,
         "kept": result.kept,
         "seconds": round(result.seconds, 3),
