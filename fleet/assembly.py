@@ -38,7 +38,7 @@ from fleet.links import Links
 from fleet.loop import Parts, WorkerLoop
 from fleet.mailbox import Mailbox
 from fleet.memory import Memory
-from fleet.outputs import Folders, WorkingFolders
+from fleet.outputs import Folders, Outputs, WorkingFolders
 from fleet.signals import StopSignals, kept_from_threads
 from fleet.slots import Slots
 from fleet.worker_config import WorkerConfig
@@ -176,8 +176,12 @@ def _parts(
     null, home = (os.open(path, os.O_RDONLY) for path in (os.devnull, "."))
     working = WorkingFolders(folders, config.name)
     stack.callback(working.close)
+    outputs = Outputs(folders)
+    stack.callback(outputs.clear)
     encoded = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
-    context = CommandContext(folders, working, encoded, null, home, Memory(), settings.max_result_bytes)
+    context = CommandContext(
+        folders, outputs, working, encoded, null, home, Memory(), settings.max_result_bytes
+    )
     slots = Slots(config.slots, settings, context, pool, guard)
     return Parts(session, selector, links, slots, pool, guard, Mailbox(), folders)
 

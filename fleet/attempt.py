@@ -17,7 +17,7 @@ from broker.command import Command
 from broker.work import Claim, End, Outcome, Tails
 from fleet import process
 from fleet.memory import Memory
-from fleet.outputs import Folders, OutputFiles, WorkingFolders
+from fleet.outputs import Folders, OutputFiles, Outputs, WorkingFolders
 
 #: why an attempt was interrupted: its time ran out, an operator or RQ's stop-job, RQ's kill-horse,
 #: its lease is gone, or this worker leaves
@@ -126,6 +126,7 @@ class CommandContext:
     """What all attempts of a worker share: folders, environment, and two open files."""
 
     folders: Folders
+    outputs: Outputs
     working: WorkingFolders
     #: as the system has it: a worker's own is not encoded anew for each of its jobs
     environ: Mapping[bytes, bytes]
@@ -143,13 +144,14 @@ class CommandAttempt(Attempt):
 
     files: OutputFiles = field(kw_only=True)
     folder: str | None = field(kw_only=True)
+    outputs: Outputs = field(kw_only=True)
     working: WorkingFolders = field(kw_only=True)
     memory: Memory = field(kw_only=True)
 
     @classmethod
     def start(cls, claim: Claim, command: Command, context: CommandContext) -> CommandAttempt:
         """Start it. Raises fleet.process.CannotStart."""
-        files = OutputFiles.create(context.folders, claim)
+        files = context.outputs.open(claim)
         folder: str | None = None
         try:
             folder = None if command.cwd else context.working.enter(claim.job_id)
@@ -157,7 +159,7 @@ class CommandAttempt(Attempt):
             stdio = (context.null, files.stdout, files.stderr)
             pid = process.spawn(command.argv, env, command.cwd or folder or "", stdio, context.home)
         except BaseException:
-            files.close()
+            context.outputs.close(files)
             context.working.leave(folder or "")
             raise
         return cls(
@@ -166,6 +168,7 @@ class CommandAttempt(Attempt):
             timeout_of(claim),
             files=files,
             folder=folder,
+            outputs=context.outputs,
             working=context.working,
             memory=context.memory,
         )
@@ -177,7 +180,7 @@ class CommandAttempt(Attempt):
         # what it left in the background goes with it; the zombie keeps the group's number ours
         process.signal_group(self.pgid, signal.SIGKILL)
         duration, ended = self.duration(), process.reap(self.pgid)
-        tails = self.files.close(tail_bytes)
+        tails = self.outputs.close(self.files, tail_bytes)
         if self.folder:
             self.working.leave(self.folder)
         if self.cause:

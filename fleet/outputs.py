@@ -8,6 +8,8 @@ OUTPUT_DIR/run/WORKER.*           its lock, its process, its configuration (0600
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import time
@@ -18,8 +20,11 @@ from pathlib import Path
 from broker.work import Claim, Tails
 from fleet.process import host_error
 
+_APPENDING = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
 #: jobs asked for in one go when old folders are removed
 _PRUNED_AT_ONCE = 500
+#: seconds before the worker's start when its untouched folders say that they were last changed
+_UNTOUCHED_SECONDS = 60
 
 
 class Folders:
@@ -96,6 +101,8 @@ class WorkingFolders:
         self._aside = f"{folders.run}/{worker}.spare"
         self._spare: list[str] = []
         self._serial = 0
+        #: when an empty one was last changed, as far as it tells: whatever is put into it changes that
+        self._untouched_ns = int(time.time() - _UNTOUCHED_SECONDS) * 10**9
 
     def enter(self, job_id: str) -> str:
         """The directory of a job: that of its last attempt here, or an empty one. Raises CannotStart."""
@@ -109,9 +116,8 @@ class WorkingFolders:
     def leave(self, path: str) -> None:
         """The attempt in it ended."""
         try:
-            with os.scandir(path) as entries:
-                if next(entries, None) is not None:
-                    return
+            if not self._is_empty(path):
+                return
             self._serial += 1
             spare = f"{self._aside}{self._serial}"
             os.rename(path, spare)  # noqa: PTH104  # once a job: Path would cost three times as much
@@ -124,6 +130,18 @@ class WorkingFolders:
         while self._spare:
             _rmdir(self._spare.pop())
 
+    def _is_empty(self, path: str) -> bool:
+        if os.stat(path, follow_symlinks=False).st_mtime_ns == self._untouched_ns:  # noqa: PTH116  # as below
+            return True
+        with os.scandir(path) as entries:
+            if next(entries, None) is not None:
+                return False
+        self._touch_not(path)
+        return True
+
+    def _touch_not(self, path: str) -> None:
+        os.utime(path, ns=(self._untouched_ns, self._untouched_ns), follow_symlinks=False)
+
     def _rename_or_make(self, path: str) -> None:
         if self._spare:
             spare = self._spare.pop()
@@ -134,6 +152,7 @@ class WorkingFolders:
                 _rmdir(spare)  # an earlier attempt left something at `path`, or somebody took the spare
         try:
             os.mkdir(path)  # noqa: PTH102  # as above
+            self._touch_not(path)
         except FileExistsError:
             return
 
@@ -145,7 +164,97 @@ def _rmdir(path: str) -> None:
         return
 
 
-@dataclass
+class Outputs:
+    """The output files of commands, one without content kept for the next: most jobs are silent, and making
+    and removing a file costs more than to give it another name.
+
+    What a job left behind may hold its files open still. That is found out by asking the kernel for a
+    lease on the file, which nobody gets while others have it open for writing (fcntl(2), F_SETLEASE).
+    """
+
+    def __init__(self, folders: Folders) -> None:
+        self._folders = folders
+        self._spare: list[tuple[int, str]] = []
+        self._has_leases = hasattr(fcntl, "F_SETLEASE")
+        mask = os.umask(0o077)
+        os.umask(mask)
+        self._mode = 0o644 & ~mask
+
+    def open(self, claim: Claim) -> OutputFiles:
+        """Both files of an attempt. Raises CannotStart."""
+        paths = output_paths(self._folders, claim)
+        opened: list[int] = []
+        try:
+            for path in paths:
+                opened.append(self._renamed(path) or os.open(path, _APPENDING | os.O_CREAT, self._mode))
+        except OSError as exc:
+            for fd in opened:
+                os.close(fd)
+            raise host_error(exc, f"cannot write output to {self._folders.output}") from exc
+        return OutputFiles(*paths, *opened)
+
+    def close(self, files: OutputFiles, limit: int = 0) -> Tails:
+        """The attempt ended: the last `limit` bytes of each; one without content goes."""
+        tails = files.tails(limit)
+        for fd, path, size in (
+            (files.stdout, files.stdout_path, tails.stdout_end),
+            (files.stderr, files.stderr_path, tails.stderr_end),
+        ):
+            if size:
+                os.close(fd)
+            else:
+                self._put_aside(fd, path)
+        return tails
+
+    def clear(self) -> None:
+        """Remove those that nobody needs."""
+        while self._spare:
+            fd, path = self._spare.pop()
+            _unlink(path)
+            os.close(fd)
+
+    def _renamed(self, path: str) -> int | None:
+        """A file that was put aside, under the name `path`."""
+        while self._spare:
+            fd, old = self._spare.pop()
+            try:
+                os.rename(old, path)  # noqa: PTH104  # as above
+                return fd
+            except OSError:  # somebody removed it
+                os.close(fd)
+        return None
+
+    def _put_aside(self, fd: int, path: str) -> None:
+        """Keep an empty file, if it is the one that was opened and nobody else can write to it."""
+        before = os.fstat(fd)
+        try:
+            again = os.open(path, _APPENDING | os.O_NOFOLLOW) if self._has_leases else None
+        except OSError:
+            again = None
+        os.close(fd)
+        if again is not None and self._is_untouched(before, os.fstat(again)) and self._is_ours_alone(again):
+            self._spare.append((again, path))
+            return
+        _unlink(path)
+        if again is not None:
+            os.close(again)
+
+    def _is_untouched(self, before: os.stat_result, now: os.stat_result) -> bool:
+        """Whether it is the same file, with nothing in it, no other name, and its mode left alone."""
+        is_same = (before.st_dev, before.st_ino) == (now.st_dev, now.st_ino)
+        return is_same and now.st_nlink == 1 and now.st_size == 0 and now.st_mode & 0o7777 == self._mode
+
+    def _is_ours_alone(self, fd: int) -> bool:
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except OSError as exc:
+            self._has_leases = exc.errno == errno.EAGAIN  # else this file system knows none
+            return False
+        return True
+
+
+@dataclass(frozen=True)
 class OutputFiles:
     """The two files of an attempt, open for as long as it runs."""
 
@@ -153,21 +262,6 @@ class OutputFiles:
     stderr_path: str
     stdout: int
     stderr: int
-
-    @classmethod
-    def create(cls, folders: Folders, claim: Claim) -> OutputFiles:
-        """Open both; raises fleet.process.CannotStart."""
-        paths = output_paths(folders, claim)
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        opened: list[int] = []
-        try:
-            for path in paths:
-                opened.append(os.open(path, flags, 0o644))
-        except OSError as exc:
-            for fd in opened:
-                os.close(fd)
-            raise host_error(exc, f"cannot write output to {folders.output}") from exc
-        return cls(*paths, *opened)
 
     def tails(self, limit: int) -> Tails:
         """The last `limit` bytes of each, and how long they are."""
@@ -177,18 +271,6 @@ class OutputFiles:
     def ends(self) -> tuple[int, int]:
         """How long they are: whether there is anything new to tell."""
         return os.fstat(self.stdout).st_size, os.fstat(self.stderr).st_size
-
-    def close(self, limit: int = 0) -> Tails:
-        """Close both and return their tails; one without content goes, as most jobs are silent."""
-        tails = self.tails(limit)
-        sizes = (tails.stdout_end, tails.stderr_end)
-        for fd, path, size in zip(
-            (self.stdout, self.stderr), (self.stdout_path, self.stderr_path), sizes, strict=True
-        ):
-            if size == 0:
-                _unlink(path)
-            os.close(fd)
-        return tails
 
 
 def _unlink(path: str) -> None:

@@ -62,6 +62,7 @@ class StopSignals:
         """
         signal.set_wakeup_fd(wake_fd, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGIO, lambda *_: None)  # somebody opened a file that we had a lease on
         self._stop = stop
         for _ in range(self._early):
             stop()

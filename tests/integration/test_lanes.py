@@ -18,7 +18,7 @@ from broker.worker_settings import WorkerSettings
 from fleet.attempt import CommandContext
 from fleet.executors import Execution, Outcome
 from fleet.memory import Memory
-from fleet.outputs import Folders, WorkingFolders
+from fleet.outputs import Folders, Outputs, WorkingFolders
 from fleet.slots import Slots
 from tests.integration import test_executors
 from tests.integration.test_claims import claim, send, session
@@ -249,7 +249,9 @@ class Desk:
         folders = Folders(str(folder / "out-of-slots"))
         folders.create()
         null = os.open(os.devnull, os.O_RDONLY)
-        context = CommandContext(folders, WorkingFolders(folders, "w0"), {}, null, null, Memory(), 1000)
+        context = CommandContext(
+            folders, Outputs(folders), WorkingFolders(folders, "w0"), {}, null, null, Memory(), 1000
+        )
         self.guard = CalmGuard()
         guard: Any = self.guard
         self.slots = Slots(count, self.who.settings, context, bench.pool, guard)
