@@ -36,6 +36,10 @@ Options = dict[str, Any]
 @click.option("--output-dir", metavar="DIR", help="Where jobs run and write, at the hosts.")
 @click.option("--python", metavar="PYTHON", help="Python at the hosts to install with, or to use as it is.")
 @click.option("--no-install", is_flag=True, help="Use the rq-fleet that is there.")
+@click.option(
+    "--skip-version-check", is_flag=True, help="What is there may be of another version than this one."
+)
+@click.option("--upgrade", is_flag=True, help="Replace workers of an older version.")
 @click.option("--executor-python", metavar="PYTHON", help="Interpreter for Python functions; needs rq.")
 @click.option("--path", "paths", multiple=True, metavar="DIR", help="First on the path of Python functions.")
 @resource_options
@@ -46,8 +50,9 @@ Options = dict[str, Any]
 def up(context: Context, /, hosts_file: str | None, as_json: bool, **options: Any) -> int:
     """Start workers on every host of the file HOSTS ('-' reads stdin; none: the hosts kept).
 
-    What runs already is left alone, so it may be run again at any time. A host is kept from the
-    moment a worker is started there.
+    What runs already is left alone, so it may be run again at any time; with --upgrade a worker of
+    an older version finishes its jobs, or hands them back after the grace, and a new one starts. A
+    host is kept from the moment a worker is started there.
     """
     from fleet import kept_hosts
 
@@ -145,6 +150,9 @@ def _orders(context: Context, options: Options) -> Orders:
         labels=pairs("--label", options["labels"]),
         output_dir=output_dir,
         install=not options["no_install"],
+        check_versions=not options["skip_version_check"],
+        upgrade=options["upgrade"],
+        grace_seconds=context.settings.worker.stop_grace_seconds,
         executor_python=options["executor_python"],
         paths=options["paths"] or here,
         resources=resources(options),
@@ -193,11 +201,20 @@ def _run(
 
     with shown(context, [host.name for host in hosts]) as on_event:
         report = asyncio.run(work(on_event))
+    _say_mismatches(context, report)
     if as_json:
         print_json({"hosts": [_document(result) for result in report.hosts]})
     else:
         _print(report)
     return report.exit_code
+
+
+def _say_mismatches(context: Context, report: Report) -> None:
+    """All hosts that were refused for their version, in one place."""
+    errors = [result.error for result in report.hosts if result.error]
+    lines = [error.message for error in errors if error.code == "version_mismatch"]
+    if lines:
+        context.say("\n  ".join([f"Version check failed on {len(lines)} worker(s):", *lines]))
 
 
 def _print(report: Report) -> None:

@@ -1,9 +1,10 @@
 """`fleet up`: many hosts at once, each succeeding or failing alone.
 
-A host goes through connect, probe, install, start, confirm. Up to `start` nothing of it is
-changed but for an install, which counts only when complete; `start` is never cut. So an
-interrupt leaves every host either untouched, or started and known: it is kept in Redis before
-anything is started there. A host at which nothing ever was (a name with a typo) is not kept.
+A host goes through connect, probe, version (where what is there is used), install, start,
+confirm. Up to `start` nothing of it is changed but for an install, which counts only when
+complete; `start`, which also ends workers that make way, is never cut. So an interrupt leaves
+every host either untouched, or started and known: it is kept in Redis before anything is
+started there. A host at which nothing ever was (a name with a typo) is not kept.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from broker import __version__, connection
+from broker import connection
 from broker import hosts as broker_hosts
-from fleet import bundle, kept_hosts, reach
+from fleet import bundle, kept_hosts, reach, versions
 from fleet.confirmation import Confirmation
 from fleet.fan_out import FanOut
 from fleet.hosts import Host
@@ -48,6 +49,12 @@ class Orders:
     output_dir: str | None = None
     #: whether to bring our bundle, or to use what is there
     install: bool = True
+    #: whether what is there must be of our version
+    check_versions: bool = True
+    #: whether workers older than we are make way for new ones
+    upgrade: bool = False
+    #: seconds that running jobs of such a worker get before they are handed back
+    grace_seconds: float = 30.0
     #: None: the worker's own
     executor_python: str | None = None
     paths: tuple[str, ...] = ()
@@ -109,14 +116,18 @@ class _Up:
 
     async def _steps(self, journey: Journey, launcher: base.Launcher) -> HostResult:
         probe = await journey.take("probe", self._probe(launcher), _described)
+        if self._uses_what_is_there(journey.host):
+            await journey.take("version", self._version(journey.host, probe), str)
         if self.orders.dry_run:
             return await self._planned(journey, launcher, probe)
         python = await journey.take("install", self._python(launcher, probe))
         wanted = workers_for(journey.host, self._orders_for(probe), probe, python)
         before = await self._beats([order.name for order in wanted])
+        replaced = await self._older(journey.host, launcher, wanted[0])
         await self._keep(journey.host)
         with self.fan_out.uncut(journey.host):
-            started = await journey.take("start", launcher.start(python, wanted), _told)
+            start = launcher.start(python, wanted, replace=replaced, grace_seconds=self.orders.grace_seconds)
+            started = await journey.take("start", start, _told)
         unconfirmed = journey.result("unconfirmed", workers=_workers(started), note="started, not confirmed")
         if self.fan_out.interrupted:
             return unconfirmed
@@ -153,7 +164,7 @@ class _Up:
         await confirmation.until_all_beat(started)
 
     async def _probe(self, launcher: base.Launcher) -> base.Probe:
-        probe = await launcher.probe()
+        probe = await launcher.probe(fetch_python=not self.orders.dry_run)
         if not self.orders.dry_run:
             self._orders_for(probe)  # what cannot work is told before anything is installed
         return probe
@@ -163,25 +174,34 @@ class _Up:
         url = reach.url_for(self.orders.redis_url, self.orders.bound_to, probe)
         return replace(self.orders, redis_url=url)
 
+    def _uses_what_is_there(self, host: Host) -> bool:
+        """Whether its version has to be looked at: what we bring is ours."""
+        return self.orders.check_versions and (not self.orders.install or host.launcher == "local")
+
+    async def _version(self, host: Host, probe: base.Probe) -> str:
+        return versions.check(host.name, probe)
+
+    async def _older(self, host: Host, launcher: base.Launcher, first: WorkerConfig) -> dict[str, str | None]:
+        """The workers to be replaced, and their versions."""
+        if not self.orders.upgrade:
+            return {}
+        return versions.older(await launcher.inspect(first.output_dir, host.worker_base))
+
     async def _python(self, launcher: base.Launcher, probe: base.Probe) -> str:
         """The interpreter that runs the workers, our bundle installed for it."""
         if self.orders.install:
             return await launcher.install(await asyncio.to_thread(bundle.build))
-        return probe.python_in_use
+        return probe.in_use[0]
 
     async def _planned(self, journey: Journey, launcher: base.Launcher, probe: base.Probe) -> HostResult:
         """What would be done."""
         wanted = workers_for(journey.host, self.orders, probe, probe.python)
         seen = await launcher.inspect(wanted[0].output_dir, journey.host.worker_base)
         alive = {worker.name: worker for worker in seen if worker.alive}
-        rows = [
-            WorkerResult(order.name, "running", alive[order.name].pid, alive[order.name].version)
-            if order.name in alive
-            else WorkerResult(order.name, "would start")
-            for order in wanted
-        ]
+        replaced = versions.older(seen) if self.orders.upgrade else {}
+        rows = [_planned_row(order.name, alive.get(order.name), order.name in replaced) for order in wanted]
         key = (await asyncio.to_thread(bundle.build)).key
-        missing = self.orders.install and key not in {venv.key for venv in probe.venvs}
+        missing = self.orders.install and not probe.installed(key)
         return journey.result("planned", workers=tuple(rows), note="would install" if missing else "")
 
     async def _beats(self, names: Sequence[str]) -> dict[str, bytes | None]:
@@ -217,6 +237,12 @@ def _absolute(path: str, probe: base.Probe) -> str:
     return f"{probe.home}/{path[2:]}" if path.startswith("~/") else path
 
 
+def _planned_row(name: str, worker: base.Seen | None, replaced: bool) -> WorkerResult:
+    if worker is None:
+        return WorkerResult(name, "would start")
+    return WorkerResult(name, "would be replaced" if replaced else "running", worker.pid, worker.version)
+
+
 def _workers(started: Sequence[base.Started]) -> tuple[WorkerResult, ...]:
     return tuple(
         WorkerResult(worker.name, "started" if worker.fresh else "running", worker.pid, worker.version)
@@ -226,23 +252,27 @@ def _workers(started: Sequence[base.Started]) -> tuple[WorkerResult, ...]:
 
 def _note(host: Host, started: Sequence[base.Started]) -> str:
     """Workers of another version, or with other options, are left alone, and that is said."""
-    others = sorted(
-        {worker.version for worker in started if worker.version and worker.version != __version__}
-    )
-    notes = [f"runs version {', '.join(others)}, here it is {__version__}"] if others else []
-    if any(worker.other_options for worker in started):
+    others = [worker for worker in started if worker.other_options]
+    notes = [versions.note(started)]
+    if any(not worker.fresh for worker in others):
         notes.append(f"runs with other options: 'fleet down {host.name}', then 'fleet up'")
-    return "; ".join(notes)
+    if any(worker.fresh for worker in others):
+        notes.append("has other options than before")
+    return "; ".join(filter(None, notes))
 
 
 def _described(probe: base.Probe) -> str:
-    gpus = f", {len(probe.gpus)} GPUs" if probe.gpus else ""
-    size = probe.memory_bytes / 2**30
     skew = probe.clock_skew_seconds
-    clock = (
-        f", clock {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}" if abs(skew) > _SKEW_SECONDS else ""
+    parts = (
+        probe.system,
+        f"Python {probe.python_version}",
+        f"rq-fleet {probe.fleet_version}" if probe.fleet_version else "",
+        f"{probe.cpus} CPUs",
+        f"{probe.memory_bytes / 2**30:.0f} GiB",
+        f"{len(probe.gpus)} GPUs" if probe.gpus else "",
+        f"clock {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}" if abs(skew) > _SKEW_SECONDS else "",
     )
-    return f"{probe.system}, Python {probe.python_version}, {probe.cpus} CPUs, {size:.0f} GiB{gpus}{clock}"
+    return ", ".join(filter(None, parts))
 
 
 def _told(started: Sequence[base.Started]) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from broker.errors import FleetError
 
-Step = Literal["connect", "probe", "install", "start", "confirm", "stop"]
+Step = Literal["connect", "probe", "version", "install", "start", "confirm", "stop"]
 State = Literal["begun", "done", "failed"]
 Outcome = Literal[
     "started", "running", "planned", "stopped", "not running", "failed", "untouched", "unconfirmed"
@@ -35,7 +35,11 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """One worker: "started", "running", "would start", "stopped", "killed", "not running", "remains"."""
+    """One worker.
+
+    `state`: "started", "running", "would start", "would be replaced", "stopped", "killed",
+    "not running" or "remains".
+    """
 
     name: str
     state: str

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,12 @@ CHILDREN_SECONDS = 3.0
 #: seconds for a process to vanish after SIGKILL
 KILL_SECONDS = 5.0
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+#: how programs say the same
+_FULL = (b"No space left on device", b"Disk quota exceeded")
+#: environments that are kept though nobody runs from them: to go back to them costs nothing
+VENVS_KEPT = 3
+#: seconds after which what was brought for an install is not waited for any more
+OLD_SECONDS = 3600.0
 
 
 class Failed(Exception):
@@ -85,21 +91,27 @@ def probe(request: Json) -> Json:
     import importlib.util
     import shutil
 
-    data = data_dir()
+    data, uv = data_dir(), uv_that_found_us()
+    named = bool(request["named"]) and not uv
+    can_make_venvs = all(importlib.util.find_spec(name) for name in ("venv", "ensurepip"))
     return {
         **resources(request["resources"]),
         "system": os.uname().sysname,
         "machine": os.uname().machine,
         # what was named may be a wrapper, and then it is wanted; what was found may be a shim
-        "python": sys.argv[1] if request["named"] else sys.executable,
+        "python": sys.argv[1] if named else sys.executable,
+        "python_was_named": named,
         "python_version": ".".join(map(str, sys.version_info[:3])),
-        "can_make_venvs": all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")),
+        "can_make_venvs": can_make_venvs,
+        "uv": uv or (None if can_make_venvs else any_uv()),
+        "fleet_version": fleet_version() if named else None,
         "free_disk_bytes": shutil.disk_usage(existing(data)).free,
         "time": time.time(),
         "home": str(Path.home()),
         "data_dir": str(data),
         "output_dir": str(state_dir() / "work"),
         "venvs": list(venvs(data)),
+        "venv_tag": venv_tag(),
     }
 
 
@@ -134,6 +146,45 @@ def resources(source: str) -> Json:
     return dataclasses.asdict(module.detect())
 
 
+def uv_that_found_us() -> str | None:
+    """The uv that was asked for this Python: then it installs, too."""
+    return sys.argv[2] if len(sys.argv) > 2 else None
+
+
+def any_uv() -> str | None:
+    """A uv where there is one: shells of SSH have short PATHs."""
+    import shutil
+
+    homes = (Path.home() / ".local/bin", Path.home() / ".cargo/bin")
+    return shutil.which("uv") or next(
+        (found for home in homes if (found := shutil.which("uv", path=home))), None
+    )
+
+
+def fleet_version() -> str | None:
+    """The version of the rq-fleet that this Python, started with -I, would import; None: it has none."""
+    import site
+    from importlib import metadata
+
+    site.main()
+    try:
+        return metadata.version("rq-fleet")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def venv_tag() -> str:
+    """What tells apart environments of one bundle: Python's version, ABI and place, and the machine.
+
+    A home may be shared by machines that differ in all of these.
+    """
+    import hashlib
+    import sysconfig
+
+    abi = (sysconfig.get_config_var("SOABI"), os.uname().machine, os.path.realpath(sys.executable))
+    return f"{sys.implementation.cache_tag}-{hashlib.sha256(repr(abi).encode()).hexdigest()[:8]}"
+
+
 def venvs(data: Path) -> Iterator[Json]:
     """The installs that were completed, newest last."""
     found = [json.loads(path.read_text()) for path in (data / "venvs").glob("*/.complete")]
@@ -144,40 +195,72 @@ def venvs(data: Path) -> Iterator[Json]:
 
 
 def install(request: Json) -> Json:
-    """Make the environment of a bundle from the wheel that was brought.
+    """Make the environment of a bundle from the wheels that were brought into a folder.
 
     Virtual environments cannot be moved, so it is made in its place and counts from when
     `.complete` is there. One install at a time; what an install that was cut off left is
-    removed. No other environment is touched.
+    removed. No environment that is of use is touched.
     """
-    venv = data_dir() / "venvs" / f"{request['key']}-{sys.implementation.cache_tag}"
-    mark = venv / ".complete"
-    with lock(data_dir() / "install.lock", request["time_limit_seconds"]):
-        if not mark.exists():
-            remove(venv)
-            build(venv, request)
-            complete(mark, {"key": request["key"], "version": request["version"]})
-    Path(request["wheel"]).unlink(missing_ok=True)
+    import shutil
+
+    tag = venv_tag()
+    venv = data_dir() / "venvs" / f"{request['key']}-{tag}"
+    with lock(data_dir() / "install.lock", request["time_limit_seconds"]) as held:
+        try:
+            if not (venv / ".complete").exists():
+                make(venv, {"key": request["key"], "tag": tag, "version": request["version"]}, request, held)
+                tidy(data_dir(), venv)
+        finally:
+            shutil.rmtree(Path(request["wheel"]).parent, ignore_errors=True)
     return {"python": str(venv / "bin/python")}
 
 
-def build(venv: Path, request: Json) -> None:
-    """Make the environment, install the wheel and its dependencies, and try it."""
-    python = str(venv / "bin" / "python")
-    wheel, deadline = request["wheel"], time.monotonic() + request["time_limit_seconds"]
-    for what, argv in (
+def make(venv: Path, facts: Json, request: Json, held: int) -> None:
+    """Make the environment, install the wheel and its dependencies, and try it; or leave nothing."""
+    python, deadline = str(venv / "bin" / "python"), time.monotonic() + request["time_limit_seconds"]
+    steps = with_uv(request["uv"], venv, request) if request["uv"] else with_pip(venv, request)
+    remove(venv)
+    try:
+        for what, argv in (*steps, ("import", [python, "-I", "-c", "import fleet.assembly, fleet.detach"])):
+            run(what, argv, deadline, held)
+        complete(venv / ".complete", {**facts, "python": python})
+    except BaseException:
+        with suppress(OSError):
+            remove(venv)
+        raise
+
+
+def with_pip(venv: Path, request: Json) -> list[tuple[str, list[str]]]:
+    """What makes an environment with Python's own means."""
+    pip = [str(venv / "bin" / "python"), "-I", "-m", "pip", "install", "--no-input", "--quiet"]
+    return [
         ("make a virtual environment", [sys.executable, "-I", "-m", "venv", str(venv)]),
-        ("install", [python, "-I", "-m", "pip", "install", "--no-input", "--quiet", wheel]),
-        ("import", [python, "-I", "-c", "import fleet.assembly, fleet.detach"]),
-    ):
-        run(what, argv, deadline)
+        ("install", [*pip, *sources(request), request["wheel"]]),
+    ]
 
 
-def run(what: str, argv: list[str], deadline: float) -> None:
-    """Run `argv` until `deadline`; its last lines go into the error."""
+def with_uv(uv: str, venv: Path, request: Json) -> list[tuple[str, list[str]]]:
+    """What makes an environment with uv; it gets no pip."""
+    pip = [uv, "pip", "install", "--python", str(venv / "bin" / "python"), "--compile-bytecode", "--quiet"]
+    return [
+        ("make a virtual environment", [uv, "venv", "--no-project", "--python", sys.executable, str(venv)]),
+        ("install", [*pip, *sources(request), request["wheel"]]),
+    ]
+
+
+def sources(request: Json) -> list[str]:
+    """Where dependencies come from: the index that this host is set up for, or what was brought alone."""
+    return ["--no-index", "--find-links", str(Path(request["wheel"]).parent)] if request["offline"] else []
+
+
+def run(what: str, argv: list[str], deadline: float, held: int) -> None:
+    """Run `argv` until `deadline`; its last lines go into the error.
+
+    It inherits the lock `held`: should we be killed, nobody comes into its way until it ends.
+    """
     import subprocess
 
-    environ = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_COLOR": "1"}
+    environ = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_COLOR": "1", "NO_COLOR": "1"}
     try:
         done = subprocess.run(
             argv,
@@ -186,34 +269,35 @@ def run(what: str, argv: list[str], deadline: float) -> None:
             stderr=subprocess.STDOUT,
             timeout=max(1.0, deadline - time.monotonic()),
             env=environ,
+            pass_fds=(held,),
             check=False,
         )
     except subprocess.TimeoutExpired as exc:
         raise Failed("install", f"could not {what} in time", tail_of(exc.stdout or b"", 10)) from None
     if done.returncode:
-        full = b"No space left on device" in done.stdout or b"Disk quota exceeded" in done.stdout
+        full = any(words in done.stdout for words in _FULL)
         raise Failed("no_space" if full else "install", f"could not {what}", tail_of(done.stdout, 10))
 
 
 def complete(mark: Path, facts: Json) -> None:
     """Declare the environment complete, at once or not at all."""
     part = mark.with_name(".complete.part")
-    python = str(mark.parent / "bin" / "python")
-    part.write_text(json.dumps({**facts, "python": python, "completed_at": time.time()}))
+    part.write_text(json.dumps({**facts, "completed_at": time.time()}))
     part.rename(mark)
 
 
 def remove(folder: Path) -> None:
-    """Remove what an install that was cut off left."""
+    """Remove a folder. Its mark goes first: what is left, should we be cut off, counts for nothing."""
     import shutil
 
+    (folder / ".complete").unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)
 
 
 @contextmanager
-def lock(path: Path, limit_seconds: float, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Hold the lock file `path`; waits for another holder, but not for ever.
+def lock(path: Path, limit_seconds: float, how: int = fcntl.LOCK_EX) -> Iterator[int]:
+    """Hold the lock file `path`, and give its descriptor; waits for another holder, but not for ever.
 
     Holders with LOCK_SH for `how` exclude only those who want it alone.
     """
@@ -224,7 +308,7 @@ def lock(path: Path, limit_seconds: float, how: int = fcntl.LOCK_EX) -> Iterator
             if time.monotonic() > deadline:
                 raise Failed("busy", f"another 'fleet up' or 'fleet down' is at work here and holds {path}")
             time.sleep(0.1)
-        yield
+        yield file.fileno()
 
 
 def taken(descriptor: int, how: int) -> bool:
@@ -236,16 +320,107 @@ def taken(descriptor: int, how: int) -> bool:
     return True
 
 
+# --- what installs leave behind --------------------------------------------------------------------
+
+
+def tidy(data: Path, venv: Path) -> None:
+    """Remove what installs left: all environments but a few, and what was brought and never installed.
+
+    An environment that a process runs from stays, here or at another host that shares the home.
+    """
+    newest = sorted((data / "venvs").iterdir(), key=completed_at, reverse=True)[:VENVS_KEPT]
+    # what is being brought for another install right now is young
+    old = time.time() - OLD_SECONDS
+    useless = [folder for folder in (data / "wheels").iterdir() if folder.stat().st_mtime < old]
+    useless += [
+        folder
+        for folder in (data / "venvs").iterdir()
+        if folder not in (venv, *newest) and not users_of(folder)
+    ]
+    for folder in useless:
+        with suppress(OSError):
+            remove(folder)
+
+
+def completed_at(venv: Path) -> float:
+    """When an environment was completed; 0.0: never."""
+    try:
+        return (venv / ".complete").stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def users_of(venv: Path) -> list[str]:
+    """The hosts that run from an environment: this one if a process does, others if they said so."""
+    here = os.uname().nodename
+    elsewhere = [mark.name for mark in (venv / ".hosts").glob("*") if mark.name != here]
+    running = any(f"{venv}/" in line for line in command_lines())
+    return elsewhere + ([here] if running else [])
+
+
+def note_use(python: str) -> None:
+    """Note in our environments that this host runs from that of `python`, and from what else it does."""
+    here = os.uname().nodename
+    for venv in (data_dir() / "venvs").glob("*"):
+        mark = venv / ".hosts" / here
+        if venv == Path(python).parent.parent:
+            mark.parent.mkdir(exist_ok=True)
+            mark.touch()
+        elif mark.exists() and here not in users_of(venv):
+            mark.unlink(missing_ok=True)
+
+
+def command_lines() -> Iterator[str]:
+    """The command lines of all processes that we may see."""
+    if sys.platform != "linux":
+        import subprocess
+
+        yield from subprocess.run(
+            ["ps", "-axo", "command="], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        return
+    for name in os.listdir("/proc"):  # noqa: PTH208 - thousands of names
+        if name.isdigit():
+            try:
+                yield Path(f"/proc/{name}/cmdline").read_text(errors="replace")
+            except OSError:  # it has gone, or is not ours
+                continue
+
+
 # --- start -----------------------------------------------------------------------------------------
 
 
 def start(request: Json) -> Json:
-    """Start each worker that does not live, one caller at a time for a base name."""
+    """Start each worker that does not live, one caller at a time for a base name.
+
+    Those to be replaced are ended before that: should we be killed on the way, the next start
+    finds them gone, or still there.
+    """
     run_dir = run_dir_of(request)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     run_dir.mkdir(mode=0o700, exist_ok=True)
+    note_use(request["python"])
+    replaced = make_way(run_dir, request) if request["replace"] else {}
     with lock(lock_of(run_dir, request), request["time_limit_seconds"]):
-        return {"workers": [start_one(run_dir, request["python"], order) for order in request["orders"]]}
+        workers = [start_one(run_dir, request["python"], order) for order in request["orders"]]
+    return {"workers": [{**worker, **replaced.get(worker["name"], {})} for worker in workers]}
+
+
+def make_way(run_dir: Path, request: Json) -> Json:
+    """End the workers to be replaced that are still of the version they had; what is told of each."""
+    found = {}
+    for order in request["orders"]:
+        name = order["name"]
+        worker = living(run_dir, name)
+        if worker and name in request["replace"] and worker.get("version") == request["replace"][name]:
+            same = runs_as(run_dir / f"{name}.config.json", order, request["python"])
+            found[name] = {"replaced": worker.get("version") or "unknown", "other_options": not same}
+    with lock(lock_of(run_dir, request), request["time_limit_seconds"], fcntl.LOCK_SH):
+        ends = stop_all(run_dir, list(found), request)
+    remaining = [f"{end['name']} (pid {end['pid']})" for end in ends if end["how"] == "remains"]
+    if remaining:
+        raise Failed("start", f"{', '.join(remaining)} did not end, so it was not replaced")
+    return found
 
 
 def lock_of(run_dir: Path, request: Json) -> Path:
@@ -316,11 +491,22 @@ def detached(python: str, config: Path) -> Json:
         if done.returncode == 0:
             process: Json = json.loads(done.stdout)
             return process
+    except FileNotFoundError:
+        raise not_installed(python, "there is no such file") from None
     except (OSError, ValueError, subprocess.TimeoutExpired) as exc:
         raise Failed("start", f"{python} could not start the worker: {exc}") from exc
     if b"No module named" in done.stderr:
-        raise Failed("not_installed", f"rq-fleet is not installed for {python}", tail_of(done.stderr, 1))
+        raise not_installed(python, tail_of(done.stderr, 1))
     raise Failed("start", f"{python} could not start the worker", tail_of(done.stderr, 10))
+
+
+def not_installed(python: str, details: str) -> Failed:
+    """That `python` does not do; an environment of ours counts for nothing from now on."""
+    mark = Path(python).parent.parent / ".complete"
+    if mark.exists():
+        mark.unlink()
+        return Failed("damaged", f"the install of rq-fleet in {mark.parent} is damaged", details)
+    return Failed("not_installed", f"rq-fleet is not installed for {python}", details)
 
 
 def write_secret(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ namespace. How it is opened differs (a connection, a command, an API) and is its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,8 @@ class Venv:
     version: str
     #: seconds since the epoch, by the host's clock
     completed_at: float
+    #: which of the Pythons and machines that share a home it is for
+    tag: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,18 +74,38 @@ class Probe:
     our_address: str | None = None
     #: whether somebody named `python`; else it is only the first that was found
     python_was_named: bool = False
+    #: the version of rq-fleet that `python` has, if it was named; None: it has none
+    fleet_version: str | None = None
+    #: a uv to install with: one that was named, or where `python` cannot make environments
+    uv: str | None = None
+    #: the tag of the environments that `python` makes
+    venv_tag: str = ""
 
     @property
-    def python_in_use(self) -> str:
-        """The interpreter for workers where nothing is to be installed. Raises InstallFailed."""
+    def in_use(self) -> tuple[str, str]:
+        """The interpreter for workers where nothing is to be installed, and its rq-fleet's version.
+
+        Raises InstallFailed.
+        """
         if self.python_was_named:
-            return self.python
-        if self.venvs:
-            return self.venvs[-1].python
+            if self.fleet_version is None:
+                raise InstallFailed(
+                    f"rq-fleet is not installed for {self.python}",
+                    "Install it for that Python, or leave out --no-install.",
+                )
+            return self.python, self.fleet_version
+        ours = [venv for venv in self.venvs if venv.tag == self.venv_tag]
+        if ours:
+            return ours[-1].python, ours[-1].version
         raise InstallFailed(
             f"rq-fleet is not installed under {self.data_dir}",
             "Leave out --no-install, or name an interpreter that has it: python=PATH.",
         )
+
+    def installed(self, key: str) -> str | None:
+        """The interpreter in which the bundle of that key is installed already, for `python`; or None."""
+        found = [venv.python for venv in self.venvs if (venv.key, venv.tag) == (key, self.venv_tag)]
+        return found[-1] if found else None
 
 
 @dataclass(frozen=True)
@@ -94,8 +116,10 @@ class Started:
     pid: int
     fresh: bool
     version: str | None = None
-    #: whether it runs with other options than were asked for now
+    #: whether it runs with other options than were asked for now, or did before it was replaced
     other_options: bool = False
+    #: the version of the worker that it replaced
+    replaced: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +134,11 @@ class Stopped:
 class Launcher(Protocol):
     """One place where workers can be started. Every verb raises HostError."""
 
-    async def probe(self) -> Probe:
-        """Look at the place. Raises NoPython."""
+    async def probe(self, *, fetch_python: bool = False) -> Probe:
+        """Look at the place. Raises NoPython.
+
+        `fetch_python`: where there is none that will do, but a uv, have that fetch one.
+        """
         ...
 
     async def install(self, bundle: Bundle) -> str:
@@ -121,8 +148,18 @@ class Launcher(Protocol):
         """
         ...
 
-    async def start(self, python: str, orders: Sequence[WorkerConfig]) -> tuple[Started, ...]:
-        """Start, by the interpreter `python`, each worker that does not live. Raises StartFailed."""
+    async def start(
+        self,
+        python: str,
+        orders: Sequence[WorkerConfig],
+        *,
+        replace: Mapping[str, str | None] | None = None,
+        grace_seconds: float = 0.0,
+    ) -> tuple[Started, ...]:
+        """Start, by the interpreter `python`, each worker that does not live. Raises StartFailed.
+
+        Those in `replace` that live with that version still are ended first, as by `stop`.
+        """
         ...
 
     async def inspect(self, output_dir: str | None, base: str, *, log_lines: int = 0) -> tuple[Seen, ...]:
@@ -207,9 +244,13 @@ class CommandFailed(HostError):
 
 
 class NoPython(HostError):
-    """No Python that is new enough."""
+    """No Python that is new enough; `uv` is one there that might fetch one, or ""."""
 
     code = "no_python"
+
+    def __init__(self, message: str, hint: str = "", *, uv: str = "") -> None:
+        super().__init__(message, hint)
+        self.uv = uv
 
 
 class HostBusy(HostError):
@@ -228,6 +269,12 @@ class InstallFailed(HostError):
     """The bundle could not be installed, or is not there where it should be used as it is."""
 
     code = "install_failed"
+
+
+class VersionMismatch(HostError):
+    """The rq-fleet that is to be used as it is there is of another version than ours."""
+
+    code = "version_mismatch"
 
 
 class StartFailed(HostError):

@@ -11,7 +11,7 @@ import dataclasses
 import shlex
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,35 +26,54 @@ CANDIDATES = (
     *("python3", "python3.13", "python3.12", "python3.11", "python3.14", "python"),
     *("/usr/local/bin/python3", "/opt/homebrew/bin/python3", "/usr/bin/python3"),
     *("~/.local/bin/python3", "~/.pyenv/shims/python3", "~/miniconda3/bin/python", "~/miniforge3/bin/python"),
+    # these know of Pythons that are on no PATH
+    *("uv", "~/.local/bin/uv", "~/.cargo/bin/uv"),
 )
+#: what a uv fetches where there is no Python: of those supported, the one that most wheels are for
+FETCHED_PYTHON = "3.12"
 #: an install gets this many times the limit of other commands
 INSTALL_FACTOR = 10
 #: what the environment of a bundle takes, with pip's own room to unpack
 INSTALL_BYTES = 250 * 2**20
+#: of what a uv says when it fails
+_LINES_OF_UV = 5
 _NO_PYTHON = "rq-fleet-no-python:"
-#: stands in for the first Python that is new enough, and feeds it the program below
+_NO_PYTHON_BUT_UV = "rq-fleet-uv:"
+#: stands in for the first Python that is new enough, or that a uv finds, and feeds it the program
 _FINDER = """\
-seen=
-for candidate in {candidates}; do
-  python=$(command -v "$candidate" 2>/dev/null) || continue
-  if "$python" -I -S -c 'import sys; sys.exit(sys.version_info < (3, 11))' </dev/null >/dev/null 2>&1; then
-    exec "$python" -I -S - "$python" <<'RQ_FLEET_PROGRAM'
+try() {{
+  "$1" -I -S -c 'import sys; sys.exit(sys.version_info < (3, 11))' </dev/null >/dev/null 2>&1 || return
+  exec "$1" -I -S - "$@" <<'RQ_FLEET_PROGRAM'
 {program}
 RQ_FLEET_PROGRAM
-  fi
-  seen="$seen $python ($("$python" -V 2>&1 </dev/null)),"
+}}
+seen= uv=
+for candidate in {candidates}; do
+  found=$(command -v "$candidate" 2>/dev/null) || continue
+  try "$found"
+  version=$("$found" -V 2>&1 </dev/null)
+  case $version in "uv "*)
+    uv=$found
+    if python=$("$uv" python find --no-project --system '>=3.11' 2>/dev/null </dev/null); then
+      try "$python" "$uv"
+    fi ;;
+  esac
+  seen="$seen $found ($version),"
 done
+echo "{uv_mark}$uv"
 echo "{mark}$seen"
 """
 _KINDS: dict[str, type[base.HostError]] = {
     "busy": base.HostBusy,
     "install": base.InstallFailed,
     "no_space": base.DiskFull,
+    "damaged": base.InstallFailed,
     "not_installed": base.InstallFailed,
     "os": base.CommandFailed,
     "start": base.StartFailed,
 }
 _HINTS = {
+    "damaged": "Run it again: it is installed anew.",
     "install": "The host needs a Python with venv (Debian: python3-venv) and an index that pip can reach.",
     "no_space": "Free some space there; --output-dir writes elsewhere.",
     "not_installed": "Install rq-fleet for that Python, or leave out --no-install.",
@@ -98,7 +117,16 @@ class ShellLauncher(ABC):
     async def close(self) -> None:
         """Let go of the host."""
 
-    async def probe(self) -> base.Probe:
+    async def probe(self, *, fetch_python: bool = False) -> base.Probe:
+        try:
+            return await self._probe()
+        except base.NoPython as exc:
+            if not fetch_python or not exc.uv:
+                raise
+            await self._fetch_python(exc.uv)
+            return await self._probe()
+
+    async def _probe(self) -> base.Probe:
         began = time.time()
         source = Path(resources.__file__).read_text(encoding="ascii")
         answer = await self._ask({"verb": "probe", "named": bool(self._named), "resources": source})
@@ -108,36 +136,62 @@ class ShellLauncher(ABC):
             clock_skew_seconds=answer["time"] - middle,
             is_here=self.is_here,
             our_address=self.our_address,
-            python_was_named=bool(self._named),
         )
         return self._found
 
+    async def _fetch_python(self, uv: str) -> None:
+        """Have the uv there fetch a Python. Raises NoPython."""
+        command = f"exec {shlex.quote(uv)} python install --quiet {FETCHED_PYTHON} 2>&1"
+        output = await self._execute(
+            "exec /bin/sh -s", f"{command} </dev/null\n", self._limit * INSTALL_FACTOR
+        )
+        if output.exit_status:
+            said = "\n".join(output.stdout.strip().splitlines()[-_LINES_OF_UV:])
+            raise base.NoPython(
+                f"no Python 3.11 or newer there, and {uv} could not fetch one:\n{said}",
+                "Install one, and name it: python=/path/to/python3 in the hosts file.",
+            )
+
     async def install(self, bundle: Bundle) -> str:
         found = self._found or await self.probe()
-        ready = [venv.python for venv in found.venvs if venv.key == bundle.key]
+        ready = found.installed(bundle.key)
         if ready:
-            return ready[-1]
+            return ready
         if found.free_disk_bytes < INSTALL_BYTES:
             raise base.DiskFull(
                 f"{found.free_disk_bytes / 2**20:.0f} MiB are free at {found.data_dir}:"
                 f" an install takes up to {INSTALL_BYTES / 2**20:.0f} MiB",
                 _HINTS["no_space"],
             )
-        if not found.can_make_venvs:
+        if not found.can_make_venvs and not found.uv:
             raise base.InstallFailed(
                 f"{found.python} cannot make virtual environments: its module venv or ensurepip is missing",
-                "Debian and Ubuntu: apt install python3-venv. Or name another Python: python=PATH.",
+                "Debian and Ubuntu: apt install python3-venv. Or name another Python, or a uv: python=PATH.",
             )
-        return await self._install(bundle, f"{found.data_dir}/wheels/{bundle.key}/{bundle.filename}")
+        return await self._install(bundle, found)
 
-    async def _install(self, bundle: Bundle, wheel: str) -> str:
-        await self._upload(bundle.data, wheel)
-        limit = self._limit * INSTALL_FACTOR
-        request = {"verb": "install", "key": bundle.key, "version": bundle.version, "wheel": wheel}
-        python: str = (await self._ask(request, limit))["python"]
+    async def _install(self, bundle: Bundle, found: base.Probe) -> str:
+        folder = f"{found.data_dir}/wheels/{bundle.key}-{found.venv_tag}"
+        await self._upload(bundle.data, f"{folder}/{bundle.filename}")
+        request = {
+            "verb": "install",
+            "key": bundle.key,
+            "version": bundle.version,
+            "wheel": f"{folder}/{bundle.filename}",
+            "uv": found.uv,
+            "offline": False,
+        }
+        python: str = (await self._ask(request, self._limit * INSTALL_FACTOR))["python"]
         return python
 
-    async def start(self, python: str, orders: Sequence[WorkerConfig]) -> tuple[base.Started, ...]:
+    async def start(
+        self,
+        python: str,
+        orders: Sequence[WorkerConfig],
+        *,
+        replace: Mapping[str, str | None] | None = None,
+        grace_seconds: float = 0.0,
+    ) -> tuple[base.Started, ...]:
         answer = await self._ask(
             {
                 "verb": "start",
@@ -145,8 +199,13 @@ class ShellLauncher(ABC):
                 "output_dir": orders[0].output_dir,
                 "base": orders[0].name.rpartition("-")[0],
                 "orders": [dataclasses.asdict(order) for order in orders],
+                "replace": dict(replace or {}),
+                "grace_seconds": grace_seconds,
+                "force": False,
             },
-            self._limit + _SECONDS_A_WORKER * len(orders),
+            self._limit
+            + _SECONDS_A_WORKER * len(orders)
+            + (grace_seconds + _AFTER_GRACE_SECONDS if replace else 0),
         )
         return tuple(base.Started(**worker) for worker in answer["workers"])
 
@@ -190,20 +249,26 @@ class ShellLauncher(ABC):
 
     def _unreadable(self, output: Output) -> base.HostError:
         """Why there is no answer in `output`."""
+        uv = ""
         for line in output.stdout.splitlines():
+            if line.startswith(_NO_PYTHON_BUT_UV):
+                uv = line.removeprefix(_NO_PYTHON_BUT_UV)
             if line.startswith(_NO_PYTHON):
-                return self._no_python(line.removeprefix(_NO_PYTHON).strip(" ,"))
+                return self._no_python(line.removeprefix(_NO_PYTHON).strip(" ,"), uv)
         said = (output.stderr.strip() or output.stdout.strip()).splitlines()[-3:]
         return base.CommandFailed(
             f"the command there ended with {output.exit_status}: {' / '.join(said) or 'it said nothing'}",
             "Can that user log in and run /bin/sh? Try: ssh HOST true",
         )
 
-    def _no_python(self, seen: str) -> base.NoPython:
+    def _no_python(self, seen: str, uv: str) -> base.NoPython:
         what = f"{self._named} is no Python 3.11 or newer" if self._named else "no Python 3.11 or newer"
+        if uv and uv == self._named:
+            what = f"{uv} knows of no Python 3.11 or newer"
         return base.NoPython(
             f"{what} there" + (f"; found {seen}" if seen else ""),
             "Install one (uv python install 3.12), or name it: python=/path/to/python3 in the hosts file.",
+            uv=uv,
         )
 
 
@@ -215,7 +280,7 @@ _AFTER_GRACE_SECONDS = agent.HURRY_SECONDS + agent.CHILDREN_SECONDS + 2 * agent.
 
 def _finder(candidates: Sequence[str], program: str) -> str:
     words = " ".join(_word(candidate) for candidate in candidates)
-    return _FINDER.format(candidates=words, program=program, mark=_NO_PYTHON)
+    return _FINDER.format(candidates=words, program=program, mark=_NO_PYTHON, uv_mark=_NO_PYTHON_BUT_UV)
 
 
 def _word(path: str) -> str:

@@ -18,6 +18,8 @@ from broker.command import Command
 from broker.connection import connect
 from broker.submit import Options, submit_commands
 from fleet.worker_config import WorkerConfig
+from tests.integration import fleets
+from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes
 
 #: a fleet in a hurry: a lost worker is noticed after three seconds
 FAST = {"heartbeat_seconds": 0.5, "lease_seconds": 3.0, "stop_grace_seconds": 5.0, "kill_grace_seconds": 1.0}
@@ -146,3 +148,25 @@ def _workers(url: str, folder: Path, spawn: Any, eventually: Any) -> Iterator[Wo
     found._eventually = eventually
     yield found
     found.client.close()
+
+
+@pytest.fixture
+def farm(tmp_path: Path, spawn: Any) -> Iterator[SshdFarm]:
+    farm = SshdFarm(tmp_path / "farm", spawn)
+    yield farm
+    for process in fleet_processes(farm.folder):
+        process.kill()
+
+
+@pytest.fixture
+def fleet(run_fleet: Any, farm: SshdFarm, fleet_redis_url: str, tmp_path: Path) -> Callable[..., Any]:
+    """`fleet("up", "a", "b")` with a hosts file of these hosts; without names just the verb."""
+
+    def run(verb: str, *names: str, options: tuple[str, ...] = (), **how: Any) -> Any:
+        file = tmp_path / "hosts.txt"
+        file.write_text("".join(f"{name}\n" for name in names))
+        words = [verb, *options, "--ssh-config", farm.config, *([file] if names else [])]
+        words += ["--no-install", "--python", PYTHON] if verb == "up" and "--python" not in options else []
+        return run_fleet(*words, env={**fleets.FAST, **how.pop("env", {})}, **how)
+
+    return run

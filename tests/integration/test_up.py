@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +23,10 @@ from fleet.launchers.agent import TOKEN_VARIABLE
 from fleet.resources import find_cpus, find_memory
 from fleet.worker_config import this_host
 from tests.conftest import fleet_script
-from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes
+from tests.integration.fleets import FAST, beating, pids, rows
+from tests.integration.sshd import PYTHON, fleet_processes
 
 pytestmark = pytest.mark.needs("sshd")
-FAST = {
-    "FLEET_WORKER__HEARTBEAT_SECONDS": "0.5",
-    "FLEET_WORKER__LEASE_SECONDS": "3",
-    "FLEET_WORKER__STOP_GRACE_SECONDS": "5",
-}
-
-
-@pytest.fixture
-def farm(tmp_path: Path, spawn: Any) -> Iterator[SshdFarm]:
-    farm = SshdFarm(tmp_path / "farm", spawn)
-    yield farm
-    for process in fleet_processes(farm.folder):
-        process.kill()
-
-
-@pytest.fixture
-def fleet(run_fleet: Any, farm: SshdFarm, fleet_redis_url: str, tmp_path: Path) -> Callable[..., Any]:
-    """`fleet("up", "a", "b")` with a hosts file of these hosts; without names just the verb."""
-
-    def run(verb: str, *names: str, options: tuple[str, ...] = (), **how: Any) -> Any:
-        file = tmp_path / "hosts.txt"
-        file.write_text("".join(f"{name}\n" for name in names))
-        words = [verb, *options, "--ssh-config", farm.config, *([file] if names else [])]
-        words += ["--no-install", "--python", PYTHON] if verb == "up" and "--python" not in options else []
-        return run_fleet(*words, env={**FAST, **how.pop("env", {})}, **how)
-
-    return run
-
-
-def rows(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
-    """The hosts of a JSON document on stdout."""
-    document = json.loads(done.stdout)
-    assert document["schema"] == 1
-    return {row["host"]: row for row in document["hosts"]}
-
-
-def pids(found: dict[str, dict[str, Any]]) -> dict[str, int]:
-    return {worker["name"]: worker["pid"] for row in found.values() for worker in row["workers"]}
 
 
 def submit(client: Any, script: str) -> str:
@@ -77,11 +40,6 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def beating(client: Any) -> list[str]:
-    names = [name.decode() for name in client.smembers(keys.FLEET_WORKERS)]
-    return sorted(name for name in names if client.exists(keys.worker_beat(name)))
 
 
 def test_five_hosts_of_which_one_is_down(farm, fleet, redis_client):

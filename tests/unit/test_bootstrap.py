@@ -45,7 +45,7 @@ class StubLauncher:
     def __init__(self, stub: Stub, host: Host) -> None:
         self.stub, self.host = stub, host
 
-    async def probe(self) -> base.Probe:
+    async def probe(self, *, fetch_python: bool = False) -> base.Probe:
         await self.stub.step("probe", self.host)
         return self.stub.probe
 
@@ -53,7 +53,9 @@ class StubLauncher:
         await self.stub.step("install", self.host)
         return "/venv/bin/python"
 
-    async def start(self, python: str, orders: Sequence[WorkerConfig]) -> tuple[base.Started, ...]:
+    async def start(
+        self, python: str, orders: Sequence[WorkerConfig], **how: Any
+    ) -> tuple[base.Started, ...]:
         await self.stub.step("start", self.host)
         self.stub.started += orders
         for order in orders:
@@ -227,7 +229,8 @@ def test_a_worker_that_lives_already_is_left_alone(stub):
     stub.registers = stub.fresh = False
     stub.version = "0.0.9"
     (result,) = asyncio.run(stub.up(["a"])).hosts
-    assert (result.outcome, result.note) == ("running", "runs version 0.0.9, here it is 0.1.0")
+    assert result.outcome == "running"
+    assert result.note == "runs version 0.0.9, here it is 0.1.0: 'fleet up --upgrade' replaces it"
 
 
 def interrupted(work: Callable[[asyncio.Event], Any]) -> Report:

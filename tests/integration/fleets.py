@@ -1,0 +1,52 @@
+"""What `fleet up` and `fleet down` answered, who beats, and a rq-fleet of another version."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+from broker import __version__, keys
+from fleet import bundle
+
+#: a fleet in a hurry: a lost worker is noticed after three seconds
+FAST = {
+    "FLEET_WORKER__HEARTBEAT_SECONDS": "0.5",
+    "FLEET_WORKER__LEASE_SECONDS": "3",
+    "FLEET_WORKER__STOP_GRACE_SECONDS": "5",
+}
+
+
+def rows(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    """The hosts of a JSON document on stdout."""
+    document = json.loads(done.stdout)
+    assert document["schema"] == 1
+    return {row["host"]: row for row in document["hosts"]}
+
+
+def pids(found: dict[str, dict[str, Any]]) -> dict[str, int]:
+    return {worker["name"]: worker["pid"] for row in found.values() for worker in row["workers"]}
+
+
+def beating(client: Any) -> list[str]:
+    """The workers that beat."""
+    names = [name.decode() for name in client.smembers(keys.FLEET_WORKERS)]
+    return sorted(name for name in names if client.exists(keys.worker_beat(name)))
+
+
+def python_with(version: str, folder: Path) -> str:
+    """The interpreter of a new environment in which rq-fleet, this very code, is of that version."""
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    for name, data in bundle._files():
+        file = packages / name.replace(f"-{__version__}.dist-info", f"-{version}.dist-info")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data.replace(f"ersion: {__version__}".encode(), f"ersion: {version}".encode()))
+    (packages / "broker/__init__.py").write_text(
+        (packages / "broker/__init__.py").read_text().replace(f'"{__version__}"', f'"{version}"')
+    )
+    (packages / "others.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+    return str(folder / "bin/python")
