@@ -13,7 +13,7 @@ import click
 
 from broker.errors import UsageError
 from cli.context import Context, error_fields, pass_context, print_json
-from cli.params import resource_options
+from cli.params import Duration, resource_options
 from cli.ssh import max_parallel, ssh_from, ssh_options
 
 if TYPE_CHECKING:
@@ -43,6 +43,12 @@ Options = dict[str, Any]
 @click.option("--executor-python", metavar="PYTHON", help="Interpreter for Python functions; needs rq.")
 @click.option("--path", "paths", multiple=True, metavar="DIR", help="First on the path of Python functions.")
 @resource_options
+@click.option(
+    "--startup-delay-seconds",
+    type=Duration(zero=True),
+    metavar="SECONDS",
+    help="Workers begin within so long, each at its own moment; default: 0 for up to 100.",
+)
 @click.option("--local", type=click.IntRange(min=1), metavar="N", help="N workers on this machine, no SSH.")
 @click.option("--dry-run", is_flag=True, help="Connect and look, change nothing.")
 @ssh_options
@@ -157,6 +163,7 @@ def _orders(context: Context, options: Options) -> Orders:
         paths=options["paths"] or here,
         resources=resources(options),
         settings=dataclasses.asdict(context.settings.worker),
+        startup_delay_seconds=options["startup_delay_seconds"],
         dry_run=options["dry_run"],
     )
 

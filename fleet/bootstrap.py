@@ -12,11 +12,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from broker import connection
 from broker import hosts as broker_hosts
-from fleet import bundle, kept_hosts, reach, versions
+from broker.worker_settings import WorkerSettings
+from fleet import bundle, jitter, kept_hosts, reach, versions
 from fleet.confirmation import Confirmation
 from fleet.fan_out import FanOut
 from fleet.hosts import Host
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 #: seconds a worker gets from its start to its first beat
 CONFIRM_SECONDS = 30.0
+#: workers whose start is spread by itself, as hosts are started a few at a time
+_SPREAD_BY_ITSELF = 100
 #: a clock that is off by more is worth telling; leases go by the clock of Redis, logs do not
 _SKEW_SECONDS = 5.0
 
@@ -62,6 +66,8 @@ class Orders:
     resources: Mapping[str, int] = field(default_factory=dict)
     #: those of broker.worker_settings.WorkerSettings
     settings: Mapping[str, Any] = field(default_factory=dict)
+    #: the window within which workers begin, each at its own moment; None: as their number demands
+    startup_delay_seconds: float | None = None
     dry_run: bool = False
     #: the addresses that the embedded broker listens on; none: it is another Redis
     bound_to: tuple[str, ...] = ()
@@ -85,6 +91,7 @@ async def up(
     """
     known = await asyncio.to_thread(kept_hosts.load, client) if client else ()
     kept = {host.key for host in known}
+    orders = replace(orders, startup_delay_seconds=_window(hosts, orders))
     work = _Up(orders, opener, client, FanOut(max_parallel), on_event, confirm_seconds, kept)
     results = await work.fan_out.run(hosts, work.bring_up)
     found = report(hosts, results, work.fan_out, "untouched")
@@ -131,7 +138,7 @@ class _Up:
         unconfirmed = journey.result("unconfirmed", workers=_workers(started), note="started, not confirmed")
         if self.fan_out.interrupted:
             return unconfirmed
-        await journey.take("confirm", self._confirmed(journey.host, launcher, wanted[0], before, started))
+        await journey.take("confirm", self._confirmed(journey.host, launcher, wanted, before, started))
         fresh = any(worker.fresh for worker in started)
         return journey.result(
             "started" if fresh else "running", workers=_workers(started), note=_note(journey.host, started)
@@ -147,21 +154,39 @@ class _Up:
         self,
         host: Host,
         launcher: base.Launcher,
-        first: WorkerConfig,
+        wanted: Sequence[WorkerConfig],
         before: Mapping[str, bytes | None],
         started: Sequence[base.Started],
     ) -> None:
+        """Raises WorkerDied, NotRegistered.
+
+        While workers wait for their moment the host holds no connection, nor a place among those at work.
+        """
+        folder, base_name = wanted[0].output_dir, host.worker_base
         confirmation = Confirmation(
             host=host.name,
-            launcher=launcher,
-            output_dir=first.output_dir,
-            base_name=host.worker_base,
+            look=lambda lines: launcher.inspect(folder, base_name, log_lines=lines),
             beats=self._beats,
             limit_seconds=self.confirm_seconds,
-            redis=connection.redacted(first.redis_url),
+            delay_seconds=max(map(_delay_seconds, wanted)),
+            redis=connection.redacted(wanted[0].redis_url),
             before=before,
         )
-        await confirmation.until_all_beat(started)
+        if not confirmation.delay_seconds:
+            await confirmation.until_all_beat(started)
+        elif await confirmation.silent({worker.name: worker for worker in started}):
+            await launcher.close()
+            async with self.fan_out.aside():
+                look = partial(self._look_again, host, folder)
+                await replace(confirmation, look=look).until_all_beat(started)
+
+    async def _look_again(self, host: Host, folder: str, lines: int) -> tuple[base.Seen, ...]:
+        async with self.fan_out.turn():
+            launcher = await self.opener(host)
+            try:
+                return await launcher.inspect(folder, host.worker_base, log_lines=lines)
+            finally:
+                await launcher.close()
 
     async def _probe(self, launcher: base.Launcher) -> base.Probe:
         probe = await launcher.probe(fetch_python=not self.orders.dry_run)
@@ -216,13 +241,14 @@ class _Up:
 def workers_for(host: Host, orders: Orders, probe: base.Probe, python: str) -> tuple[WorkerConfig, ...]:
     """The workers that a host is to have. Raises UsageError."""
     options = host.options
-    count = options.workers or orders.workers_per_host
+    count = _count(host, orders)
     first = WorkerConfig(
         name=host.worker_name(0),
         host=host.name,
         redis_url=orders.redis_url,
         output_dir=_absolute(options.output_dir or orders.output_dir or probe.output_dir, probe),
         queues=options.queues or orders.queues,
+        startup_delay_seconds=orders.startup_delay_seconds or 0.0,
         slots=options.slots or orders.slots or max(1, orders.resources.get("cpus", probe.cpus) // count),
         labels={**orders.labels, **options.labels},
         executor_python=_absolute(orders.executor_python or python, probe),
@@ -231,6 +257,23 @@ def workers_for(host: Host, orders: Orders, probe: base.Probe, python: str) -> t
         settings=orders.settings,
     ).checked()
     return tuple(replace(first, name=host.worker_name(number)) for number in range(count))
+
+
+def _count(host: Host, orders: Orders) -> int:
+    return host.options.workers or orders.workers_per_host
+
+
+def _window(hosts: Sequence[Host], orders: Orders) -> float:
+    """Seconds within which workers begin: up to a hundred are spread well by so many hosts at once."""
+    if orders.startup_delay_seconds is not None:
+        return orders.startup_delay_seconds
+    count = sum(_count(host, orders) for host in hosts)
+    rate = WorkerSettings.from_json(orders.settings).registrations_per_second
+    return jitter.window_seconds(count, rate) if count > _SPREAD_BY_ITSELF else 0.0
+
+
+def _delay_seconds(order: WorkerConfig) -> float:
+    return jitter.delay_seconds(order.startup_delay_seconds, order.host, order.name)
 
 
 def _absolute(path: str, probe: base.Probe) -> str:

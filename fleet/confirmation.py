@@ -11,12 +11,16 @@ from fleet.launchers import base
 
 #: seconds between two looks at Redis for the beats of a host
 _POLL_SECONDS = 0.05
+#: the same where workers wait for their moment to begin, and so do many hosts at once
+_CALM_POLL_SECONDS = 1.0
 #: seconds between two looks at the host whether the worker lives
 _LOOK_SECONDS = 1.0
 _LOG_LINES = 12
 
 #: names of workers -> what their beats say, None where none beats
 Beats = Callable[[Sequence[str]], Awaitable[Mapping[str, bytes | None]]]
+#: lines of their logs that are wanted -> the host's workers, as they are found there
+Look = Callable[[int], Awaitable[tuple[base.Seen, ...]]]
 
 
 @dataclass
@@ -24,12 +28,11 @@ class Confirmation:
     """Waits until the workers of a host beat; says why where one does not."""
 
     host: str
-    launcher: base.Launcher
-    output_dir: str
-    #: the name that its workers' names begin with
-    base_name: str
+    look: Look
     beats: Beats
     limit_seconds: float
+    #: for which workers wait before they begin: until then nobody looks whether they live
+    delay_seconds: float
     #: the address of Redis, fit to be printed
     redis: str
     #: beats before the start: what is left of an earlier life does not count
@@ -38,17 +41,18 @@ class Confirmation:
     async def until_all_beat(self, started: Sequence[base.Started]) -> None:
         """Raises WorkerDied, NotRegistered."""
         pending = {worker.name: worker for worker in started}
-        deadline = clock.monotonic() + self.limit_seconds
-        next_look = clock.monotonic() + _LOOK_SECONDS
-        while pending := await self._silent(pending):
+        begin = clock.monotonic() + self.delay_seconds
+        deadline, next_look = begin + self.limit_seconds, begin + _LOOK_SECONDS
+        while pending := await self.silent(pending):
             if clock.monotonic() > next_look:
                 await self._must_live(pending)
                 next_look = clock.monotonic() + _LOOK_SECONDS
             if clock.monotonic() > deadline:
                 raise await self._not_registered(pending)
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(_CALM_POLL_SECONDS if self.delay_seconds else _POLL_SECONDS)
 
-    async def _silent(self, pending: Mapping[str, base.Started]) -> dict[str, base.Started]:
+    async def silent(self, pending: Mapping[str, base.Started]) -> dict[str, base.Started]:
+        """Those of `pending`, by name, that do not beat yet."""
         beats = await self.beats(list(pending))
         return {
             name: worker
@@ -57,22 +61,19 @@ class Confirmation:
         }
 
     async def _must_live(self, pending: Mapping[str, base.Started]) -> None:
-        for worker in await self._look():
+        for worker in await self.look(_LOG_LINES):
             if worker.name in pending and not worker.alive:
                 raise base.WorkerDied(
                     f"worker {worker.name} died. Last log:\n{worker.log}", self._mend(worker.log)
                 )
 
     async def _not_registered(self, pending: Mapping[str, base.Started]) -> base.NotRegistered:
-        log = "\n".join(worker.log for worker in await self._look() if worker.name in pending)
+        log = "\n".join(worker.log for worker in await self.look(_LOG_LINES) if worker.name in pending)
         return base.NotRegistered(
             f"{', '.join(pending)} runs, but did not register at {self.redis} within"
-            f" {self.limit_seconds:g} s. Last log:\n{log}",
+            f" {self.delay_seconds + self.limit_seconds:g} s. Last log:\n{log}",
             self._mend("Redis at"),
         )
-
-    async def _look(self) -> tuple[base.Seen, ...]:
-        return await self.launcher.inspect(self.output_dir, self.base_name, log_lines=_LOG_LINES)
 
     def _mend(self, log: str) -> str:
         """What to do where the log speaks of Redis."""

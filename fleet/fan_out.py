@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Generic, TypeVar
 
 from broker.errors import UsageError
@@ -37,6 +37,19 @@ class FanOut(Generic[Result]):
             yield
         finally:
             self._uncut.discard(host.key)
+
+    def turn(self) -> asyncio.Semaphore:
+        """A place among those at work, to be entered: for work of a host that is `aside`."""
+        return self._gate
+
+    @asynccontextmanager
+    async def aside(self) -> AsyncIterator[None]:
+        """Leave the host's place to another, to wait for what costs nothing."""
+        self._gate.release()
+        try:
+            yield
+        finally:
+            await self._gate.acquire()
 
     async def run(
         self, hosts: Sequence[Host], work: Callable[[Host], Awaitable[Result]]

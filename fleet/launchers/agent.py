@@ -462,7 +462,9 @@ def runs_as(config: Path, order: Json, python: str) -> bool:
         new = {**order, "redis_url": redis_of(order["redis_url"])}
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return True
-    ignored = {"output_dir"} | ({"executor_python"} if order["executor_python"] == python else set())
+    ignored = {"output_dir", "startup_delay_seconds"} | (
+        {"executor_python"} if order["executor_python"] == python else set()
+    )
     return all(old[key] == new[key] for key in (old.keys() & new.keys()) - ignored)
 
 

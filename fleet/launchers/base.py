@@ -173,7 +173,7 @@ class Launcher(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of the place. Never raises; workers run on."""
+        """Let go of the place, or do nothing where that was done. Never raises; workers run on."""
         ...
 
 

@@ -19,6 +19,7 @@ import pytest
 from broker import keys
 from broker.command import Command
 from broker.submit import Options, submit_commands
+from fleet import jitter
 from fleet.launchers.agent import TOKEN_VARIABLE
 from fleet.resources import find_cpus, find_memory
 from fleet.worker_config import this_host
@@ -173,6 +174,22 @@ def test_what_a_host_is_said_to_have_is_believed(farm, fleet, run_fleet):
     assert fleet("down").returncode == 0
 
 
+def test_workers_begin_at_their_own_moments_and_up_waits_for_them(farm, fleet, redis_client):
+    for name in ("host1", "host2"):
+        farm.add(name)
+    spread = ("--startup-delay-seconds", "4", "--max-parallel-ssh", "1", "--json")
+    done = rows(fleet("up", "host1", "host2", options=spread))
+    assert [row["outcome"] for row in done.values()] == ["started", "started"]
+    assert beating(redis_client) == ["host1-0", "host2-0"]
+    for name in done:
+        delay = jitter.delay_seconds(4.0, name, f"{name}-0")
+        log = (farm.hosts[name].output_dir / f"log/{name}-0.log").read_text()
+        assert f"starting in {delay:.3f} s" in log
+    again = rows(fleet("up", options=("--json",)))
+    assert [(row["outcome"], row["note"]) for row in again.values()] == [("running", "")] * 2
+    assert fleet("down").returncode == 0
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -221,6 +238,7 @@ def test_a_hosts_file_with_faults_starts_nothing_and_no_broker(farm, run_fleet, 
         (("--label", "novalue"), "NAME=VALUE"),
         (("--output-dir", "relative"), "must begin with / or ~/"),
         (("--local", "2"), "exclude each other"),
+        (("--startup-delay-seconds", "nan"), "is no duration"),
         (("--num-cpus", "0"), "0 is not in the range"),
         (("--memory-gb", "nan"), "is no number of GiB"),
         (("--memory-gb", "0"), "must be more than 0"),

@@ -43,7 +43,7 @@ class StubLauncher:
     """A host made of attributes: what `steps` says for a step is awaited when it comes to it."""
 
     def __init__(self, stub: Stub, host: Host) -> None:
-        self.stub, self.host = stub, host
+        self.stub, self.host, self.is_open = stub, host, True
 
     async def probe(self, *, fetch_python: bool = False) -> base.Probe:
         await self.stub.step("probe", self.host)
@@ -76,7 +76,8 @@ class StubLauncher:
         return (base.Stopped(f"{name}-0", 100, self.stub.how),)
 
     async def close(self) -> None:
-        self.stub.open -= 1
+        self.stub.open -= self.is_open
+        self.is_open = False
         await self.stub.step("close", self.host)
 
 
@@ -231,6 +232,51 @@ def test_a_worker_that_lives_already_is_left_alone(stub):
     (result,) = asyncio.run(stub.up(["a"])).hosts
     assert result.outcome == "running"
     assert result.note == "runs version 0.0.9, here it is 0.1.0: 'fleet up --upgrade' replaces it"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "workers", "said", "window"),
+    [(10, 10, None, 0.0), (101, 1, None, 60.0), (2, 2000, None, 80.0), (1, 1, 9.0, 9.0), (101, 1, 0.0, 0.0)],
+)
+def test_the_start_of_many_workers_is_spread(stub, hosts, workers, said, window):
+    names = [f"h{number}" for number in range(hosts)]
+    report = asyncio.run(stub.up(names, workers_per_host=workers, startup_delay_seconds=said))
+    assert outcomes(report) == ["started"] * hosts
+    assert {order.startup_delay_seconds for order in stub.started} == {window}
+
+
+def test_a_host_whose_workers_wait_to_begin_keeps_no_other_from_its_turn(stub, monkeypatch):
+    monkeypatch.setattr("fleet.confirmation._CALM_POLL_SECONDS", 0.01)
+    stub.registers = False
+
+    def begin() -> None:
+        stub.client.mset({keys.worker_beat(f"{name}-0"): "new" for name in "ab"})
+
+    stub.steps["start", "b"] = begin
+    report = asyncio.run(stub.up(["a", "b"], max_parallel=1, startup_delay_seconds=100.0))
+    assert outcomes(report) == ["started", "started"]
+    assert (stub.open, stub.most_open) == (0, 1)
+
+
+def test_a_worker_that_dies_while_it_waits_to_begin_is_looked_for(stub, monkeypatch):
+    monkeypatch.setattr("fleet.confirmation._CALM_POLL_SECONDS", 0.01)
+    monkeypatch.setattr("fleet.confirmation._LOOK_SECONDS", 0.0)
+    stub.registers = stub.alive = False
+    (result,) = asyncio.run(stub.up(["a"], startup_delay_seconds=0.2)).hosts
+    assert isinstance(result.error, base.WorkerDied)
+    assert (stub.open, stub.most_open) == (0, 1)
+
+
+def test_an_interrupt_while_workers_wait_to_begin_leaves_them_started_and_known(stub):
+    stub.registers = False
+
+    async def up(ready: asyncio.Event) -> Report:
+        stub.steps["close", "a"] = ready.set
+        return await stub.up(["a"], startup_delay_seconds=100.0)
+
+    (result,) = interrupted(up).hosts
+    assert (result.outcome, [worker.name for worker in result.workers]) == ("unconfirmed", ["a-0"])
+    assert stub.open == 0
 
 
 def interrupted(work: Callable[[asyncio.Event], Any]) -> Report:
