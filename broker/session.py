@@ -133,10 +133,10 @@ class Session:
 
     def complete(self, exchange: Exchange, reply: Any) -> Round:
         """What the answer means. Call `settle` once its claims are where a beat will see them."""
-        outcomes, claims, registered, draining, suspended = reply
+        outcomes, claims, given, registered, draining, suspended = reply
         accepted = tuple(outcome == 1 for outcome in outcomes)
         self._tally(exchange.ends, accepted)
-        return Round(accepted, tuple(map(_claim, claims)), registered == 1, draining == 1, suspended == 1)
+        return Round(accepted, _claims(claims, given), registered == 1, draining == 1, suspended == 1)
 
     def settle(self, exchange: Exchange) -> None:
         """Its claims are known to the worker, or its reply will never come: from now on a beat may
@@ -230,7 +230,19 @@ def _own_address(client: redis.Redis) -> str:
         return "unknown"  # an ACL without CLIENT INFO
 
 
-def _claim(row: Any) -> Claim:
-    queue, job_id, lease, flat = row
-    fields = iter(flat)
-    return Claim(job_id.decode(), queue.decode(), lease.decode(), dict(zip(fields, fields, strict=True)))
+def _claims(rows: Sequence[Any], given: Sequence[bytes]) -> tuple[Claim, ...]:
+    """The jobs of a round's reply, each with its hash as it is now."""
+    changed = _pairs(given)
+    return tuple(
+        Claim(
+            job_id.decode(),
+            queue.decode(),
+            lease.decode(),
+            {**_pairs(flat), **changed, b"fleet_lease": lease, b"origin": queue},
+        )
+        for queue, job_id, lease, flat in rows
+    )
+
+
+def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))

@@ -65,40 +65,45 @@ class End:
     tails: Tails = Tails()
     callback_seconds: float = 0.0
 
-    def arguments(self) -> list[str | bytes]:
-        """The four arguments of round.lua for it."""
+    def arguments(self) -> list[str | bytes | float]:
+        """The arguments of round.lua for it."""
+        claim, tails, duration = self.claim, self.tails, self.duration_seconds
+        arguments: list[str | bytes | float] = [
+            claim.job_id,
+            claim.lease,
+            claim.queue,
+            self.outcome,
+            "" if duration is None else duration,
+            self.return_value or self.exc_string or "",
+        ]
+        more = self._more()
         # no \u escapes: half a pair, as names that are no UTF-8 give it, is an error to Redis's decoder
-        document = _compact(self._document()).encode("utf-8", "replace")
-        return [document, self.return_value or self.exc_string or "", self.tails.stdout, self.tails.stderr]
+        arguments.append(_compact(more).encode("utf-8", "replace") if more else "")
+        if "stdout_end" in more:
+            arguments += [tails.stdout, tails.stderr]
+        return arguments
 
     def size(self) -> int:
         """Roughly how many bytes its arguments have."""
         tails = self.tails
         return len(self.return_value or self.exc_string or "") + len(tails.stdout) + len(tails.stderr) + 1000
 
-    def _document(self) -> dict[str, Any]:
-        claim, tails = self.claim, self.tails
-        document: dict[str, Any] = {
-            "job": claim.job_id,
-            "queue": claim.queue,
-            "lease": claim.lease,
-            "outcome": self.outcome,
-        }
+    def _more(self) -> dict[str, Any]:
+        """What a function that ends well has none of."""
+        more: dict[str, Any] = {}
         if self.reason:
-            document["reason"] = self.reason
-        if self.duration_seconds is not None:
-            document["duration"] = self.duration_seconds
+            more["reason"] = self.reason
         if self.callback_seconds:
-            document["callback"] = self.callback_seconds
+            more["callback"] = self.callback_seconds
         if self.exit_code is not None:
-            document["exit_code"] = self.exit_code
+            more["exit_code"] = self.exit_code
         if self.retry:
-            document["retry_max"], document["retry_intervals"] = self.retry
+            more["retry_max"], more["retry_intervals"] = self.retry
         if self.uncounted:
-            document["uncounted"] = True
-        if tails.stdout_end or tails.stderr_end:
-            document["stdout_end"], document["stderr_end"] = tails.stdout_end, tails.stderr_end
-        return document
+            more["uncounted"] = True
+        if self.tails.stdout_end or self.tails.stderr_end:
+            more["stdout_end"], more["stderr_end"] = self.tails.stdout_end, self.tails.stderr_end
+        return more
 
 
 @dataclass(frozen=True)

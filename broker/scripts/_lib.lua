@@ -39,24 +39,25 @@ end
 local MOST_ARGUMENTS = 4000 -- of one call: Lua's stack holds some 8,000
 local gathered, order = {}, {}
 
-local function gather(name, command, where)
-  local call = gathered[name]
+local function gather(command, where)
+  local calls = gathered[command] or {}
+  local call = calls[where]
   if not call or #call > MOST_ARGUMENTS then
-    call = {command, where}
-    gathered[name] = call
-    table.insert(order, call)
+    call = {command, where ~= '' and where or nil}
+    gathered[command], calls[where] = calls, call
+    order[#order + 1] = call
   end
   return call
 end
 
 local function later(command, where, a, b)
-  local call = gather(command .. where, command, where)
-  call[#call + 1] = a
-  call[#call + 1] = b
+  local call = gather(command, where)
+  local last = #call
+  call[last + 1], call[last + 2] = a, b
 end
 
 local function delete_later(where)
-  local call = gather('DEL', 'DEL')
+  local call = gather('DEL', '')
   call[#call + 1] = where
 end
 
@@ -72,9 +73,8 @@ local clock = redis.call('TIME')
 local NOW_MS = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local NOW_EXACT_MS = clock[1] * 1000 + clock[2] / 1000 -- for what people read: with microseconds
 
--- ISO-8601 as RQ writes it; days to civil date after H. Hinnant, "chrono-compatible date algorithms".
-local function iso(ms)
-  local seconds = math.floor(ms / 1000)
+-- A time as RQ writes it, but for the fraction; days to civil date after H. Hinnant, "chrono-compatible date algorithms".
+local function to_the_second(seconds)
   local days = math.floor(seconds / 86400)
   local rest = seconds - days * 86400
   local z = days + 719468
@@ -87,12 +87,29 @@ local function iso(ms)
   local day = doy - math.floor((153 * mp + 2) / 5) + 1
   local month = mp < 10 and mp + 3 or mp - 9
   local year = yoe + era * 400 + (month <= 2 and 1 or 0)
-  local micros = math.min(math.floor((ms - seconds * 1000) * 1000 + 0.5), 999999)
-  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06dZ', year, month, day,
-    math.floor(rest / 3600), math.floor(rest / 60) % 60, rest % 60, micros)
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d', year, month, day,
+    math.floor(rest / 3600), math.floor(rest / 60) % 60, rest % 60)
 end
 
-local NOW = iso(NOW_EXACT_MS)
+local latest, latest_text, latest_unix -- the times of one call lie close together
+
+-- Milliseconds since 1970 as ISO-8601, and as a decimal number of seconds.
+local function iso(ms)
+  local seconds = math.floor(ms / 1000)
+  if seconds ~= latest then
+    latest, latest_text, latest_unix = seconds, to_the_second(seconds), string.format('%d', seconds)
+  end
+  local micros = string.format('.%06d', math.min(math.floor((ms - seconds * 1000) * 1000 + 0.5), 999999))
+  return latest_text .. micros .. 'Z', latest_unix .. micros
+end
+
+-- Whole numbers as Redis reads them: it takes far longer to write down one that comes as a number.
+local digits = setmetatable({}, {__index = function(known, number)
+  known[number] = string.format('%d', number)
+  return known[number]
+end})
+
+local NOW, NOW_UNIX = iso(NOW_EXACT_MS)
 local NOW_SECONDS = string.format('%.3f', NOW_MS / 1000)
 local FAR_SECONDS = string.format('%d', (NOW_MS + FAR_MS) / 1000)
 
@@ -115,12 +132,22 @@ local function list(text)
   return found
 end
 
-local JOB_FIELDS = {
-  'status', 'fleet_lease', 'origin', 'worker_name', 'started_at', 'ttl', 'result_ttl', 'failure_ttl',
-  'retries_left', 'retry_intervals', 'number_of_retries', 'enqueue_at_front_on_retry',
-  'repeats_left', 'repeat_intervals', 'fleet_losses', 'fleet_attempts', 'fleet_stop', 'group_id',
-  'dependency_ids',
+-- Fields that only some moves of a job look at, read when the first of them is asked for.
+local SELDOM = {
+  'worker_name', 'started_at', 'ttl', 'failure_ttl', 'retries_left', 'retry_intervals',
+  'number_of_retries', 'enqueue_at_front_on_retry', 'repeat_intervals', 'group_id',
 }
+local READ_SELDOM = {}
+
+function READ_SELDOM.__index(fields, wanted)
+  local values = redis.call('HMGET', key('job', fields.id), unpack(SELDOM))
+  for i, name in ipairs(SELDOM) do
+    if rawget(fields, name) == nil then
+      fields[name] = values[i]
+    end
+  end
+  return rawget(fields, wanted)
+end
 
 -- RQ's Job.save() writes the status it knew, and a job under a lease may be painted with an old one.
 -- It is true only where a client has put the job, too: in a queue, or in the registry of that name.
@@ -132,21 +159,33 @@ local function is_painted(id, status, queue)
   return not registries[status] or redis.pcall('ZSCORE', key(status, queue), id) == false
 end
 
--- The fields of a job that moving it needs, or nil: no such job, or something else under its key.
+-- The fields of a job that moving it needs, false where it has none; or nil: no such job, or something
+-- else under its key.
 local function job_fields(id)
-  local values = redis.pcall('HMGET', key('job', id), unpack(JOB_FIELDS))
-  if values.err or not (values[1] or values[3]) then
+  local values = redis.pcall('HMGET', key('job', id), 'status', 'fleet_lease', 'origin', 'result_ttl',
+    'repeats_left', 'fleet_losses', 'fleet_attempts', 'fleet_stop', 'dependency_ids')
+  local status, lease, origin = values[1], values[2], values[3]
+  if values.err or not (status or origin) then
     return nil
   end
-  local fields = {}
-  for i, name in ipairs(JOB_FIELDS) do
-    fields[name] = values[i] or nil
-  end
-  if fields.fleet_lease and fields.status ~= 'started' and is_painted(id, fields.status, fields.origin or '') then
-    fields.status = 'started'
+  if lease and status ~= 'started' and is_painted(id, status, origin or '') then
+    status = 'started'
     redis.call('HSET', key('job', id), 'status', 'started')
   end
-  return fields
+  return setmetatable({
+    id = id, status = status, fleet_lease = lease, origin = origin, result_ttl = values[4],
+    repeats_left = values[5], fleet_losses = values[6], fleet_attempts = values[7],
+    fleet_stop = values[8], dependency_ids = values[9],
+  }, READ_SELDOM)
+end
+
+local as_json = {}
+
+-- A text, or nil, as JSON; for what a call says again and again.
+local function json(text)
+  text = text or cjson.null
+  as_json[text] = as_json[text] or cjson.encode(text)
+  return as_json[text]
 end
 
 local function count(what)
@@ -220,10 +259,9 @@ end
 
 -- The job's record of its attempts, with what became of this one.
 local function attempts(fields, outcome, reason, started_at)
-  local line = cjson.encode({
-    fence = string.match(fields.fleet_lease, '^(%d+)'), worker = fields.worker_name,
-    started_at = started_at, ended_at = NOW, outcome = outcome, reason = reason,
-  })
+  local line = string.format('{"fence":"%s","worker":%s,"started_at":%s,"ended_at":"%s","outcome":"%s"%s}',
+    string.match(fields.fleet_lease, '^%d*'), json(fields.worker_name), json(started_at), NOW, outcome,
+    reason and ',"reason":' .. cjson.encode(reason) or '')
   local text = fields.fleet_attempts and (fields.fleet_attempts .. '\n' .. line) or line
   while #text > ATTEMPTS_BYTES and string.find(text, '\n', 1, true) do
     text = string.sub(text, string.find(text, '\n', 1, true) + 1)
@@ -231,14 +269,21 @@ local function attempts(fields, outcome, reason, started_at)
   return text
 end
 
--- When an attempt ended, ms, its callbacks not counted; by Redis's clock and the worker's stopwatch.
-local function ended_ms(ended)
-  return NOW_EXACT_MS - (ended.callback or 0) * 1000
-end
-
--- When it began, or when it was claimed.
-local function began_at(fields, ended)
-  return ended.duration and iso(ended_ms(ended) - ended.duration * 1000) or fields.started_at
+-- When an attempt ended, its callbacks not counted, and when it began, if it did: both as text and as
+-- seconds; by Redis's clock and the worker's stopwatch.
+local function tell_times(ended)
+  if ended.ended_at then
+    return
+  end
+  local ms = NOW_EXACT_MS - (ended.callback or 0) * 1000
+  ended.ended_at, ended.ended_unix = NOW, NOW_UNIX
+  if ended.callback then
+    ended.ended_at, ended.ended_unix = iso(ms)
+  end
+  ended.began_unix = ended.ended_unix
+  if ended.duration then
+    ended.began_at, ended.began_unix = iso(ms - ended.duration * 1000)
+  end
 end
 
 -- Whether a dependent waits for nothing more, now that `parent` ended in `status`.
@@ -255,8 +300,26 @@ local function is_met(dependent, parent, status, allow_failure)
   return true
 end
 
+local without_dependents = {} -- jobs of which that is known
+
+-- Learn of many jobs at once that they have no dependents: of most, and one question is enough.
+local function look_for_dependents(ids)
+  local names = {}
+  for i, id in ipairs(ids) do
+    names[i] = key('dependents', id)
+  end
+  if #names > 0 and #names < MOST_ARGUMENTS and redis.call('EXISTS', unpack(names)) == 0 then
+    for _, id in ipairs(ids) do
+      without_dependents[id] = true
+    end
+  end
+end
+
 -- Returns whether there are any, met or not.
 local function enqueue_dependents(parent, status)
+  if without_dependents[parent] then
+    return false
+  end
   local waiting = key('dependents', parent)
   local found = redis.pcall('SMEMBERS', waiting)
   for _, id in ipairs(found) do
@@ -276,7 +339,7 @@ local function keep_results(id, ttl)
   if ttl < 0 then
     redis.call('PERSIST', key('results', id))
   elseif ttl > 0 then
-    redis.call('EXPIRE', key('results', id), ttl)
+    redis.call('EXPIRE', key('results', id), digits[ttl])
   end
 end
 
@@ -292,7 +355,7 @@ local function keep(id, fields, ttl, kinds)
       key('results', id), key('output', id), key('executions', id))
   elseif ttl > 0 then
     for _, kind in ipairs(kinds or KINDS) do
-      redis.call('EXPIRE', key(kind, id), ttl)
+      redis.call('EXPIRE', key(kind, id), digits[ttl])
     end
   end
   keep_results(id, ttl)
@@ -300,8 +363,7 @@ end
 
 local function add_to(registry, queue, id, ttl)
   if ttl ~= 0 then
-    local until_seconds = ttl < 0 and '+inf' or string.format('%d', NOW_MS / 1000 + ttl)
-    later('ZADD', key(registry, queue), until_seconds, id)
+    later('ZADD', key(registry, queue), ttl < 0 and '+inf' or digits[math.floor(NOW_MS / 1000 + ttl)], id)
   end
 end
 
@@ -309,17 +371,18 @@ local RESULT_TYPES = {finished = '1', failed = '2', stopped = '2', retried = '4'
 
 -- One entry of rq:results:ID, as rq.results.Result reads it. Strings come ready encoded.
 local function add_result(id, fields, kind, ended)
-  local ended_at = ended_ms(ended) / 1000
   local entry = {'type', RESULT_TYPES[kind], 'worker_name', fields.worker_name or '',
-    'execution_id', execution_of(fields.fleet_lease), 'execution_ended_at', string.format('%.6f', ended_at),
-    'execution_started_at', string.format('%.6f', ended_at - (ended.duration or 0))}
-  for _, name in ipairs({'return_value', 'exc_string'}) do
-    if ended[name] then
-      table.insert(entry, name)
-      table.insert(entry, ended[name])
-    end
+    'execution_id', execution_of(fields.fleet_lease), 'execution_ended_at', ended.ended_unix,
+    'execution_started_at', ended.began_unix}
+  if ended.return_value or ended.exc_string then
+    entry[11] = ended.return_value and 'return_value' or 'exc_string'
+    entry[12] = ended.return_value or ended.exc_string
   end
-  try('XADD', key('results', id), 'MAXLEN', '~', '10', '*', unpack(entry))
+  if fields.fleet_attempts then
+    try('XADD', key('results', id), 'MAXLEN', '~', '10', '*', unpack(entry))
+  else -- the first
+    try('XADD', key('results', id), '*', unpack(entry))
+  end
 end
 
 -- The keys of a job whose attempt is over, for `keep`: a call for each that it has not would cost as much.
@@ -339,21 +402,26 @@ end
 
 -- The fields of a job whose attempt is over.
 local function stamp(id, fields, ended, status, outcome)
-  local began = began_at(fields, ended)
-  redis.call('HSET', key('job', id), 'status', status,
-    'ended_at', iso(ended_ms(ended)), 'started_at', began or NOW,
-    'fleet_reason', ended.reason or '', 'fleet_exit_code', ended.exit_code or '',
-    'fleet_attempts', attempts(fields, outcome, ended.reason, began))
-  if fields.fleet_losses or fields.fleet_stop then
-    redis.call('HDEL', key('job', id), 'fleet_losses', 'fleet_stop')
+  tell_times(ended)
+  local began = ended.began_at or fields.started_at -- or when it was claimed
+  if fields.fleet_attempts or fields.fleet_losses or fields.fleet_stop then -- of earlier attempts
+    redis.call('HDEL', key('job', id), 'fleet_losses', 'fleet_stop', 'fleet_reason', 'fleet_exit_code')
   end
+  local changes = {'status', status, 'ended_at', ended.ended_at, 'started_at', began or NOW,
+    'fleet_attempts', attempts(fields, outcome, ended.reason, began)}
+  if ended.reason or ended.exit_code then
+    changes[9], changes[10] = 'fleet_reason', ended.reason or ''
+    changes[11], changes[12] = 'fleet_exit_code', ended.exit_code or ''
+  end
+  redis.call('HSET', key('job', id), unpack(changes))
 end
 
 -- The attempt is over and the job is not.
 local function leave(id, fields, outcome, ended)
+  tell_times(ended)
   release(id, fields)
   redis.call('HSET', key('job', id),
-    'fleet_attempts', attempts(fields, outcome, ended.reason, began_at(fields, ended)))
+    'fleet_attempts', attempts(fields, outcome, ended.reason, ended.began_at or fields.started_at))
 end
 
 -- Back to a queue, to be run again.
@@ -429,6 +497,7 @@ local function retry_returned(id, fields, ended)
   end
   local intervals = list(cjson.encode(ended.retry_intervals or {}))
   local delay = intervals[math.min(done + 1, #intervals)] or 0
+  tell_times(ended)
   add_result(id, fields, 'retried', ended)
   keep_results(id, number(fields.failure_ttl, RQ_FAILURE_TTL))
   redis.call('HSET', key('job', id), 'number_of_retries', done + 1)

@@ -9,9 +9,11 @@
 --       10 finished, 11 failed, 12 seconds worked: this worker's totals before these ends
 --       13 1 if it waits for signals and not for tokens, so that it must be woken should it stay idle
 --       14 number of queues, then their names
---       then for each end: JSON {job, lease, queue, outcome, duration, ...}, return value or text of
---       the exception, tail of stdout, tail of stderr (empty: nothing new)
--- Returns {{outcome of each end: 1 accepted, 0 stale}, {{queue, job, lease, flat hash} of each claim},
+--       then for each end: job, lease, queue, outcome, seconds it took or '' if it never started, return
+--       value or text of the exception, and '' or JSON of what else there is; if that has stdout_end,
+--       then tail of stdout, tail of stderr
+-- Returns {{outcome of each end: 1 accepted, 0 stale},
+--          {{queue, job, lease, flat hash as it was before} of each claim}, {fields that all claims changed},
 --          1 if this incarnation is registered, 1 if draining, 1 if suspended}
 --
 -- An end whose lease is not the job's newest changes nothing; one that the worker reports again, since
@@ -25,14 +27,32 @@ local finished, failed, worked = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumbe
 local is_deaf, queue_count = ARGV[13] == '1', tonumber(ARGV[14])
 local first_end = 15 + queue_count
 
-local function save_output(id, f, ended, out, err)
-  if ended.stdout_end or ended.stderr_end then
-    try('HSET', key('output', id), 'lease', ended.lease, 'stdout', out, 'stderr', err,
-      'stdout_end', ended.stdout_end or 0, 'stderr_end', ended.stderr_end or 0)
+local function save_output(id, f, ended)
+  if ended.stdout_end then
+    try('HSET', key('output', id), 'lease', ended.lease, 'stdout', ended.stdout, 'stderr', ended.stderr,
+      'stdout_end', ended.stdout_end, 'stderr_end', ended.stderr_end)
     redis.call('EXPIRE', key('output', id), result_ttl)
   elseif f.fleet_attempts then
     redis.call('DEL', key('output', id)) -- what an earlier attempt wrote is not this one's
   end
+end
+
+local RETURNS = {finished = true, retry = true}
+
+-- The end whose arguments begin at that index, and where the next one's do.
+local function read_end(at)
+  local more = ARGV[at + 6]
+  local ended = more ~= '' and cjson.decode(more) or {}
+  ended.job, ended.lease, ended.queue, ended.outcome = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
+  ended.duration = tonumber(ARGV[at + 4])
+  if ARGV[at + 5] ~= '' then
+    ended[RETURNS[ended.outcome] and 'return_value' or 'exc_string'] = ARGV[at + 5]
+  end
+  if not ended.stdout_end then
+    return ended, at + 7
+  end
+  ended.stdout, ended.stderr = ARGV[at + 7], ARGV[at + 8]
+  return ended, at + 9
 end
 
 local SETTLE = {
@@ -81,10 +101,8 @@ local function accept(ended)
   worked = worked + (ended.duration or 0)
 end
 
-local PAYLOAD = {finished = 'return_value', retry = 'return_value'}
-
 -- Returns 1 if the end counts, now or before.
-local function settle(ended, payload, out, err)
+local function settle(ended)
   local f = job_fields(ended.job)
   if not f or f.status ~= 'started' or f.fleet_lease ~= ended.lease then
     if is_settled(ended) then
@@ -95,10 +113,7 @@ local function settle(ended, payload, out, err)
     return 0
   end
   f.worker_name, f.origin = worker, f.origin or ended.queue -- a late save() may have emptied them
-  if payload ~= '' then
-    ended[PAYLOAD[ended.outcome] or 'exc_string'] = payload
-  end
-  save_output(ended.job, f, ended, out, err)
+  save_output(ended.job, f, ended)
   SETTLE[ended.outcome](ended.job, f, ended)
   accept(ended)
   return 1
@@ -142,19 +157,19 @@ local function look_up(queue, id)
   return flat, number(losses, 0)
 end
 
+local lease_until = digits[NOW_MS + lease_ms]
+-- What is true of every job that this call gives out; the worker knows the lease and the queue of each.
+local GIVEN = {'status', 'started', 'worker_name', worker, 'started_at', NOW, 'last_heartbeat', NOW}
+
 -- Give a job to this worker; `flat` is its hash.
 local function give(queue, id, flat, fence, execution)
-  local job, lease = key('job', id), string.format('%d:%s', fence, execution)
-  local changes = {'status', 'started', 'worker_name', worker, 'started_at', NOW,
-    'last_heartbeat', NOW, 'fleet_lease', lease, 'origin', queue}
-  redis.call('HSET', job, unpack(changes))
+  local job, lease = key('job', id), digits[fence] .. ':' .. execution
+  redis.call('HSET', job, 'status', 'started', 'worker_name', worker, 'started_at', NOW,
+    'last_heartbeat', NOW, 'fleet_lease', lease, 'origin', queue)
   redis.call('PERSIST', job)
-  later('ZADD', K.LEASES, string.format('%d', NOW_MS + lease_ms), id)
+  later('ZADD', K.LEASES, lease_until, id)
   later('HSET', KEYS[2], id, lease .. ' ' .. claim_number)
   mirror(id, queue, execution, worker)
-  for _, part in ipairs(changes) do
-    table.insert(flat, part)
-  end
   return {queue, id, lease, flat}
 end
 
@@ -203,9 +218,16 @@ for _, reply in ipairs({redis.pcall('ZCARD', K.LEASES), redis.pcall('HLEN', KEYS
   end
 end
 
+local ends, jobs = {}, {}
+local at = first_end
+while ARGV[at] do
+  ends[#ends + 1], at = read_end(at)
+  jobs[#jobs + 1] = ends[#ends].job
+end
+look_for_dependents(jobs)
 local outcomes, alive = {}, redis.call('GET', KEYS[1]) == incarnation
-for i = first_end, #ARGV, 4 do
-  table.insert(outcomes, settle(cjson.decode(ARGV[i]), ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]))
+for i, ended in ipairs(ends) do
+  outcomes[i] = settle(ended)
 end
 flush()
 if #accepted_leases > 0 then
@@ -234,4 +256,4 @@ if alive and (#claims > 0 or #outcomes > 0) then
     try('HDEL', KEYS[4], 'current_job')
   end
 end
-return {outcomes, claims, alive and 1 or 0, draining, suspended}
+return {outcomes, claims, GIVEN, alive and 1 or 0, draining, suspended}

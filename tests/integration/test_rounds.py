@@ -199,8 +199,9 @@ class Fault(Passage):
 
 
 @pytest.fixture
-def fault(redis_url: str) -> Iterator[Fault]:
+def fault(redis_url: str, redis_client: redis.Redis) -> Iterator[Fault]:
     """The session's Redis, reached through a fault."""
+    redis_client.script_load(scripts.ROUND.text)  # the first of all rounds is asked twice, and waited for
     made = Fault(redis_url)
     yield made
     made.close()
@@ -241,7 +242,7 @@ def test_a_worker_told_to_stop_gives_back_what_a_round_under_way_brings(
     path = tmp_path / "notes"
     workers = workers_of(fault.url)
     worker = workers.start("w0", slots=2, settings=CALM)
-    fault.hold = b"fleet_lease"
+    fault.hold = b"description"
     job = rq.Queue("default", connection=redis_client).enqueue("rq_jobs.note", str(path), "x").id
     assert fault.held.wait(10)
     workers.until(lambda: jobs.show(redis_client, job).state == "started", "it was claimed")
@@ -259,7 +260,7 @@ def test_a_worker_whose_time_is_up_waits_for_the_answer_to_its_claim(
 ) -> None:
     workers = workers_of(fault.url)
     worker = workers.start("w0", idle_timeout_seconds=2.0, settings=CALM)
-    fault.hold = b"fleet_lease"
+    fault.hold = b"description"
     job = workers.submit("touch", str(tmp_path / "done"))
     assert fault.held.wait(10)
     with pytest.raises(subprocess.TimeoutExpired):
