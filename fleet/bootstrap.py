@@ -132,6 +132,7 @@ class _Up:
         before = await self._beats([order.name for order in wanted])
         replaced = await self._older(journey.host, launcher, wanted[0])
         await self._keep(journey.host)
+        journey.result("unconfirmed", workers=_unknown(wanted), note="was being started")
         with self.fan_out.uncut(journey.host):
             start = launcher.start(python, wanted, replace=replaced, grace_seconds=self.orders.grace_seconds)
             started = await journey.take("start", start, _told)
@@ -291,6 +292,10 @@ def _workers(started: Sequence[base.Started]) -> tuple[WorkerResult, ...]:
         WorkerResult(worker.name, "started" if worker.fresh else "running", worker.pid, worker.version)
         for worker in started
     )
+
+
+def _unknown(wanted: Sequence[WorkerConfig]) -> tuple[WorkerResult, ...]:
+    return tuple(WorkerResult(order.name, "unknown") for order in wanted)
 
 
 def _note(host: Host, started: Sequence[base.Started]) -> str:

@@ -17,7 +17,7 @@ class FanOut(Generic[Result]):
     """Runs `work(host)` for every host, at most `limit` of them at once.
 
     When the caller is cancelled (Ctrl-C), hosts that wait or are on their way are given up,
-    but one inside `uncut(host)` comes to its end first.
+    but one inside `uncut(host)` comes to its end first; cancelled again, that is given up too.
     """
 
     def __init__(self, limit: int) -> None:
@@ -31,7 +31,7 @@ class FanOut(Generic[Result]):
 
     @contextmanager
     def uncut(self, host: Host) -> Iterator[None]:
-        """What is done inside is done to its end, even when interrupted."""
+        """What is done inside is done to its end, even when interrupted once."""
         self._uncut.add(host.key)
         try:
             yield
@@ -60,8 +60,8 @@ class FanOut(Generic[Result]):
             await asyncio.wait(tasks)
         except asyncio.CancelledError:
             self.interrupted = True
-            self._give_up(hosts, tasks)
-            await asyncio.wait(tasks)
+            self._give_up([task for host, task in zip(hosts, tasks, strict=True) if not self._is_uncut(host)])
+            await self._ended(tasks)
             _swallow_cancel()
         return [None if task.cancelled() else task.result() for task in tasks]
 
@@ -69,10 +69,21 @@ class FanOut(Generic[Result]):
         async with self._gate:
             return await work(host)
 
-    def _give_up(self, hosts: Sequence[Host], tasks: Sequence[asyncio.Task[Result]]) -> None:
-        for host, task in zip(hosts, tasks, strict=True):
-            if host.key not in self._uncut:
-                task.cancel()
+    def _is_uncut(self, host: Host) -> bool:
+        return host.key in self._uncut
+
+    def _give_up(self, tasks: Sequence[asyncio.Task[Result]]) -> None:
+        for task in tasks:
+            task.cancel()
+
+    async def _ended(self, tasks: Sequence[asyncio.Task[Result]]) -> None:
+        """Wait for those that may still come to their end; told again, for none."""
+        while not all(task.done() for task in tasks):
+            try:
+                await asyncio.wait(tasks)
+            except asyncio.CancelledError:
+                self._give_up(tasks)
+                _swallow_cancel()
 
 
 def _swallow_cancel() -> None:

@@ -38,7 +38,8 @@ class WorkerResult:
     """One worker.
 
     `state`: "started", "running", "would start", "would be replaced", "stopped", "killed",
-    "not running" or "remains".
+    "not running", "remains", or "unknown": it was being started when a second interrupt waited
+    for nothing any more.
     """
 
     name: str

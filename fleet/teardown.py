@@ -24,7 +24,7 @@ async def down(
     """End the workers of `hosts` and look whether they ended. Raises UsageError."""
     work = _Down(opener, FanOut(max_parallel), on_event, grace_seconds, force)
     results = await work.fan_out.run(hosts, work.take_down)
-    return report(hosts, results, work.fan_out, "unconfirmed")
+    return report(hosts, results, work.fan_out, "untouched")
 
 
 @dataclass
@@ -38,18 +38,26 @@ class _Down:
     force: bool
 
     async def take_down(self, host: Host) -> HostResult:
-        """One host. Never raises but when cancelled before anything is known."""
+        """One host. Never raises but when cancelled before anything is done to it."""
         journey = Journey(host, self.on_event)
         return await journey.taken(self._taken_down(journey))
 
     async def _taken_down(self, journey: Journey) -> HostResult:
-        async with opened(journey, self.opener) as launcher:
+        async with opened(journey, self._reached) as launcher:
+            journey.result("unconfirmed", note="was being stopped")
             stopped = await journey.take("stop", self._stop(journey.host, launcher), _ended)
             workers = tuple(WorkerResult(worker.name, worker.how, worker.pid) for worker in stopped)
             if any(worker.how == "remains" for worker in stopped):
                 return replace(journey.failed(_remains(stopped)), workers=workers)
             ended = any(worker.how in ("stopped", "killed") for worker in stopped)
             return journey.result("stopped" if ended else "not running", workers=workers)
+
+    async def _reached(self, host: Host) -> base.Launcher:
+        try:
+            return await self.opener(host)
+        except base.ConnectError as exc:
+            exc.hint = f"{exc.hint} What runs on {host.name} runs on.".strip()
+            raise
 
     async def _stop(self, host: Host, launcher: base.Launcher) -> tuple[base.Stopped, ...]:
         return await launcher.stop(

@@ -9,6 +9,7 @@ Sessions get HOME and the mark of the test session from `SetEnv`, so what they l
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import socket
@@ -70,11 +71,28 @@ class SshdHost:
     def stop(self) -> None:
         """End it with all its sessions: the connections break, what was started detached lives on."""
         assert self.process is not None
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        for process in [psutil.Process(self.process.pid), *family]:
-            if process.name() in ("sshd", "sshd-session"):
+        for process in self.servers():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
+
+    def freeze(self) -> None:
+        """Stop it with all its sessions: they say nothing more, and new ones are not served."""
+        for process in self.servers():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        for process in self.servers():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def servers(self) -> list[psutil.Process]:
+        """The one that listens, and those of its sessions."""
+        assert self.process is not None
+        first = psutil.Process(self.process.pid)
+        return [process for process in (first, *first.children(recursive=True)) if _is_sshd(process)]
 
     def _config(self) -> str:
         environ = {"HOME": str(self.home), SESSION_MARK: os.environ[SESSION_MARK], **self.environ}
@@ -128,6 +146,13 @@ class SshdFarm:
         } | options
         stanza = f"Host {name}\n" + "".join(f"  {key} {value}\n" for key, value in lines.items())
         self.config.write_text(self.config.read_text() + stanza)
+
+
+def _is_sshd(process: psutil.Process) -> bool:
+    try:
+        return process.name() in ("sshd", "sshd-session")
+    except psutil.NoSuchProcess:
+        return False
 
 
 def listens(port: int) -> bool:

@@ -411,6 +411,7 @@ def test_down_does_not_take_unreachable_for_stopped(stub):
     report = asyncio.run(stub.down(["a", "b"]))
     assert outcomes(report) == ["failed", "stopped"]
     assert report.exit_code == 3
+    assert report.hosts[0].error.hint == "What runs on a runs on."
 
 
 def test_an_interrupted_down_does_not_claim_what_it_did_not_see(stub):
@@ -424,6 +425,42 @@ def test_an_interrupted_down_does_not_claim_what_it_did_not_see(stub):
 
     report = interrupted(down)
     assert (outcomes(report), report.exit_code) == (["unconfirmed"], 130)
+    assert stub.open == 0
+
+
+def test_an_interrupted_down_leaves_what_it_has_not_reached_untouched(stub):
+    async def down(ready: asyncio.Event) -> Report:
+        async def hang() -> None:
+            ready.set()
+            await asyncio.Event().wait()
+
+        stub.steps["connect", "a"] = hang
+        return await stub.down(["a"])
+
+    assert outcomes(interrupted(down)) == ["untouched"]
+
+
+def test_a_second_interrupt_waits_for_nothing_and_tells_what_was_being_started(stub):
+    async def run() -> Report:
+        ready = asyncio.Event()
+
+        async def hang() -> None:
+            ready.set()
+            await asyncio.Event().wait()
+
+        stub.steps["start", "a"] = hang
+        task = asyncio.create_task(stub.up(["a"]))
+        await ready.wait()
+        for _ in range(2):
+            task.cancel()
+            for _ in range(5):
+                await asyncio.sleep(0)
+        return await task
+
+    report = asyncio.run(run())
+    (result,) = report.hosts
+    assert (result.outcome, result.note, report.exit_code) == ("unconfirmed", "was being started", 130)
+    assert [(worker.name, worker.state) for worker in result.workers] == [("a-0", "unknown")]
     assert stub.open == 0
 
 

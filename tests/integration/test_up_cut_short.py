@@ -1,0 +1,246 @@
+"""`fleet up` that is cut short at each of its steps: by Ctrl-C, by a host that dies, by one that hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from broker import __version__
+from fleet import bundle
+from tests.conftest import REPOSITORY
+from tests.integration.gate import Gate
+from tests.integration.sshd import SshdFarm, fleet_processes
+from tests.integration.test_up import FAST, beating, rows
+
+pytestmark = pytest.mark.needs("sshd")
+
+STEPS = ("connect", "probe", "install", "start", "detach", "confirm")
+#: seconds in which a host that hangs is given up
+PATIENCE = {"ConnectTimeout": "3", "ServerAliveInterval": "1", "ServerAliveCountMax": "3"}
+#: the command line, with a bundle that is installed in no time: a reference to what is here
+DRIVER = """
+import os, pathlib, sys
+from fleet import bundle
+data = pathlib.Path(os.environ["BUNDLE"]).read_bytes()
+made = bundle.Bundle("rq_fleet-0.0-py3-none-any.whl", data, "reference", {version!r})
+bundle.build = lambda: made
+from cli.main import main
+main()
+"""
+
+
+@pytest.fixture
+def farm(tmp_path: Path, spawn: Any) -> Iterator[SshdFarm]:
+    farm = SshdFarm(tmp_path / "farm", spawn)
+    yield farm
+    for process in fleet_processes(farm.folder):
+        process.kill()
+
+
+@pytest.fixture
+def gate(farm: SshdFarm) -> Gate:
+    """The gate of host1; host2 has none."""
+    host = farm.add("host1")
+    farm.add("host2")
+    return Gate(host)
+
+
+@pytest.fixture
+def command(
+    farm: SshdFarm, gate: Gate, fleet_redis_url: str, tmp_path: Path, monkeypatch: Any
+) -> Callable[..., list[Any]]:
+    """The words of `fleet up` for both hosts."""
+    wheel = tmp_path / "reference.whl"
+    wheel.write_bytes(reference())
+    monkeypatch.setenv("BUNDLE", str(wheel))
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(f"host1 python={gate.python}\nhost2 python={sys.executable}\n")
+
+    def words(verb: str, *options: Any) -> list[Any]:
+        program = [sys.executable, "-c", DRIVER.format(version=__version__), verb]
+        return [*program, "--ssh-config", farm.config, *options, *([hosts] if verb == "up" else [])]
+
+    return words
+
+
+@pytest.fixture
+def fleet(command: Callable[..., list[Any]]) -> Callable[..., Any]:
+    """`fleet("up", ...)`: to its end, as JSON."""
+
+    def run(verb: str, *options: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [*map(str, command(verb, "--json", *options))],
+            env={**os.environ, **FAST},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return run
+
+
+def install_at(step: str) -> tuple[str, ...]:
+    """What is there is used, but where installing is what matters: it takes seconds."""
+    return () if step == "install" else ("--no-install",)
+
+
+def reference() -> bytes:
+    """A wheel that makes what is here importable."""
+    info = "rq_fleet-0.0.dist-info"
+    paths = [str(REPOSITORY), *(path for path in sys.path if path.endswith("site-packages"))]
+    files = {
+        "rq_fleet_here.pth": "\n".join(paths).encode(),
+        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: rq-fleet\nVersion: 0.0\n",
+        f"{info}/WHEEL": bundle._WHEEL.encode(),
+    }
+    return bundle._zipped(files)
+
+
+def workers(farm: SshdFarm, name: str) -> list[psutil.Process]:
+    return [p for p in fleet_processes(farm.folder / name) if "fleet.worker" in p.cmdline()]
+
+
+class Up:
+    """`fleet up` under way, for two hosts of which the first has stopped at a step."""
+
+    def __init__(self, words: list[Any], spawn: Any, folder: Path) -> None:
+        self.out, self.err = folder / "out", folder / "err"
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = spawn(words, stdout=out, stderr=err, env={**os.environ, **FAST})
+
+    def is_at(self, step: str, gate: Gate) -> bool:
+        """Whether it has come to that step at host1, and has host2 up."""
+        said = self.err.read_text()
+        came = {"connect": True, "confirm": "host1: start ok" in said}.get(step, gate.reached.exists())
+        return came and "host2: confirm ok" in said
+
+    def ended(self) -> tuple[int, dict[str, str]]:
+        """The exit code, and what is said of each host."""
+        code = self.process.wait(timeout=40)
+        assert "Traceback" not in self.err.read_text(), self.err.read_text()
+        lines = [line.split(None, 1) for line in self.out.read_text().splitlines() if line[0] != " "]
+        return code, {line[0]: line[1] for line in lines}
+
+
+@pytest.fixture
+def under_way(
+    command: Callable[..., list[Any]], farm: SshdFarm, gate: Gate, spawn: Any, tmp_path: Path, eventually: Any
+) -> Callable[[str], Up]:
+    def up(step: str) -> Up:
+        if step == "connect":
+            farm.hosts["host1"].freeze()
+        else:
+            gate.shut(step)
+        up = Up(command("up", *install_at(step)), spawn, tmp_path)
+        eventually(lambda: up.is_at(step, gate), timeout_seconds=40, message=f"host1 is at {step}")
+        return up
+
+    return up
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_interrupt_at_any_step_leaves_a_host_untouched_or_started_and_known(
+    under_way, farm, gate, fleet, redis_client, eventually, step
+):
+    up = under_way(step)
+    up.process.send_signal(signal.SIGINT)
+    if step in ("start", "detach"):  # these are not cut, and it is said that they are waited for
+        eventually(lambda: "a second Ctrl-C" in up.err.read_text(), timeout_seconds=30)
+        assert up.process.poll() is None
+        gate.open()
+    code, said = up.ended()
+    assert code == 130
+    assert said["host2"].startswith("started: host2-0")
+    if step in ("connect", "probe", "install"):
+        assert said["host1"] == "untouched (interrupted)"
+        assert not farm.hosts["host1"].output_dir.exists()
+    else:
+        assert said["host1"].startswith("unconfirmed: host1-0 (")
+        assert said["host1"].endswith("(started, not confirmed)")
+    gate.open()
+    farm.hosts["host1"].thaw()
+    down(farm, fleet, eventually)
+
+
+@pytest.mark.parametrize("step", ["start", "detach"])
+def test_a_second_interrupt_waits_for_nothing_and_tells_what_may_have_been_started(
+    under_way, farm, gate, fleet, eventually, step
+):
+    up = under_way(step)
+    for _ in range(2):
+        up.process.send_signal(signal.SIGINT)
+        eventually(lambda: "a second Ctrl-C" in up.err.read_text(), timeout_seconds=30)
+    code, said = up.ended()
+    assert code == 130
+    assert said["host1"] == "unconfirmed: host1-0 (unknown) (was being started)"
+    gate.open()
+    eventually(lambda: workers(farm, "host1"), timeout_seconds=30, message="the host went on by itself")
+    down(farm, fleet, eventually)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_host_that_dies_at_any_step_fails_alone_and_is_mended_by_the_next_up(
+    under_way, farm, gate, fleet, redis_client, eventually, step
+):
+    host = farm.hosts["host1"]
+    if step == "connect":
+        host.stop()
+    else:
+        up = under_way(step)
+        host.stop()
+        for process in fleet_processes(host.folder):
+            process.kill()
+        code, said = up.ended()
+        shown = "start" if step == "detach" else step
+        assert (code, said["host1"][: 10 + len(shown)]) == (3, f"[FAILED] {shown}:"), said
+        assert said["host2"].startswith("started: host2-0")
+    if step == "connect":
+        failed = fleet("up", *install_at(step))
+        assert (failed.returncode, rows(failed)["host1"]["step"]) == (3, "connect")
+    gate.open()
+    host.start()
+    mended(farm, fleet("up", *install_at(step)), redis_client)
+    down(farm, fleet, eventually)
+
+
+@pytest.mark.parametrize("step", ["connect", "install", "start"])
+def test_a_host_that_hangs_at_any_step_fails_alone_and_is_mended_by_the_next_up(
+    under_way, farm, gate, fleet, redis_client, eventually, step
+):
+    patience = "".join(f"  {name} {value}\n" for name, value in PATIENCE.items())
+    farm.config.write_text(f"{farm.config.read_text()}Host host1\n{patience}")
+    up = under_way(step)
+    farm.hosts["host1"].freeze()
+    code, said = up.ended()
+    assert (code, said["host1"][: 10 + len(step)]) == (3, f"[FAILED] {step}:"), said
+    gate.open()
+    farm.hosts["host1"].thaw()
+    mended(farm, fleet("up", *install_at(step)), redis_client)
+    down(farm, fleet, eventually)
+
+
+def mended(farm: SshdFarm, done: subprocess.CompletedProcess[str], client: Any) -> None:
+    """The same again has started what was missing, and nothing twice."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = rows(done)
+    assert found["host1"]["outcome"] in ("started", "running")
+    assert beating(client) == ["host1-0", "host2-0"]
+    assert [len(workers(farm, name)) for name in ("host1", "host2")] == [1, 1]
+
+
+def down(farm: SshdFarm, fleet: Any, eventually: Any) -> None:
+    """All that is known ends, and nothing else was there."""
+    done = fleet("down")
+    assert done.returncode == 0, done.stdout + done.stderr
+    eventually(lambda: not fleet_processes(farm.folder), timeout_seconds=30)
