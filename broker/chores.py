@@ -207,18 +207,26 @@ def _sweep(client: redis.Redis, queues: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Tidy:
-    """Names whose record ran out leave the set of workers; how many others beat is written down."""
+    """Names leave the set of workers with their record, and that of drained ones with the wish.
+
+    How many workers beat is written down.
+    """
 
     interval_seconds: float = 10.0
 
     def run(self, client: redis.Redis) -> int:
-        members: set[Any] = client.smembers(keys.FLEET_WORKERS)
-        counts = [
-            scripts.TIDY(client, [keys.FLEET_WORKERS], some)
-            for some in _batches(list(members), _WORKERS_AT_ONCE)
-        ]
-        client.set(keys.ALIVE, sum(alive for _, alive in counts))
-        return sum(gone for gone, _ in counts)
+        gone, alive = _tidy(client, keys.FLEET_WORKERS, "worker_record")
+        client.set(keys.ALIVE, alive)
+        return gone + _tidy(client, keys.DRAINED, "worker_drain")[0]
+
+
+def _tidy(client: redis.Redis, names: str, kind: str) -> tuple[int, int]:
+    """How many left the set `names`, for they have no key of that kind, and how many of the others beat."""
+    members: set[Any] = client.smembers(names)
+    counts = [
+        scripts.TIDY(client, [names], [kind, *some]) for some in _batches(list(members), _WORKERS_AT_ONCE)
+    ]
+    return sum(gone for gone, _ in counts), sum(alive for _, alive in counts)
 
 
 @dataclass(frozen=True)

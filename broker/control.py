@@ -13,6 +13,7 @@ import redis
 from broker import clock, jobs, keys, scripts
 from broker.connection import replies
 from broker.errors import WaitTimeout
+from broker.session import EPHEMERAL_RECORD_TTL
 
 #: hears (done, total) of each look
 Progress = Callable[[int, int], None]
@@ -125,14 +126,31 @@ def _host(record: bytes | str | None, wish: bytes | str | None) -> str | None:
 def drain(client: redis.Redis, workers: Mapping[str, str]) -> dict[str, Told]:
     """Let workers finish what runs and take nothing new, until `undrain`; they hear of it at once.
 
-    `workers`: name -> host, as `hosts_of_workers` has them. The wish holds across restarts.
+    `workers`: name -> host, as `hosts_of_workers` has them. The wish holds across restarts; one about an
+    ephemeral worker goes with its record.
     """
+    ephemeral = _ephemeral(client, workers)
 
     def wish(pipe: Any, name: str) -> None:
-        pipe.set(keys.worker_drain(name), _document(workers[name]))
+        ttl = EPHEMERAL_RECORD_TTL if name in ephemeral else None
+        pipe.set(keys.worker_drain(name), _document(workers[name]), ex=ttl)
         pipe.sadd(keys.DRAINED, name)
 
     return {name: Told("draining", running) for name, (_, running) in _tell(client, workers, wish).items()}
+
+
+def _ephemeral(client: redis.Redis, names: Iterable[str]) -> set[str]:
+    """Those of these workers whose record says that they leave after one job."""
+    ordered = list(names)
+    records = client.mget(map(keys.worker_record, ordered)) if ordered else []
+    return {name for name, record in zip(ordered, records, strict=True) if _is_ephemeral(record)}
+
+
+def _is_ephemeral(record: bytes | str | None) -> bool:
+    try:
+        return json.loads(record or b"{}")["ephemeral"] is True
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def _document(host: str) -> str:

@@ -131,10 +131,13 @@ def gone(client: redis.Redis, ids: Sequence[str]) -> set[str]:
         return {job_id for job_id, kept in zip(ids, pipe.execute(), strict=True) if not kept}
 
 
-def unfinished(client: redis.Redis) -> int:
-    """How many jobs of all queues have not ended."""
-    with client.pipeline(transaction=False) as pipe:
-        for queue in chores.known_queues(client):
+def unfinished(client: redis.Redis, queues: Iterable[str] | None = None) -> int:
+    """How many jobs of `queues`, or of all there are, have not ended: queued, scheduled, deferred or running.
+
+    At one moment: a job that moves from one to another is not missed.
+    """
+    with client.pipeline(transaction=True) as pipe:
+        for queue in chores.known_queues(client) if queues is None else queues:
             pipe.llen(keys.queue(queue))
             for registry in ("wip", "scheduled", "deferred"):
                 pipe.zcard(keys.of(registry, queue))

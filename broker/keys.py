@@ -28,7 +28,8 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:worker:NAME:leases      hash    -          scripts: job -> "LEASE SEQ", what the server holds for it
     fleet:worker:NAME:ended       string  lease x 4  rounds: leases of the ends they accepted last
     fleet:worker:NAME:signals     list    lease      messages that wake it
-    fleet:worker:NAME:drain       string  -          operators: take nothing new; JSON, see broker/control.py
+    fleet:worker:NAME:left        string  5 min      the worker: its incarnation, where it left by itself
+    fleet:worker:NAME:drain       string  -/hour     operators: take nothing new; JSON, see broker/control.py
     fleet:workers                 set     -          names of all workers with a record
     fleet:drained                 set     -          operators: the names that have a key `drain`
     fleet:wake:Q                  list    -          producers and claims: tokens, at most one is needed
@@ -95,6 +96,7 @@ LUA_TEMPLATES = {
     "worker_leases": "fleet:worker:%s:leases",
     "worker_ended": "fleet:worker:%s:ended",
     "worker_signals": "fleet:worker:%s:signals",
+    "worker_left": "fleet:worker:%s:left",
     "worker_drain": "fleet:worker:%s:drain",
     "wake": "fleet:wake:%s",
     "output": "fleet:output:%s",
@@ -154,6 +156,10 @@ def worker_ended(name: str) -> str:
 
 def worker_signals(name: str) -> str:
     return of("worker_signals", name)
+
+
+def worker_left(name: str) -> str:
+    return of("worker_left", name)
 
 
 def worker_drain(name: str) -> str:

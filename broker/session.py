@@ -110,9 +110,13 @@ class Session:
         )
         return reply.decode()
 
-    def retire(self, client: redis.Redis) -> bool:
-        """Leave the registry; False where leases are left, or another life has the name."""
-        return retire(client, self.identity.name, self.identity.queues, self.identity.incarnation)
+    def retire(self, client: redis.Redis, *, known_seconds: int = 0) -> bool:
+        """Leave the registry; False where leases are left, or another life has the name.
+
+        For `known_seconds` `broker.hosts.signs` tells that this life was here, and has left.
+        """
+        who = self.identity
+        return retire(client, who.name, who.queues, who.incarnation, known_seconds=known_seconds)
 
     def begin(self, ends: Sequence[End], wanted: int, ahead: int = 0, *, is_deaf: bool = False) -> Exchange:
         """A round trip that reports `ends` and claims up to `wanted` jobs, and `ahead` more.
@@ -205,11 +209,14 @@ class Session:
         )
 
 
-def retire(client: redis.Redis, name: str, queues: Iterable[str], incarnation: str = "") -> bool:
+def retire(
+    client: redis.Redis, name: str, queues: Iterable[str], incarnation: str = "", *, known_seconds: int = 0
+) -> bool:
     """Remove the record of a worker: its own leaving, or an operator's `forget` of one offline."""
     names = [keys.worker_beat(name), keys.worker_record(name), keys.rq_worker(name)]
     names += [keys.worker_signals(name), keys.worker_leases(name), keys.worker_ended(name)]
-    return bool(scripts.RETIRE(client, names, [name, incarnation, *queues]) == 1)
+    names.append(keys.worker_left(name))
+    return bool(scripts.RETIRE(client, names, [name, incarnation, known_seconds, *queues]) == 1)
 
 
 def _that_fit(ends: Sequence[End]) -> Sequence[End]:

@@ -43,6 +43,8 @@ Options = dict[str, Any]
 @click.option("--upgrade", is_flag=True, help="Replace workers of an older version.")
 @click.option("--executor-python", metavar="PYTHON", help="Interpreter for Python functions; needs rq.")
 @click.option("--path", "paths", multiple=True, metavar="DIR", help="First on the path of Python functions.")
+@click.option("--ephemeral", is_flag=True, help="Workers have one slot, and leave after one job.")
+@click.option("--until-done", is_flag=True, help="Workers leave when no work remains.")
 @resource_options
 @click.option(
     "--startup-delay-seconds",
@@ -148,6 +150,8 @@ def _orders(context: Context, options: Options) -> Orders:
     output_dir = options["output_dir"]
     if output_dir and not output_dir.startswith(("/", "~/")):
         raise UsageError(f"--output-dir {output_dir}: must begin with / or ~/, it is a folder of the hosts")
+    if options["ephemeral"] and options["slots"]:
+        raise UsageError("--ephemeral and --slots exclude each other", "An ephemeral worker has one slot.")
     here = (str(Path.cwd()),) if options["local"] else ()
     return Orders(
         redis_url="",
@@ -164,6 +168,8 @@ def _orders(context: Context, options: Options) -> Orders:
         paths=options["paths"] or here,
         resources=resources(options),
         settings=dataclasses.asdict(context.settings.worker),
+        ephemeral=options["ephemeral"],
+        until_done=options["until_done"],
         startup_delay_seconds=options["startup_delay_seconds"],
         dry_run=options["dry_run"],
     )

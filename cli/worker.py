@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--name", help="Name of the worker; default: this host's name and a number, HOST-0.")
 @click.option("--queues", default="default", show_default=True, help="Queues, most urgent first: a,b,c.")
-@click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Jobs at once.")
+@click.option("--slots", type=click.IntRange(min=1), help="Jobs at once; default 1.")
 @click.option("--burst", is_flag=True, help="Leave when the queues are empty.")
+@click.option("--until-done", is_flag=True, help="Leave when no work remains: queued, to come, or running.")
 @click.option("--max-jobs", type=click.IntRange(min=1), help="Leave after so many jobs.")
 @click.option("--idle-timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Leave after idling.")
 @click.option(
@@ -60,14 +61,15 @@ def _config(options: dict[str, Any], redis_url: str) -> WorkerConfig:
         redis_url=redis_url,
         output_dir=str(options["output_dir"] or default_output_dir()),
         queues=tuple(part.strip() for part in options["queues"].split(",")),
-        slots=1 if ephemeral else options["slots"],
+        slots=options["slots"] or 1,
         labels=pairs("--label", options["labels"]),
         executor=options["executor"],
         executor_python=options["executor_python"] or sys.executable,
         # as `rq worker` does: the folder it is started in
         paths=options["paths"] or (str(Path.cwd()),),
         burst=options["burst"],
-        max_jobs=1 if ephemeral else options["max_jobs"],
+        until_done=options["until_done"],
+        max_jobs=options["max_jobs"] or (1 if ephemeral else None),
         idle_timeout_seconds=options["idle_timeout"],
         startup_delay_seconds=options["startup_delay_seconds"],
         ephemeral=ephemeral,

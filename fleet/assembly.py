@@ -30,7 +30,7 @@ from broker.worker_settings import WorkerSettings
 from fleet import jitter, lifecycle, resources
 from fleet.attempt import CommandContext
 from fleet.beater import Beater, patience
-from fleet.chores import ChoreThread
+from fleet.chores import AllDone, ChoreThread
 from fleet.executors import ExecutorConfig, ExecutorPool
 from fleet.guard import Guard
 from fleet.launchers.agent import TOKEN_VARIABLE
@@ -44,6 +44,9 @@ from fleet.slots import Slots
 from fleet.worker_config import WorkerConfig
 
 log = logging.getLogger("fleet.worker")
+
+#: seconds for which `fleet up`, which may have missed its beats, sees that a worker left by itself
+_KNOWN_SECONDS = 300
 
 #: variables that jobs must not see: they may carry a secret
 _SECRETS = ("FLEET_REDIS_URL", "FLEET_REDIS_PASSWORD_FILE", "REDIS_URL", "RQ_REDIS_URL")
@@ -107,7 +110,7 @@ def _run_locked(
             lifecycle.inherit(session, client, describe())
         return _work(config, session, client, folders, lock, describe, signals)
     finally:
-        _leave(session, client)
+        _leave(session, client, known_seconds=_KNOWN_SECONDS if config.ephemeral or config.until_done else 0)
 
 
 def _work(
@@ -137,7 +140,12 @@ def _work(
             renewed=guard.renew,
             post=parts.mail.post,
         )
-        chores = ChoreThread(session, _connect(config, session.settings), folders)
+        chores = ChoreThread(
+            session,
+            _connect(config, session.settings),
+            folders,
+            all_done=partial(parts.mail.post, AllDone()) if config.until_done else None,
+        )
         for thread in (loop.beater, chores):
             with kept_from_threads():
                 thread.start()
@@ -211,20 +219,21 @@ def job_environ(environ: Mapping[str, str], config: WorkerConfig, incarnation: s
     return kept | ours
 
 
-def _leave(session: Session, client: redis.Redis) -> None:
+def _leave(session: Session, client: redis.Redis, *, known_seconds: int) -> None:
     """Take the record out of the registry, if Redis can be reached; else it lapses by itself."""
     try:
-        if not _is_retired(session, client):
+        if not _is_retired(session, client, known_seconds):
             log.warning("leases are left; others recover them when they have run out")
     except redis.RedisError as exc:
         log.warning("could not sign off: %s", exc)
 
 
-def _is_retired(session: Session, client: redis.Redis) -> bool:
+def _is_retired(session: Session, client: redis.Redis, known_seconds: int) -> bool:
     try:
-        return session.retire(client)
+        return session.retire(client, known_seconds=known_seconds)
     except redis.ConnectionError:
-        return session.retire(client)  # it was cut unheard while it idled: now another one is opened
+        # it was cut unheard while it idled: now another one is opened
+        return session.retire(client, known_seconds=known_seconds)
 
 
 class _Description:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from broker import connection
 from broker import hosts as broker_hosts
+from broker.hosts import Sign
 from broker.worker_settings import WorkerSettings
 from fleet import bundle, jitter, kept_hosts, reach, versions
 from fleet.confirmation import Confirmation
@@ -62,6 +63,8 @@ class Orders:
     #: None: the worker's own
     executor_python: str | None = None
     paths: tuple[str, ...] = ()
+    ephemeral: bool = False
+    until_done: bool = False
     #: what each host is said to have, by the arguments of `fleet.resources.detect`; the rest is detected
     resources: Mapping[str, int] = field(default_factory=dict)
     #: those of broker.worker_settings.WorkerSettings
@@ -129,7 +132,7 @@ class _Up:
             return await self._planned(journey, launcher, probe)
         python = await journey.take("install", self._python(launcher, probe))
         wanted = workers_for(journey.host, self._orders_for(probe), probe, python)
-        before = await self._beats([order.name for order in wanted])
+        before = await self._signs([order.name for order in wanted])
         replaced = await self._older(journey.host, launcher, wanted[0])
         await self._keep(journey.host)
         journey.result("unconfirmed", workers=_unknown(wanted), note="was being started")
@@ -139,10 +142,13 @@ class _Up:
         unconfirmed = journey.result("unconfirmed", workers=_workers(started), note="started, not confirmed")
         if self.fan_out.interrupted:
             return unconfirmed
-        await journey.take("confirm", self._confirmed(journey.host, launcher, wanted, before, started))
+        confirmation = self._confirmed(journey.host, launcher, wanted, before, started)
+        left = await journey.take("confirm", confirmation, _told_of_those_that_left)
         fresh = any(worker.fresh for worker in started)
         return journey.result(
-            "started" if fresh else "running", workers=_workers(started), note=_note(journey.host, started)
+            "started" if fresh else "running",
+            workers=_workers(started, left),
+            note=_note(journey.host, started),
         )
 
     async def _keep(self, host: Host) -> None:
@@ -156,10 +162,10 @@ class _Up:
         host: Host,
         launcher: base.Launcher,
         wanted: Sequence[WorkerConfig],
-        before: Mapping[str, bytes | None],
+        before: Mapping[str, Sign | None],
         started: Sequence[base.Started],
-    ) -> None:
-        """Raises WorkerDied, NotRegistered.
+    ) -> frozenset[str]:
+        """The names of those that have left already, all being done. Raises WorkerDied, NotRegistered.
 
         While workers wait for their moment the host holds no connection, nor a place among those at work.
         """
@@ -167,7 +173,7 @@ class _Up:
         confirmation = Confirmation(
             host=host.name,
             look=lambda lines: launcher.inspect(folder, base_name, log_lines=lines),
-            beats=self._beats,
+            signs=self._signs,
             limit_seconds=self.confirm_seconds,
             delay_seconds=max(map(_delay_seconds, wanted)),
             redis=connection.redacted(wanted[0].redis_url),
@@ -180,6 +186,8 @@ class _Up:
             async with self.fan_out.aside():
                 look = partial(self._look_again, host, folder)
                 await replace(confirmation, look=look).until_all_beat(started)
+        signs = await self._signs([worker.name for worker in started])
+        return frozenset(name for name, sign in signs.items() if sign and sign.has_left)
 
     async def _look_again(self, host: Host, folder: str, lines: int) -> tuple[base.Seen, ...]:
         async with self.fan_out.turn():
@@ -230,13 +238,13 @@ class _Up:
         missing = self.orders.install and not probe.installed(key)
         return journey.result("planned", workers=tuple(rows), note="would install" if missing else "")
 
-    async def _beats(self, names: Sequence[str]) -> dict[str, bytes | None]:
-        """The beats of workers. Raises RedisUnreachable, RedisDenied."""
+    async def _signs(self, names: Sequence[str]) -> dict[str, Sign | None]:
+        """What Redis knows of the life of workers. Raises RedisUnreachable, RedisDenied."""
         client = self.client
         if client is None:
             return dict.fromkeys(names)
         with connection.translated(connection.address(client)):
-            return await asyncio.to_thread(broker_hosts.beats, client, names)
+            return await asyncio.to_thread(broker_hosts.signs, client, names)
 
 
 def workers_for(host: Host, orders: Orders, probe: base.Probe, python: str) -> tuple[WorkerConfig, ...]:
@@ -256,7 +264,9 @@ def workers_for(host: Host, orders: Orders, probe: base.Probe, python: str) -> t
         paths=tuple(_absolute(path, probe) for path in orders.paths),
         resources=orders.resources,
         settings=orders.settings,
-    ).checked()
+        until_done=orders.until_done,
+    )
+    first = (first.as_ephemeral() if orders.ephemeral else first).checked()
     return tuple(replace(first, name=host.worker_name(number)) for number in range(count))
 
 
@@ -287,11 +297,11 @@ def _planned_row(name: str, worker: base.Seen | None, replaced: bool) -> WorkerR
     return WorkerResult(name, "would be replaced" if replaced else "running", worker.pid, worker.version)
 
 
-def _workers(started: Sequence[base.Started]) -> tuple[WorkerResult, ...]:
-    return tuple(
-        WorkerResult(worker.name, "started" if worker.fresh else "running", worker.pid, worker.version)
-        for worker in started
-    )
+def _workers(started: Sequence[base.Started], left: frozenset[str] = frozenset()) -> tuple[WorkerResult, ...]:
+    def state(worker: base.Started) -> str:
+        return "left" if worker.name in left else "started" if worker.fresh else "running"
+
+    return tuple(WorkerResult(worker.name, state(worker), worker.pid, worker.version) for worker in started)
 
 
 def _unknown(wanted: Sequence[WorkerConfig]) -> tuple[WorkerResult, ...]:
@@ -321,6 +331,10 @@ def _described(probe: base.Probe) -> str:
         f"clock {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}" if abs(skew) > _SKEW_SECONDS else "",
     )
     return ", ".join(filter(None, parts))
+
+
+def _told_of_those_that_left(names: frozenset[str]) -> str:
+    return f"{', '.join(sorted(names))} left already" if names else ""
 
 
 def _told(started: Sequence[base.Started]) -> str:

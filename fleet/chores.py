@@ -11,8 +11,9 @@ import logging
 import selectors
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import redis
@@ -46,15 +47,29 @@ _QUESTIONS_PER_SECOND = 50
 _LONGEST_PAUSE_SECONDS = 20.0
 
 
+@dataclass(frozen=True)
+class AllDone:
+    """No job of this worker's queues is left that has not ended."""
+
+
 class ChoreThread:
     """Asks once a second to be elected; while it is, runs what is due and listens to the queues.
 
-    Elected or not, it removes what jobs left on this host when their results have run out.
+    Elected or not, it removes what jobs left on this host when their results have run out; and tells
+    `all_done`, if that is given, whenever no job of its queues is left that has not ended.
     """
 
-    def __init__(self, session: Session, client: redis.Redis, folders: Folders) -> None:
+    def __init__(
+        self,
+        session: Session,
+        client: redis.Redis,
+        folders: Folders,
+        *,
+        all_done: Callable[[], None] | None = None,
+    ) -> None:
         self._session = session
         self._folders = folders
+        self._all_done = all_done
         self._prune_at = 0.0
         self._client = client
         self._table = chores.table(session.settings)
@@ -98,6 +113,7 @@ class ChoreThread:
 
     def _turn(self) -> None:
         self._prune()
+        self._look_for_work()
         with self._timed():
             election = self._ask()
         self._pauses = jitter.returns_seconds(election.alive, self._session.settings, self._session.identity)
@@ -129,6 +145,10 @@ class ChoreThread:
             self._prune_at = clock.monotonic() + _PRUNE_SECONDS
             ttl = self._session.settings.result_ttl_seconds
             self._folders.prune(ttl, lambda ids: jobs.gone(self._client, ids))
+
+    def _look_for_work(self) -> None:
+        if self._all_done and not jobs.unfinished(self._client, self._session.identity.queues):
+            self._all_done()
 
     def _run_due(self) -> None:
         for index, chore in enumerate(self._table):

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from broker import clock
+from broker.hosts import Sign
 from fleet.launchers import base
 
 #: seconds between two looks at Redis for the beats of a host
@@ -17,8 +18,8 @@ _CALM_POLL_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
 _LOG_LINES = 12
 
-#: names of workers -> what their beats say, None where none beats
-Beats = Callable[[Sequence[str]], Awaitable[Mapping[str, bytes | None]]]
+#: names of workers -> the signs of life that Redis has of them
+Signs = Callable[[Sequence[str]], Awaitable[Mapping[str, Sign | None]]]
 #: lines of their logs that are wanted -> the host's workers, as they are found there
 Look = Callable[[int], Awaitable[tuple[base.Seen, ...]]]
 
@@ -29,17 +30,17 @@ class Confirmation:
 
     host: str
     look: Look
-    beats: Beats
+    signs: Signs
     limit_seconds: float
     #: for which workers wait before they begin: until then nobody looks whether they live
     delay_seconds: float
     #: the address of Redis, fit to be printed
     redis: str
-    #: beats before the start: what is left of an earlier life does not count
-    before: Mapping[str, bytes | None]
+    #: signs before the start: what is left of an earlier life does not count
+    before: Mapping[str, Sign | None]
 
     async def until_all_beat(self, started: Sequence[base.Started]) -> None:
-        """Raises WorkerDied, NotRegistered."""
+        """One that did all there was to do, and has left, did beat. Raises WorkerDied, NotRegistered."""
         pending = {worker.name: worker for worker in started}
         begin = clock.monotonic() + self.delay_seconds
         deadline, next_look = begin + self.limit_seconds, begin + _LOOK_SECONDS
@@ -53,11 +54,11 @@ class Confirmation:
 
     async def silent(self, pending: Mapping[str, base.Started]) -> dict[str, base.Started]:
         """Those of `pending`, by name, that do not beat yet."""
-        beats = await self.beats(list(pending))
+        signs = await self.signs(list(pending))
         return {
             name: worker
             for name, worker in pending.items()
-            if beats[name] is None or (worker.fresh and beats[name] == self.before[name])
+            if signs[name] is None or (worker.fresh and signs[name] == self.before[name])
         }
 
     async def _must_live(self, pending: Mapping[str, base.Started]) -> None:

@@ -21,6 +21,7 @@ from broker.session import Session
 from broker.work import Beat, End, Exchange, Round
 from fleet.asides import Asides
 from fleet.beater import Beater, Denied
+from fleet.chores import AllDone
 from fleet.executors import ExecutorPool
 from fleet.guard import Guard
 from fleet.links import Links
@@ -77,6 +78,8 @@ class WorkerLoop:
         self._rung = False
         self._taken = 0
         self._found_nothing = False
+        #: what the worker has heard, and no claim since has belied
+        self._all_done = False
         self._outputs_at = 0.0
         self._disk_at = 0.0
         self._disk = ""
@@ -160,7 +163,7 @@ class WorkerLoop:
             return True
         if self._config.burst and self._found_nothing:
             return True
-        if self._config.ephemeral and self._draining:
+        if self._all_done or (self._config.ephemeral and self._draining):
             return True
         limit = self._config.idle_timeout_seconds
         return limit is not None and clock.monotonic() - self._slots.busy_at >= limit
@@ -249,6 +252,7 @@ class WorkerLoop:
         if not done.registered and self.beater:
             self.beater.beat_now()
         self._taken += len(done.claims)
+        self._all_done = self._all_done and not done.claims
         self._found_nothing = exchange.wanted > 0 and not done.claims and done.registered
         # fewer than asked for: the queues are empty, wait for a token
         asked = exchange.wanted + exchange.ahead
@@ -375,6 +379,8 @@ class WorkerLoop:
         for news in self._mail.open():
             if isinstance(news, Denied):
                 self._give_up(f"Redis refused us: {news.reason}", 6)
+            elif isinstance(news, AllDone):
+                self._all_done = True
             elif news.state == "taken":
                 self._give_up("another worker has our name now", 1)
             else:

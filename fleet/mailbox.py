@@ -8,7 +8,9 @@ from queue import Empty, SimpleQueue
 
 from broker.work import Beat
 from fleet.beater import Denied
+from fleet.chores import AllDone
 
+Letter = Beat | Denied | AllDone
 _CHUNK = 4096
 
 
@@ -16,7 +18,7 @@ class Mailbox:
     """Letters from other threads, and a file number that becomes readable with them."""
 
     def __init__(self) -> None:
-        self._letters: SimpleQueue[Beat | Denied] = SimpleQueue()
+        self._letters: SimpleQueue[Letter] = SimpleQueue()
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
@@ -30,7 +32,7 @@ class Mailbox:
         """For signal.set_wakeup_fd: signals wake the loop too."""
         return self._write
 
-    def post(self, letter: Beat | Denied) -> None:
+    def post(self, letter: Letter) -> None:
         """Leave a letter; from any thread."""
         self._letters.put(letter)
         try:
@@ -38,7 +40,7 @@ class Mailbox:
         except BlockingIOError:
             return  # full: it is readable already
 
-    def open(self) -> Iterator[Beat | Denied]:
+    def open(self) -> Iterator[Letter]:
         """All letters there are."""
         try:
             while len(os.read(self._read, _CHUNK)) == _CHUNK:

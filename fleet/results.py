@@ -37,9 +37,9 @@ OnEvent = Callable[[Event], None]
 class WorkerResult:
     """One worker.
 
-    `state`: "started", "running", "would start", "would be replaced", "stopped", "killed",
-    "not running", "remains", or "unknown": it was being started when a second interrupt waited
-    for nothing any more.
+    `state`: "started", "running", "left" (what it was started for is done), "would start",
+    "would be replaced", "stopped", "killed", "not running", "remains", or "unknown": it was being
+    started when a second interrupt waited for nothing any more.
     """
 
     name: str

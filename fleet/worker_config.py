@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,13 @@ class WorkerConfig:
     paths: tuple[str, ...] = ()
     #: leave when the queues are empty
     burst: bool = False
+    #: leave when no job of the queues is left that has not ended, wherever it waits or runs
+    until_done: bool = False
     max_jobs: int | None = None
     idle_timeout_seconds: float | None = None
     #: begin at a moment within so many seconds that follows from host and name: fleet/jitter.py
     startup_delay_seconds: float = 0.0
+    #: leave after one job, in the only slot
     ephemeral: bool = False
     #: what it says that its host has, by the arguments of `fleet.resources.detect`; the rest is detected
     resources: Mapping[str, int] = field(default_factory=dict)
@@ -60,9 +63,18 @@ class WorkerConfig:
             names.queue_name(queue)
         if self.slots < 1:
             raise UsageError(f"--slots must be at least 1, got {self.slots}")
+        if self.ephemeral and (self.slots, self.max_jobs) != (1, 1):
+            raise UsageError(
+                "an --ephemeral worker has one slot and leaves after one job",
+                "Leave out --slots and --max-jobs, or --ephemeral.",
+            )
         if self.executor not in ("warm", "fork"):
             raise UsageError(f"--executor must be warm or fork, got {self.executor!r}")
         return self
+
+    def as_ephemeral(self) -> WorkerConfig:
+        """The same worker with one slot, and for one job."""
+        return replace(self, ephemeral=True, slots=1, max_jobs=1)
 
     def to_json(self) -> str:
         """The file's text; `from_json` reads it back."""

@@ -60,5 +60,11 @@ for i = 1, #held, 2 do
     reconcile(held[i], lease or '', tonumber(claim or 0))
   end
 end
-return {'ok', lost, stopped, foreign, redis.call('EXISTS', KEYS[5]), redis.call('EXISTS', K.SUSPENDED),
+
+-- A wish about an ephemeral worker goes with its record, as long after the last beat.
+local drain_ttl = redis.call('TTL', KEYS[5])
+if drain_ttl >= 0 then
+  redis.call('EXPIRE', KEYS[5], ARGV[5])
+end
+return {'ok', lost, stopped, foreign, drain_ttl ~= -2 and 1 or 0, redis.call('EXISTS', K.SUSPENDED),
   redis.call('SCARD', K.FLEET_WORKERS)}

@@ -2,8 +2,9 @@
 -- token for a queue without jobs, for there may be no other worker to take it.
 --
 -- KEYS  1 fleet:worker:W:beat  2 fleet:worker:W:record  3 rq:worker:W  4 fleet:worker:W:signals
---       5 fleet:worker:W:leases  6 fleet:worker:W:ended
--- ARGV  1 worker  2 incarnation, or '' for whoever is offline  then the names of its queues
+--       5 fleet:worker:W:leases  6 fleet:worker:W:ended  7 fleet:worker:W:left
+-- ARGV  1 worker  2 incarnation, or '' for whoever is offline  3 s for which it is known to have left, or 0
+--       then the names of its queues
 -- Returns 1 if it left, 0 if the name is another's by now or still holds leases.
 local current = redis.call('GET', KEYS[1])
 if current and current ~= ARGV[2] then
@@ -13,9 +14,12 @@ if redis.call('HLEN', KEYS[5]) > 0 then
   return 0
 end
 redis.call('DEL', unpack(KEYS))
+if ARGV[3] ~= '0' then
+  redis.call('SET', KEYS[7], ARGV[2], 'EX', ARGV[3])
+end
 redis.call('SREM', K.FLEET_WORKERS, ARGV[1])
 redis.call('SREM', K.WORKERS, KEYS[3])
-for i = 3, #ARGV do
+for i = 4, #ARGV do
   redis.call('SREM', key('queue_workers', ARGV[i]), KEYS[3])
   if redis.pcall('LLEN', key('queue', ARGV[i])) == 0 then
     redis.call('DEL', key('wake', ARGV[i]))

@@ -174,6 +174,21 @@ def test_what_a_host_is_said_to_have_is_believed(farm, fleet, run_fleet):
     assert fleet("down").returncode == 0
 
 
+def test_workers_that_are_to_leave_run_what_was_submitted_before_and_leave(
+    farm, fleet, redis_client, eventually
+):
+    farm.add("host1")
+    jobs = [submit(redis_client, "true") for _ in range(4)]
+    for option, names in (("--ephemeral", {"host1-0", "host1-1"}), ("--until-done", {"host1-0"})):
+        done = fleet("up", "host1", options=(option, "--workers-per-host", str(len(names)), "--json"))
+        row = rows(done)["host1"]
+        assert (done.returncode, row["outcome"]) == (0, "started"), done.stderr
+        assert {worker["state"] for worker in row["workers"]} <= {"started", "left"}
+        eventually(lambda: fleet_processes(farm.folder) == [], timeout_seconds=30, message="they leave")
+    assert {redis_client.hget(keys.job(job), "status") for job in jobs} == {b"finished"}
+    assert redis_client.smembers(keys.FLEET_WORKERS) == set()
+
+
 def test_workers_begin_at_their_own_moments_and_up_waits_for_them(farm, fleet, redis_client):
     for name in ("host1", "host2"):
         farm.add(name)
@@ -239,6 +254,7 @@ def test_a_hosts_file_with_faults_starts_nothing_and_no_broker(farm, run_fleet, 
         (("--output-dir", "relative"), "must begin with / or ~/"),
         (("--local", "2"), "exclude each other"),
         (("--startup-delay-seconds", "nan"), "is no duration"),
+        (("--ephemeral", "--slots", "2"), "exclude each other"),
         (("--num-cpus", "0"), "0 is not in the range"),
         (("--memory-gb", "nan"), "is no number of GiB"),
         (("--memory-gb", "0"), "must be more than 0"),

@@ -234,6 +234,23 @@ def test_a_worker_that_lives_already_is_left_alone(stub):
     assert result.note == "runs version 0.0.9, here it is 0.1.0: 'fleet up --upgrade' replaces it"
 
 
+def test_a_worker_that_has_done_all_and_left_was_started(stub):
+    stub.registers = False
+    stub.client.set(keys.worker_left("b-0"), "an earlier one")
+    for name in "ab":
+        stub.steps["start", name] = lambda name=name: stub.client.set(keys.worker_left(f"{name}-0"), "new")
+    report = asyncio.run(stub.up(["a", "b"], until_done=True))
+    assert outcomes(report) == ["started", "started"]
+    assert {worker.state for host in report.hosts for worker in host.workers} == {"left"}
+
+
+def test_that_an_earlier_one_left_lately_confirms_nothing(stub):
+    stub.registers = False
+    stub.client.set(keys.worker_left("a-0"), "an earlier one")
+    (result,) = asyncio.run(stub.up(["a"], ephemeral=True)).hosts
+    assert isinstance(result.error, base.NotRegistered)
+
+
 @pytest.mark.parametrize(
     ("hosts", "workers", "said", "window"),
     [(10, 10, None, 0.0), (101, 1, None, 60.0), (2, 2000, None, 80.0), (1, 1, 9.0, 9.0), (101, 1, 0.0, 0.0)],
@@ -484,3 +501,9 @@ def test_slots_are_the_cpus_shared_among_the_workers():
     assert (first.slots, alone.slots) == (2, 8)
     (said,) = workers_for(Host("h"), Orders(URL, resources={"cpus": 3}), PROBE, "p")
     assert (said.slots, said.resources) == (3, {"cpus": 3})
+
+
+def test_an_ephemeral_worker_has_one_slot_whatever_its_host_says():
+    host = Host("h", options=HostOptions(slots=4))
+    (one,) = workers_for(host, Orders(URL, ephemeral=True, until_done=True), PROBE, "p")
+    assert (one.slots, one.max_jobs, one.ephemeral, one.until_done) == (1, 1, True, True)
