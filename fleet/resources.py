@@ -22,7 +22,7 @@ _SMI_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU."""
+    """One GPU; its memory is 0 where it has none of its own, or that is not known."""
 
     name: str
     memory_bytes: int
@@ -181,8 +181,15 @@ def _initialised(nvml: Any) -> Iterator[None]:
 
 
 def _gpu(nvml: Any, index: int) -> Gpu:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    return Gpu(str(nvml.nvmlDeviceGetName(handle)), int(nvml.nvmlDeviceGetMemoryInfo(handle).total))
+    handle, memory_bytes = nvml.nvmlDeviceGetHandleByIndex(index), 0
+    with suppress(nvml.NVMLError_NotSupported):  # one that shares the machine's memory
+        memory_bytes = nvml.nvmlDeviceGetMemoryInfo(handle).total
+    return Gpu(str(nvml.nvmlDeviceGetName(handle)), memory_bytes)
+
+
+def _mebibytes(size: str) -> int:
+    """Bytes; 0 for `[N/A]`."""
+    return int(size) * 2**20 if size.strip().isdigit() else 0
 
 
 def _gpus_by_smi() -> tuple[Gpu, ...]:
@@ -193,6 +200,6 @@ def _gpus_by_smi() -> tuple[Gpu, ...]:
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True)
         rows = [line.rsplit(",", 1) for line in done.stdout.splitlines()]
-        return tuple(Gpu(name.strip(), int(size) * 2**20) for name, size in rows)
+        return tuple(Gpu(name.strip(), _mebibytes(size)) for name, size in rows)
     except (OSError, ValueError, subprocess.SubprocessError):
         return ()

@@ -147,7 +147,10 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **gpu) { *gpu = (void *)(
 int nvmlDeviceGetName(void *gpu, char *name, unsigned size) {
     return snprintf(name, size, "GPU %ld", (long)gpu) < 0;
 }
-int nvmlDeviceGetMemoryInfo(void *gpu, struct memory *found) { found->total = (long)gpu << 30; return 0; }
+int nvmlDeviceGetMemoryInfo(void *gpu, struct memory *found) {
+    found->total = (long)gpu << 30;
+    return MEMORY;
+}
 """
 _SMI = "#!/bin/sh\nprintf 'NVIDIA A100, 40960\\n'\n"
 _BY_NVML = [{"name": "GPU 1", "memory_bytes": 2**30}, {"name": "GPU 2", "memory_bytes": 2**31}]
@@ -175,13 +178,14 @@ def gpus(tmp_path):
     return find
 
 
-def build_nvml(folder: Path, status: int = 0) -> None:
-    """A libnvidia-ml.so.1 in `folder`, for LD_LIBRARY_PATH."""
+def build_nvml(folder: Path, status: int = 0, memory: int = 0) -> None:
+    """A libnvidia-ml.so.1 in `folder`, for LD_LIBRARY_PATH, and what it answers to a start and for memory."""
     argv = [
         "cc",
         "-shared",
         "-fPIC",
         f"-DSTATUS={status}",
+        f"-DMEMORY={memory}",
         "-x",
         "c",
         "-",
@@ -206,6 +210,15 @@ def build_nvml(folder: Path, status: int = 0) -> None:
 )
 def test_gpus_are_found_by_nvml_else_by_nvidia_smi(gpus, nvml, smi, expected):
     assert gpus(nvml, smi) == expected
+
+
+@pytest.mark.needs("cc")
+def test_a_gpu_without_memory_of_its_own_is_one(gpus, tmp_path):
+    build_nvml(tmp_path, memory=3)  # NVML_ERROR_NOT_SUPPORTED
+    assert gpus(None, None) == [{"name": f"GPU {number}", "memory_bytes": 0} for number in (1, 2)]
+    build_nvml(tmp_path, status=9)
+    found = gpus(None, "#!/bin/sh\nprintf 'NVIDIA GB10, [N/A]\\n'\n")
+    assert found == [{"name": "NVIDIA GB10", "memory_bytes": 0}]
 
 
 def test_what_is_said_is_not_asked_for(monkeypatch):
