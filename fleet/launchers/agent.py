@@ -756,6 +756,9 @@ def gone(tree: list[Json]) -> bool:
 def forgotten(run_dir: Path, name: str, worker: Json | None, how: str) -> Json:
     """The worker's end, as base.Stopped has it; the file with its credentials is removed."""
     if how != "remains":
+        unit = (record(run_dir / f"{name}.started.json") or {}).get("unit_file")
+        if unit:
+            Path(unit).unlink(missing_ok=True)
         for suffix in (".config.json", ".started.json", ".json"):
             (run_dir / f"{name}{suffix}").unlink(missing_ok=True)
     return {"name": name, "pid": worker and worker["pid"], "how": how}
