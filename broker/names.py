@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import secrets
 
 from broker.errors import UsageError
 
 _WORKER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,127}")
 _JOB = re.compile(r"[A-Za-z0-9_-]{1,128}")
+#: the ids that `new_job_id` and `new_uuid` make
+_RUNG = re.compile(rb"[0-9a-f]{16}|[0-9a-f]{8}-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
 def worker_name(name: str) -> str:
@@ -30,6 +33,23 @@ def queue_name(name: str) -> str:
 def job_id(name: str) -> str:
     """Return `name`: what RQ accepts as the id of a job. Raises UsageError."""
     return _checked(_JOB, name, "job id", "letters, digits, '_' and '-'")
+
+
+def new_job_id() -> str:
+    """An id for a job whose producer rings for it."""
+    return secrets.token_hex(8)
+
+
+def new_uuid() -> str:
+    """The same, as RQ's users know it: a UUID, of version 8 where RQ's own are of version 4 (RFC 9562)."""
+    part = secrets.token_hex(16)
+    variant = "89ab"[int(part[16], 16) & 3]
+    return f"{part[:8]}-{part[8:12]}-8{part[13:16]}-{variant}{part[17:20]}-{part[20:]}"
+
+
+def is_rung_for(job_id: bytes) -> bool:
+    """Whether its producer rings, as far as its id tells: a hint, for ids may be anybody's own."""
+    return _RUNG.fullmatch(job_id) is not None
 
 
 def _checked(pattern: re.Pattern[str], name: str, what: str, allowed: str) -> str:

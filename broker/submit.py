@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,7 +63,7 @@ def submit_commands(
 
 
 def _checked_id(job_id: str | None) -> str:
-    return secrets.token_hex(8) if job_id is None else names.job_id(job_id)
+    return names.new_job_id() if job_id is None else names.job_id(job_id)
 
 
 def _submit_batch(

@@ -18,7 +18,7 @@ from typing import Any
 
 import redis
 
-from broker import chores, clock, jobs, keys, scripts
+from broker import chores, clock, jobs, keys, names, scripts
 from broker.session import Session
 from fleet import jitter
 from fleet.outputs import Folders
@@ -35,8 +35,9 @@ _PEEK_WAITED_SECONDS = 0.005
 #: queues that are watched so: each costs a connection, and the others are rung for once a second
 _MOST_PEEKS = 64
 _PEEK_BLOCK_SECONDS = 30
-#: seconds in which a job that came with a token, as most do, is claimed, also by this very worker
-_YIELD_SECONDS = 0.0005
+#: seconds in which a job that came with a token is claimed, also by this very worker: where jobs come
+#: without, as far as the last ones told, and where they come with one
+_YIELD_SECONDS, _RUNG_YIELD_SECONDS = 0.0005, 0.005
 _PRUNE_SECONDS = 3600
 
 
@@ -195,6 +196,8 @@ class _Peeks:
         #: the job that was first in each queue
         self._heads: dict[str, bytes] = {}
         self._listed_at = 0.0
+        #: whether the last jobs seen came with tokens
+        self._are_rung_for = False
 
     def listen_and_ring(self, seconds: float) -> None:
         """Wait up to `seconds` for a plain producer, and ring for the queues that have jobs."""
@@ -202,9 +205,10 @@ class _Peeks:
         pause = min((at - clock.monotonic() for at in self._paused.values()), default=seconds)
         ready = self._selector.select(max(0.0, min(seconds, pause)))
         if ready:
-            time.sleep(_YIELD_SECONDS)
+            time.sleep(_RUNG_YIELD_SECONDS if self._are_rung_for else _YIELD_SECONDS)
         heads = {key.data: job for key, _ in ready if (job := self._first_job(key.data))}
         if heads:
+            self._are_rung_for = all(map(names.is_rung_for, heads.values()))
             lengths = scripts.RING(self._client, [keys.queue(queue) for queue in heads], list(heads))
             for (queue, head), length in zip(heads.items(), lengths, strict=True):
                 self._pause(queue, head, length)

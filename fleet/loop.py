@@ -121,6 +121,8 @@ class WorkerLoop:
         self._listen()
         self._exchange()
         self._show_outputs()
+        if not self._rounds.under_way:
+            self._slots.look_at_memory()
 
     def _is_beating(self) -> bool:
         return self.beater is None or self.beater.connected

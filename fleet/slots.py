@@ -252,8 +252,11 @@ class Slots:
             self._mark_killed(uncounted=redis_is_away)
         for lease, attempt in ended:
             self._finish(lease, attempt)
-        self._context.memory.look()
         return bool(ended)
+
+    def look_at_memory(self) -> None:
+        """Once what ended has been collected, and while nobody waits for us: it takes 0.1 ms."""
+        self._context.memory.look()
 
     def _run(self, attempt: Attempt) -> None:
         self._attempts[attempt.claim.lease] = attempt

@@ -1,0 +1,60 @@
+"""`broker.Queue` beside `rq.Queue`: the same jobs, and a token with each."""
+
+from __future__ import annotations
+
+import redis
+import rq
+from rq.job import Job, JobStatus
+
+from broker import Queue, keys, names
+
+
+def calls(client: redis.Redis) -> int:
+    """Batches that Redis has read from clients, this question's own included."""
+    return int(client.info("stats")["total_reads_processed"])
+
+
+def test_a_job_goes_in_one_round_trip_with_its_token(redis_client: redis.Redis) -> None:
+    queue = Queue(connection=redis_client)
+    queue.enqueue("os.getpid")  # the first asks for the server's version
+    before = calls(redis_client)
+    job = queue.enqueue("os.getpid", 1, job_timeout=7)
+    assert calls(redis_client) - before == 2
+    assert redis_client.llen(keys.wake("default")) == 1
+    stored = Job.fetch(job.id, connection=redis_client)
+    assert (stored.func_name, stored.args, stored.timeout, stored.origin) == ("os.getpid", (1,), 7, "default")
+    assert stored.get_status() == JobStatus.QUEUED
+    assert rq.Queue.all(connection=redis_client) == [queue]
+
+
+def test_ids_are_uuids_that_tell_of_the_token_and_own_ids_are_kept(redis_client: redis.Redis) -> None:
+    queue = Queue(connection=redis_client)
+    assert names.is_rung_for(queue.enqueue("os.getpid").id.encode())
+    assert queue.enqueue("os.getpid", job_id="mine").id == "mine"
+    rows = [rq.Queue.prepare_data("os.getpid"), rq.Queue.prepare_data("os.getpid", job_id="theirs")]
+    first, second = queue.enqueue_many(rows)
+    assert names.is_rung_for(first.id.encode())
+    assert second.id == "theirs"
+
+
+def test_a_job_that_waits_for_another_is_deferred_as_with_rq(redis_client: redis.Redis) -> None:
+    queue = Queue(connection=redis_client)
+    parent = queue.enqueue("os.getpid")
+    child = queue.enqueue("os.getpid", depends_on=parent)
+    assert child.get_status() == JobStatus.DEFERRED
+    assert queue.get_job_ids() == [parent.id]
+    assert queue.deferred_job_registry.get_job_ids() == [child.id]
+
+
+def test_without_async_a_job_runs_at_once(redis_client: redis.Redis) -> None:
+    job = Queue(connection=redis_client, is_async=False).enqueue("os.getpid")
+    assert job.get_status() == JobStatus.FINISHED
+
+
+def test_in_a_callers_pipeline_nothing_is_sent_before_it_is(redis_client: redis.Redis) -> None:
+    queue = Queue(connection=redis_client)
+    with redis_client.pipeline() as pipe:
+        job = queue.enqueue("os.getpid", pipeline=pipe)
+        assert not Job.exists(job.id, connection=redis_client)
+        pipe.execute()
+    assert queue.get_job_ids() == [job.id]
