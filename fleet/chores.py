@@ -30,8 +30,9 @@ log = logging.getLogger("fleet.chores")
 #: and, at last, where the first of them stays, for nobody can take it, or may
 _PEEK_PAUSE_SECONDS, _MOVING_PAUSE_SECONDS, _LONGEST_PEEK_PAUSE_SECONDS = 0.002, 0.1, 0.25
 _FEW_JOBS = 16
-#: a reply that took this many seconds was waited for: the queue had been empty
-_PEEK_WAITED_SECONDS = 0.005
+#: a reply that took this many seconds was waited for: the queue had been empty; so many, if the same job
+#: is first as before, for a busy machine takes its time, too
+_PEEK_WAITED_SECONDS, _SAME_WAITED_SECONDS = 0.005, 0.05
 #: queues that are watched so: each costs a connection, and the others are rung for once a second
 _MOST_PEEKS = 64
 _PEEK_BLOCK_SECONDS = 30
@@ -189,9 +190,9 @@ class _Peeks:
         self._watched: list[int] = []
         #: queues that had jobs a moment ago, and when to peek again
         self._paused: dict[str, float] = {}
-        #: when each queue was asked, whether it had no job then, and how long its last pause was
+        #: when each queue was asked, how many seconds it took to answer, and how long its last pause was
         self._asked: dict[str, float] = {}
-        self._waited: dict[str, bool] = {}
+        self._waited: dict[str, float] = {}
         self._pauses: dict[str, float] = {}
         #: the job that was first in each queue
         self._heads: dict[str, bytes] = {}
@@ -204,6 +205,8 @@ class _Peeks:
         self._follow_queues()
         pause = min((at - clock.monotonic() for at in self._paused.values()), default=seconds)
         ready = self._selector.select(max(0.0, min(seconds, pause)))
+        now = clock.monotonic()
+        self._waited |= {key.data: now - self._asked[key.data] for key, _ in ready}
         if ready:
             time.sleep(_RUNG_YIELD_SECONDS if self._are_rung_for else _YIELD_SECONDS)
         heads = {key.data: job for key, _ in ready if (job := self._first_job(key.data))}
@@ -254,14 +257,14 @@ class _Peeks:
         except redis.ResponseError:  # somebody keeps something else under that name
             self._paused[queue] = clock.monotonic() + 5.0
             return None
-        self._waited[queue] = clock.monotonic() - self._asked[queue] >= _PEEK_WAITED_SECONDS
         if job is None:
             self._peek(queue)
         return job
 
     def _pause(self, queue: str, head: bytes, length: int) -> None:
-        now, pause, moves = clock.monotonic(), _PEEK_PAUSE_SECONDS, self._heads.get(queue) != head
-        if not self._waited[queue] and not (moves and length <= _FEW_JOBS):
+        now, pause, waited = clock.monotonic(), _PEEK_PAUSE_SECONDS, self._waited[queue]
+        moves = self._heads.get(queue) != head or waited >= _SAME_WAITED_SECONDS
+        if not moves or not (waited >= _PEEK_WAITED_SECONDS or length <= _FEW_JOBS):
             longest = _MOVING_PAUSE_SECONDS if moves else _LONGEST_PEEK_PAUSE_SECONDS
             pause = min(2 * self._pauses.get(queue, pause), longest)
         self._pauses[queue], self._paused[queue], self._heads[queue] = pause, now + pause, head
