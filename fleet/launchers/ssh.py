@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import posixpath
 import uuid
+from collections.abc import Mapping
 
 import asyncssh
 
 from fleet.launchers import base
-from fleet.launchers.shell import Output, ShellLauncher
+from fleet.launchers.shell import INSTALL_FACTOR, Output, ShellLauncher
 from fleet.launchers.ssh_connect import Address, Connection, SshOptions, connect
 
 __all__ = ["Address", "SshLauncher", "SshOptions", "open_launcher"]
@@ -55,27 +56,32 @@ class SshLauncher(ShellLauncher):
             raise base.Disconnected("the SSH connection broke while a command ran there", _LOST)
         return Output(process.exit_status, str(out or ""), str(err or ""))
 
-    async def _upload(self, data: bytes, path: str) -> None:
+    async def _upload(self, files: Mapping[str, bytes]) -> None:
         try:
-            async with asyncio.timeout(self._limit * 10):
-                await self._put(data, path)
+            async with asyncio.timeout(self._limit * INSTALL_FACTOR):
+                await self._put(files)
         except TimeoutError:
-            raise base.CommandTimeout(f"{path} could not be written in time", _LOST) from None
+            raise base.CommandTimeout("what is to be installed could not be brought in time", _LOST) from None
         except asyncssh.SFTPError as exc:
             raise base.InstallFailed(
-                f"could not write {path} there: {exc.reason}", "Is there space, and may we?"
+                f"could not write to {posixpath.dirname(next(iter(files)))} there: {exc.reason}",
+                "Is there space, and may we?",
             ) from exc
         except (OSError, asyncssh.Error) as exc:
             raise base.Disconnected(f"the SSH connection broke, or offers no SFTP: {exc}", _LOST) from exc
 
-    async def _put(self, data: bytes, path: str) -> None:
-        """Another may do the same at once, so the file appears whole or not at all."""
-        part = f"{path}.{uuid.uuid4().hex[:8]}"
+    async def _put(self, files: Mapping[str, bytes]) -> None:
+        """Another may do the same at once, so a file appears whole or not at all."""
         async with self._connection.ssh.start_sftp_client() as sftp:
-            await sftp.makedirs(posixpath.dirname(path), exist_ok=True)
-            async with sftp.open(part, "wb") as file:
-                await file.write(data)
-            await sftp.posix_rename(part, path)
+            for folder in {posixpath.dirname(path) for path in files}:
+                await sftp.makedirs(folder, exist_ok=True)
+            for path, data in files.items():
+                if await sftp.exists(path):
+                    continue
+                part = f"{path}.{uuid.uuid4().hex[:8]}"
+                async with sftp.open(part, "wb") as file:
+                    await file.write(data)
+                await sftp.posix_rename(part, path)
 
 
 async def open_launcher(address: Address, options: SshOptions, *, python: str | None = None) -> SshLauncher:

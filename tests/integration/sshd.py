@@ -9,19 +9,21 @@ Sessions get HOME and the mark of the test session from `SetEnv`, so what they l
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import getpass
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import asyncssh
 import psutil
 
+from fleet.launchers.ssh import Address, SshLauncher, SshOptions, open_launcher
 from tests.conftest import SESSION_MARK, find_free_port, find_program, wait_until
 
 Spawn = Callable[..., subprocess.Popen[Any]]
@@ -175,6 +177,18 @@ def fleet_processes(folder: Path) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if _is_in(process, str(folder))]
 
 
+def agents(host: SshdHost) -> list[psutil.Process]:
+    """The halves of launchers that are at work at a host."""
+    return [process for process in psutil.process_iter() if _is_agent(process, str(host.home))]
+
+
+def _is_agent(process: psutil.Process, home: str) -> bool:
+    try:
+        return process.cmdline()[1:4] == ["-I", "-S", "-"] and process.environ().get("HOME") == home
+    except psutil.Error:
+        return False
+
+
 def _is_in(process: psutil.Process, folder: str) -> bool:
     try:
         if process.name().startswith("sshd") or process.status() == psutil.STATUS_ZOMBIE:
@@ -182,3 +196,17 @@ def _is_in(process: psutil.Process, folder: str) -> bool:
         return folder in " ".join(process.cmdline()) or process.cwd().startswith(folder)
     except (psutil.Error, OSError):
         return False
+
+
+def at(farm: SshdFarm, name: str, work: Callable[[SshLauncher], Awaitable[Any]], **how: Any) -> Any:
+    """Do `work` with a launcher for the host `name`."""
+    python = how.pop("python", None)
+
+    async def run() -> Any:
+        launcher = await open_launcher(Address(name), SshOptions(config=farm.config, **how), python=python)
+        try:
+            return await work(launcher)
+        finally:
+            await launcher.close()
+
+    return asyncio.run(run())

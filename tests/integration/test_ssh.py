@@ -17,14 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
-from fleet.bundle import Bundle
 from fleet.launchers import agent, base
 from fleet.launchers.ssh import Address, SshLauncher, SshOptions, open_launcher
 from fleet.resources import Gpu, find_cpus, find_memory
 from fleet.worker_config import WorkerConfig
 from tests.conftest import wait_until
-from tests.integration.sshd import PYTHON, SshdFarm, listens, write_key
-from tests.unit.test_bundle import tiny_bundle
+from tests.integration.sshd import PYTHON, SshdFarm, at, listens, write_key
 
 pytestmark = pytest.mark.needs("sshd")
 
@@ -39,20 +37,6 @@ def silent_port() -> Iterator[int]:
     """A port that accepts connections and never says a word."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
-
-
-def at(farm: SshdFarm, name: str, work: Callable[[SshLauncher], Awaitable[Any]], **how: Any) -> Any:
-    """Do `work` with a launcher for the host `name`."""
-    python = how.pop("python", None)
-
-    async def run() -> Any:
-        launcher = await open_launcher(Address(name), SshOptions(config=farm.config, **how), python=python)
-        try:
-            return await work(launcher)
-        finally:
-            await launcher.close()
-
-    return asyncio.run(run())
 
 
 def probe(farm: SshdFarm, name: str, **how: Any) -> base.Probe:
@@ -307,63 +291,6 @@ def test_a_user_who_cannot_run_commands_is_told(farm):
     host.start()
     with pytest.raises(base.CommandFailed, match="ended with 1: This account is closed"):
         probe(farm, "host1")
-
-
-# --- install ---------------------------------------------------------------------------------------
-
-
-def install(farm: SshdFarm, bundle: Bundle) -> str:
-    python: str = at(farm, "host1", lambda launcher: launcher.install(bundle), python=PYTHON)
-    return python
-
-
-def test_an_install_is_kept_and_costs_nothing_again(farm):
-    host = farm.add("host1")
-    python = install(farm, tiny_bundle("one"))
-    assert Path(python).is_relative_to(host.home / ".local/share/rq-fleet/venvs")
-    assert psutil.Popen([python, "-I", "-c", "import fleet.assembly"]).wait() == 0
-    made = Path(python).parent.parent.stat().st_mtime_ns
-    assert install(farm, tiny_bundle("one")) == python
-    assert Path(python).parent.parent.stat().st_mtime_ns == made
-    assert not list((host.home / ".local/share/rq-fleet/wheels").rglob("*.whl"))
-
-
-def test_a_failed_install_leaves_the_old_one_and_is_mended_by_the_next(farm):
-    host = farm.add("host1", PIP_NO_INDEX="1")
-    old = install(farm, tiny_bundle("one"))
-    with pytest.raises(base.InstallFailed, match=r"could not install") as caught:
-        install(farm, tiny_bundle("two", requires="rq-fleet-has-no-such-dependency"))
-    assert "rq-fleet-has-no-such-dependency" in caught.value.message
-    assert psutil.Popen([old, "-I", "-c", "import fleet.assembly"]).wait() == 0
-    complete = list((host.home / ".local/share/rq-fleet/venvs").glob("*/.complete"))
-    assert [path.parent for path in complete] == [Path(old).parent.parent]
-    assert install(farm, tiny_bundle("two")) != old
-
-
-def test_two_installs_at_once_make_one_environment(farm):
-    host = farm.add("host1")
-    bundle = tiny_bundle("one")
-
-    async def both(launcher: SshLauncher) -> list[str]:
-        await launcher.probe()
-        return await asyncio.gather(launcher.install(bundle), launcher.install(bundle))
-
-    first, second = at(farm, "host1", both, python=PYTHON)
-    assert first == second
-    assert len(list((host.home / ".local/share/rq-fleet/venvs").iterdir())) == 1
-
-
-def test_a_python_without_venv_is_told_before_anything_is_brought(farm, monkeypatch):
-    host = farm.add("host1")
-
-    async def install_there(launcher: SshLauncher) -> str:
-        found = await launcher.probe()
-        object.__setattr__(found, "can_make_venvs", False)
-        return await launcher.install(tiny_bundle("one"))
-
-    with pytest.raises(base.InstallFailed, match="cannot make virtual environments"):
-        at(farm, "host1", install_there)
-    assert not (host.home / ".local/share").exists()
 
 
 # --- start, inspect, stop --------------------------------------------------------------------------

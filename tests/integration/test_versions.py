@@ -14,7 +14,7 @@ from broker.command import Command
 from broker.submit import Options, submit_commands
 from tests.conftest import fleet_script
 from tests.integration.fleets import FAST, beating, pids, python_with, rows
-from tests.integration.sshd import PYTHON, fleet_processes
+from tests.integration.sshd import PYTHON, agents, fleet_processes
 
 pytestmark = pytest.mark.needs("sshd")
 TWO_SLOTS = ("--slots", "2")
@@ -144,9 +144,8 @@ def test_an_upgrade_that_dies_midway_is_mended_by_the_next(
     eventually(lambda: "stop" in log.read_text(), timeout_seconds=30)
     operator.kill()
     operator.wait()
-    for process in fleet_processes(host.folder):  # the half of it that is at the host
-        if process.cmdline()[1:] == ["-I", "-S", "-"]:
-            process.kill()
+    (agent,) = agents(host)
+    agent.kill()
 
     done = fleet("up", options=("--upgrade", *TWO_SLOTS, *use_as_it_is(PYTHON)))
     assert done.returncode == 0, done.stdout + done.stderr

