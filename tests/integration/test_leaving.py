@@ -14,6 +14,8 @@ from broker import chores, control, hosts, keys
 from broker.session import EPHEMERAL_RECORD_TTL, RECORD_TTL
 from tests.integration.conftest import Workers
 
+#: nobody is taken for dead, however busy the machine
+_PATIENT = {"heartbeat_seconds": 0.5, "lease_seconds": 60.0}
 _ONE = {"ephemeral": True, "max_jobs": 1}
 
 
@@ -88,15 +90,19 @@ def test_a_job_that_waits_for_one_of_another_queue_still_counts(workers, tmp_pat
 
 
 def test_a_job_of_another_worker_may_come_back(workers, tmp_path):
-    other = workers.start("other")
+    other = workers.start("other", settings={**_PATIENT, "stop_grace_seconds": 0.0})
     job = running(workers, tmp_path / "gate")
-    worker = workers.start("w0", until_done=True)
+    worker = workers.start("w0", until_done=True, settings=_PATIENT)
     looks_and_stays(workers, worker)
-    workers.kill(other)
+    other.terminate()
+    assert other.wait(30) == 0
     (tmp_path / "gate").touch()
-    assert worker.wait(60) == 0
+    assert worker.wait(30) == 0
     (shown,) = workers.wait([job])
-    assert [(one.worker, one.outcome) for one in shown.attempts] == [("other", "lost"), ("w0", "finished")]
+    assert [(one.worker, one.outcome) for one in shown.attempts] == [
+        ("other", "handed-back"),
+        ("w0", "finished"),
+    ]
 
 
 def test_jobs_of_queues_that_are_not_its_own_do_not_count(workers):
