@@ -185,11 +185,12 @@ def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus
     beat = from_iso(counts[0]) or from_iso(fields.get("at"))
     age = _age(now, beat)
     late = age is not None and age > 1.5 * float(fields.get("heartbeat_seconds", 10))
+    takes_nothing = draining is not None or bool(fields.get("stopping"))
     return WorkerStatus(
         name=name,
         host=str(fields.get("host", "")),
         pid=int(fields.get("pid", 0)),
-        state=_state(beating is not None, late, draining is not None, bool(running)),
+        state=_state(beating is not None, late, takes_nothing, bool(running)),
         queues=tuple(fields.get("queues", ())),
         slots=int(fields.get("slots", 1)),
         running=tuple(sorted(job.decode() for job in running)),

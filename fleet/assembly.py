@@ -265,6 +265,7 @@ class _Description:
             "finished": self._session.finished,
             "failed": self._session.failed,
             "notice": self.loop.notice if self.loop else "",
+            "stopping": self.loop.is_stopping if self.loop else False,
         }
         return json.dumps(self._fixed | now)
 

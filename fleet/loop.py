@@ -97,6 +97,11 @@ class WorkerLoop:
         now = clock.monotonic()
         self._stop_at = now if self._stop_at is not None else now + self._settings.stop_grace_seconds
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stop_at is not None
+
     def run(self) -> int:
         """Work until told to stop or nothing is left to do; returns the exit code."""
         self._selector.register(self._mail, selectors.EVENT_READ, self._on_mail)
@@ -177,6 +182,8 @@ class WorkerLoop:
             self._said_stopping = True
             left = max(0.0, self._stop_at - clock.monotonic())
             log.info("stopping: %d jobs have %.0f s to end", len(self._slots), left)
+            if self.beater:  # whoever looks shall see it
+                self.beater.beat_now()
         if clock.monotonic() >= self._stop_at:
             self._slots.kill_all("hand-back")
             self._asides.kill_all()

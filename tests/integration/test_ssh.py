@@ -269,6 +269,27 @@ def test_a_command_has_a_limit(farm):
         at(farm, "host1", lambda launcher: launcher._execute("exec sleep 2", "", 0.2))
 
 
+@pytest.mark.parametrize("end", ["limit", "keepalive"])
+def test_a_host_that_freezes_amid_a_command_ends_as_an_error(farm, eventually, end):
+    host = farm.add("host1")
+    farm.alias("watched", host.port, ServerAliveInterval="1", ServerAliveCountMax="2")
+    running, over = host.home / "running", host.home / "over"
+    forever = f"touch {running}; until [ -e {over} ]; do sleep 0.05; done"
+
+    async def frozen(launcher: SshLauncher) -> None:
+        seconds = 2.0 if end == "limit" else 100.0
+        command = asyncio.create_task(launcher._execute(forever, "", seconds))
+        await asyncio.to_thread(eventually, running.exists)
+        host.freeze()
+        await command
+
+    error = base.CommandTimeout if end == "limit" else base.Disconnected
+    with pytest.raises(error):
+        at(farm, "host1" if end == "limit" else "watched", frozen)
+    over.touch()
+    host.thaw()
+
+
 def test_a_connection_that_breaks_is_told(farm, eventually):
     host = farm.add("host1")
     running = host.home / "running"

@@ -360,14 +360,29 @@ def test_no_secret_is_seen_in_a_process_list_a_log_or_an_environment(farm, fleet
         assert not [p for p in workers if secret in " ".join(p.environ().values())]
         assert secret not in (farm.folder / "environ").read_text()
         assert TOKEN_VARIABLE not in (farm.folder / "environ").read_text()
+        (config,) = [path for path in farm.folder.rglob("*") if holds(path, secret)]
+        assert config.name == "host1-0.config.json"
+        assert [path.stat().st_mode & 0o777 for path in (config, config.parent)] == [0o600, 0o700]
+        assert all(path.stat().st_mode & 0o077 == 0 for path in farm.folder.rglob("log/*.log"))
+        with server.client(password=secret) as client:
+            dumps = {key: client.dump(key) for key in client.scan_iter()}
+        assert keys.worker_record("host1-0").encode() in dumps
+        assert not [key for key, dump in dumps.items() if secret.encode() in (dump or b"")]
+        farm.alias("gone", 1)
+        debug = fleet("up", "host1", "gone", options=("--debug",), env={"FLEET_REDIS_URL": url})
+        assert (debug.returncode, secret in debug.stdout + debug.stderr) == (3, False)
         assert fleet("down", env={"FLEET_REDIS_URL": url}).returncode == 0
     assert watcher.rounds > 10
     assert watcher.found == set()
     assert secret not in done.stdout + done.stderr
-    holding = [
-        path for path in farm.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()
-    ]
-    assert holding == []
+    assert [path for path in farm.folder.rglob("*") if holds(path, secret)] == []
+
+
+def holds(path: Path, word: str) -> bool:
+    try:
+        return path.is_file() and word.encode() in path.read_bytes()
+    except FileNotFoundError:
+        return False
 
 
 class Watcher:
