@@ -35,6 +35,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "drain": ("cli.workers", "drain", "Let workers finish what runs and take nothing new."),
     "undrain": ("cli.workers", "undrain", "Let drained workers take jobs again."),
     "forget": ("cli.workers", "forget", "Remove the record of a worker that is offline."),
+    "collect-logs": ("cli.collect", "collect_logs", "Fetch logs and what jobs wrote from the hosts."),
+    "delete-logs": ("cli.collect", "delete_logs", "Remove logs and what jobs wrote at the hosts."),
     "down": ("cli.up", "down", "End the workers of hosts."),
     "submit": ("cli.submit", "submit", "Submit a command as a job; prints its id."),
     "jobs": ("cli.jobs", "jobs", "List jobs."),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+import signal
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from fleet.launchers.ssh import SshOptions
 
 Command = Callable[..., Any]
+Result = TypeVar("Result")
 
 
 def ssh_options(command: Command) -> Command:
@@ -53,3 +56,23 @@ def max_parallel(context: Context, options: Mapping[str, Any]) -> int:
     """How many hosts at once."""
     asked: int | None = options["max_parallel_ssh"]
     return asked or context.settings.ssh.max_parallel
+
+
+async def interruptible(context: Context, work: Coroutine[Any, Any, Result]) -> Result:
+    """Each Ctrl-C, and each SIGTERM, is for `work`, which then tells what it has done."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+
+    def interrupt() -> None:
+        context.say("Interrupted: what cannot be cut is waited for; a second Ctrl-C waits for nothing.")
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        context.say("No host was reached: nothing was done.")
+        raise KeyboardInterrupt from None
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

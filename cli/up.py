@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import signal
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import click
 from broker.errors import UsageError
 from cli.context import Context, error_fields, pass_context, print_json
 from cli.params import Duration, resource_options
-from cli.ssh import max_parallel, ssh_from, ssh_options
+from cli.ssh import interruptible, max_parallel, ssh_from, ssh_options
 
 if TYPE_CHECKING:
     from fleet.bootstrap import Orders
@@ -218,7 +217,7 @@ def _run(
     from cli.progress import shown
 
     with shown(context, [host.name for host in hosts]) as on_event:
-        report = asyncio.run(_interruptible(context, work(on_event)))
+        report = asyncio.run(interruptible(context, work(on_event)))
     _say_mismatches(context, report)
     if as_json:
         print_json({"hosts": [_document(result) for result in report.hosts]})
@@ -233,26 +232,6 @@ def _say_mismatches(context: Context, report: Report) -> None:
     lines = [error.message for error in errors if error.code == "version_mismatch"]
     if lines:
         context.say("\n  ".join([f"Version check failed on {len(lines)} worker(s):", *lines]))
-
-
-async def _interruptible(context: Context, work: Coroutine[Any, Any, Report]) -> Report:
-    """Each Ctrl-C, and each SIGTERM, is for `work`, which then tells what it has done."""
-    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
-
-    def interrupt() -> None:
-        context.say("Interrupted: what cannot be cut is waited for; a second Ctrl-C waits for nothing.")
-        task.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupt)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        context.say("No host was reached: nothing was done.")
-        raise KeyboardInterrupt from None
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
 
 
 def _print(report: Report) -> None:

@@ -4,6 +4,9 @@ OUTPUT_DIR/jobs/JOB/              its working directory, the same for every atte
 OUTPUT_DIR/output/JOB.FENCE.out   stdout of one attempt; .err for stderr
 OUTPUT_DIR/log/WORKER.log         what the worker itself says
 OUTPUT_DIR/run/WORKER.*           its lock, its process, its configuration (0600)
+
+`fleet collect-logs` goes by these names (fleet/launchers/agent_files.py): what else is to be collected of an
+attempt, a series of its resources for one, lies beside its output as JOB.FENCE.series.*.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `up` and `down` tell: events while they work, and a result for each host."""
+"""What verbs that reach hosts tell: events while they work, and a result for each host."""
 
 from __future__ import annotations
 
@@ -8,15 +8,28 @@ from typing import Literal
 
 from broker.errors import FleetError
 
-Step = Literal["connect", "probe", "version", "install", "start", "confirm", "stop"]
+Step = Literal[
+    "connect", "probe", "version", "install", "start", "confirm", "stop", "list", "fetch", "delete"
+]
 State = Literal["begun", "done", "failed"]
 Outcome = Literal[
-    "started", "running", "planned", "stopped", "not running", "failed", "untouched", "unconfirmed"
+    "started",
+    "running",
+    "planned",
+    "stopped",
+    "not running",
+    "collected",
+    "deleted",
+    "failed",
+    "untouched",
+    "unconfirmed",
 ]
 UP_STEPS: tuple[Step, ...] = ("connect", "probe", "install", "start", "confirm")
 DOWN_STEPS: tuple[Step, ...] = ("connect", "stop")
 #: outcomes that leave a host as it was asked for
-GOOD: frozenset[Outcome] = frozenset({"started", "running", "planned", "stopped", "not running"})
+GOOD: frozenset[Outcome] = frozenset(
+    {"started", "running", "planned", "stopped", "not running", "collected", "deleted"}
+)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ HURRY_SECONDS = 5.0
 CHILDREN_SECONDS = 3.0
 #: seconds for a process to vanish after SIGKILL
 KILL_SECONDS = 5.0
+#: verbs that agent_files.py has, which is sent with these alone
+FILE_VERBS = ("list_files", "workers_there", "send_files", "remove_files", "remove_logs")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 #: how programs say the same
 _FULL = (b"No space left on device", b"Disk quota exceeded")
@@ -52,12 +54,21 @@ class Failed(Exception):
 
 
 def program(request: Json) -> str:
-    """This file with a request: to be fed to `python -I -S -` on stdin.
+    """This file with a request: to be fed to `python -I -S -` on stdin; below it agent_files.py if needed.
 
     The request is a statement of its own, so no traceback shows what it holds.
     """
     source = Path(__file__).read_text(encoding="ascii")
+    if request["verb"] in FILE_VERBS:
+        source += _part("agent_files.py")
     return f"{source}\nREQUEST = {json.dumps(request)!r}\nsys.exit(main(REQUEST))\n"
+
+
+def _part(name: str) -> str:
+    """A file beside this one, fit to stand below it: there, this one is the program itself."""
+    text = Path(__file__).with_name(name).read_text(encoding="ascii")
+    text = text.replace("from __future__ import annotations\n", "", 1)
+    return text.replace("from fleet.launchers import agent\n", "agent = sys.modules[__name__]\n", 1)
 
 
 def answer_in(output: str) -> Json | None:

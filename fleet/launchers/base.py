@@ -1,10 +1,11 @@
-"""What every launcher can do: the same six verbs for SSH, this machine, Slurm, Kubernetes.
+"""What every launcher can do: the same seven verbs for SSH, this machine, Slurm, Kubernetes.
 
     probe    what is there: system, Python, resources, what of ours is installed
     install  bring the bundle; what is installed already costs nothing
     start    start workers, detached; a worker that lives is left alone
     inspect  what of ours runs there, and the end of its log
     stop     end workers, and look whether they ended
+    files    list, fetch and remove what workers and jobs left
     close    let go of whatever reaches the place
 
 A launcher stands for one place where workers can be started: a host, an allocation, a
@@ -16,12 +17,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from broker.errors import FleetError
 from fleet.bundle import Bundle
 from fleet.resources import Gpu
 from fleet.worker_config import WorkerConfig
+
+if TYPE_CHECKING:
+    from fleet.launchers.remote_files import RemoteFolder
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,10 @@ class Launcher(Protocol):
         """End these workers: SIGTERM, the grace, SIGKILL to their process groups; then look."""
         ...
 
+    def files(self, output_dir: str | None, base: str) -> RemoteFolder:
+        """What its workers and jobs left in `output_dir`; None: the default one."""
+        ...
+
     async def close(self) -> None:
         """Let go of the place, or do nothing where that was done. Never raises; workers run on."""
         ...
@@ -263,6 +271,12 @@ class HostBusy(HostError):
     """Another `fleet up` or `fleet down` is at work there."""
 
     code = "host_busy"
+
+
+class InUse(HostError):
+    """A worker lives there that uses what was to be removed."""
+
+    code = "in_use"
 
 
 class DiskFull(HostError):

@@ -8,17 +8,21 @@ in a command line.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fleet import resources
 from fleet.bundle import Bundle
 from fleet.launchers import agent, base
+from fleet.launchers.frames import Frame, FrameReader, Source
+from fleet.launchers.remote_files import RemoteFolder
 from fleet.worker_config import WorkerConfig
 
 #: tried in this order where no Python was named; shells of SSH have short PATHs
@@ -65,6 +69,7 @@ echo "{mark}$seen"
 """
 _KINDS: dict[str, type[base.HostError]] = {
     "busy": base.HostBusy,
+    "in_use": base.InUse,
     "install": base.InstallFailed,
     "no_space": base.DiskFull,
     "damaged": base.InstallFailed,
@@ -74,6 +79,7 @@ _KINDS: dict[str, type[base.HostError]] = {
 }
 _HINTS = {
     "damaged": "Run it again: it is installed anew.",
+    "in_use": "Run it again; 'fleet down' ends what runs there.",
     "install": "The host needs an index that pip can reach; where it has none, --offline brings all along.",
     "no_space": "Free some space there; --output-dir writes elsewhere.",
     "not_installed": "Install rq-fleet for that Python, or leave out --no-install.",
@@ -87,6 +93,14 @@ class Output:
     exit_status: int | None
     stdout: str
     stderr: str
+
+
+class Running(Source, Protocol):
+    """A command that runs."""
+
+    async def ended(self) -> tuple[int | None, str]:
+        """Its exit status and the end of its stderr, once its output was read. Raises Disconnected."""
+        ...
 
 
 class ShellLauncher(ABC):
@@ -108,6 +122,10 @@ class ShellLauncher(ABC):
     @abstractmethod
     async def _execute(self, command: str, stdin: str, limit_seconds: float) -> Output:
         """Run `command` with `stdin` as its input. Raises CommandTimeout, Disconnected."""
+
+    @abstractmethod
+    def _opened(self, command: str, stdin: str) -> AbstractAsyncContextManager[Running]:
+        """Run `command` with `stdin` as its input, for as long as the context lasts. Raises HostError."""
 
     @abstractmethod
     async def _upload(self, files: Mapping[str, bytes]) -> None:
@@ -233,15 +251,38 @@ class ShellLauncher(ABC):
         )
         return tuple(base.Stopped(**worker) for worker in answer["workers"])
 
+    def files(self, output_dir: str | None, base_name: str) -> RemoteFolder:
+        return RemoteFolder(self._stream, output_dir, base_name)
+
     async def _ask(self, request: agent.Json, limit_seconds: float | None = None) -> agent.Json:
         """Have the host do what `request` says. Raises HostError."""
         limit = limit_seconds or self._limit
-        program = agent.program({**request, "time_limit_seconds": limit * 0.9})
+        output = await self._execute(*self._program(request, limit), limit)
+        return self._answer(output)
+
+    async def _stream(self, request: agent.Json) -> AsyncGenerator[Frame, None]:
+        """Have the host do what `request` says: its frames as they come, and last its answer, as b"A".
+
+        Raises HostError.
+        """
+        async with self._opened(*self._program(request, self._limit)) as source:
+            reader = FrameReader(source, self._limit)
+            async for frame in reader.frames():
+                yield frame
+            text = await reader.rest()
+            status, errors = await reader.limited(source.ended())
+            answer = self._answer(Output(status, text, errors))
+            yield b"A", json.dumps(answer).encode()
+
+    def _program(self, request: agent.Json, limit_seconds: float) -> tuple[str, str]:
+        """The command that does what `request` says, and what it reads."""
+        program = agent.program({**request, "time_limit_seconds": limit_seconds * 0.9})
         if self._found:
-            command, stdin = f"exec {shlex.quote(self._found.python)} -I -S -", program
-        else:
-            command, stdin = "exec /bin/sh -s", _finder(self._candidates, program)
-        output = await self._execute(command, stdin, limit)
+            return f"exec {shlex.quote(self._found.python)} -I -S -", program
+        return "exec /bin/sh -s", _finder(self._candidates, program)
+
+    def _answer(self, output: Output) -> agent.Json:
+        """The answer in what a command printed. Raises HostError."""
         answer = agent.answer_in(output.stdout)
         if answer is None:
             raise self._unreadable(output)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import posixpath
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 import asyncssh
 
@@ -41,6 +42,23 @@ class SshLauncher(ShellLauncher):
             ) from None
         except (OSError, asyncssh.Error) as exc:
             raise base.Disconnected(f"the SSH connection broke: {exc}", _LOST) from exc
+
+    @asynccontextmanager
+    async def _opened(self, command: str, stdin: str) -> AsyncIterator[_Running]:
+        try:
+            async with asyncio.timeout(self._limit):
+                process = await self._connection.ssh.create_process(command, encoding=None)
+        except TimeoutError:
+            raise base.CommandTimeout(f"no command could be run there within {self._limit:g} s") from None
+        except (OSError, asyncssh.Error) as exc:
+            raise base.Disconnected(f"the SSH connection broke: {exc}", _LOST) from exc
+        running = _Running(process)
+        try:
+            process.stdin.write(stdin.encode())
+            process.stdin.write_eof()
+            yield running
+        finally:
+            running.close()
 
     async def _run(self, command: str, stdin: str) -> Output:
         process = await self._connection.ssh.create_process(command, errors="replace")
@@ -82,6 +100,41 @@ class SshLauncher(ShellLauncher):
                 async with sftp.open(part, "wb") as file:
                     await file.write(data)
                 await sftp.posix_rename(part, path)
+
+
+class _Running:
+    """A command whose output is read as it comes."""
+
+    def __init__(self, process: asyncssh.SSHClientProcess[bytes]) -> None:
+        self._process = process
+        self._errors = asyncio.create_task(self._last_errors())
+
+    async def read(self, size: int) -> bytes:
+        try:
+            return await self._process.stdout.read(size)
+        except (OSError, asyncssh.Error) as exc:
+            raise base.Disconnected(f"the SSH connection broke: {exc}", _LOST) from exc
+
+    async def ended(self) -> tuple[int | None, str]:
+        await self._process.wait_closed()
+        if self._process.exit_status is None:
+            raise base.Disconnected("the SSH connection broke while a command ran there", _LOST)
+        return self._process.exit_status, (await self._errors).decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Let go of it; what still runs there finds nobody who listens."""
+        self._process.close()
+        self._errors.cancel()
+
+    async def _last_errors(self) -> bytes:
+        """Its stderr has to be read for its stdout to go on."""
+        last = b""
+        try:
+            while data := await self._process.stderr.read(4096):
+                last = (last + data)[-4096:]
+        except (OSError, asyncssh.Error):
+            pass  # reading stdout tells
+        return last
 
 
 async def open_launcher(address: Address, options: SshOptions, *, python: str | None = None) -> SshLauncher:

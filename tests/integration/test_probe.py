@@ -6,43 +6,27 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import psutil
 import pytest
 
 from broker import keys
-from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes
+from tests.integration.fleets import pids, rows
+from tests.integration.sshd import SshdFarm
 
 pytestmark = pytest.mark.needs("sshd")
-FAST = {
-    "FLEET_WORKER__HEARTBEAT_SECONDS": "0.5",
-    "FLEET_WORKER__LEASE_SECONDS": "3",
-    "FLEET_WORKER__STOP_GRACE_SECONDS": "5",
-}
 
 
 @pytest.fixture
-def farm(tmp_path: Path, spawn: Any) -> Iterator[SshdFarm]:
-    farm = SshdFarm(tmp_path / "farm", spawn)
-    yield farm
-    for process in fleet_processes(farm.folder):
-        process.kill()
-
-
-@pytest.fixture
-def up(run_fleet: Any, farm: SshdFarm, fleet_redis_url: str, tmp_path: Path) -> Callable[..., dict[str, int]]:
+def up(fleet: Callable[..., Any]) -> Callable[..., dict[str, int]]:
     """`up("host1")`: starts a worker at each; their pids by name."""
 
-    def run(*names: str, options: tuple[str, ...] = ()) -> dict[str, int]:
-        (tmp_path / "hosts.txt").write_text("".join(f"{name}\n" for name in names))
-        how = ("--ssh-config", farm.config, "--no-install", "--python", PYTHON, "--json", *options)
-        done = run_fleet("up", tmp_path / "hosts.txt", *how, env=FAST)
+    def run(*names: str) -> dict[str, int]:
+        done = fleet("up", *names, options=("--json",))
         assert done.returncode == 0, done.stdout + done.stderr
-        rows = json.loads(done.stdout)["hosts"]
-        return {worker["name"]: worker["pid"] for row in rows for worker in row["workers"]}
+        return pids(rows(done))
 
     return run
 

@@ -1,0 +1,155 @@
+"""The agent's part about files, as it is sent: what it may not do, whatever it is asked for."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fleet.copies import Copies
+from fleet.launchers import agent, base
+from fleet.launchers.local import LocalLauncher
+from fleet.launchers.remote_files import RemoteFile, RemoteFolder, Removed, Wanted, _file
+
+EMPTY = hashlib.sha256().hexdigest()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "work/jobs/j").mkdir(parents=True)
+    (tmp_path / "work/run").mkdir()
+    return tmp_path / "work"
+
+
+def at(root: Path, work: Callable[[RemoteFolder], Awaitable[Any]]) -> Any:
+    """Do `work` with the files below `root`, of workers host1-0, host1-1 ..."""
+
+    async def run() -> Any:
+        return await work(LocalLauncher().files(str(root), "host1"))
+
+    return asyncio.run(run())
+
+
+def fetched(root: Path, here: Path, *wanted: Wanted) -> Copies:
+    copies = Copies(here, durable=False, on_bytes=lambda _: None)
+    here.mkdir(exist_ok=True)
+    at(root, lambda files: files.fetch(wanted, copies))
+    return copies
+
+
+def is_as_it_is(path: Path, root: Path) -> RemoteFile:
+    info = path.lstat()
+    return RemoteFile(str(path.relative_to(root)), info.st_size, info.st_mtime_ns)
+
+
+def test_its_parts_define_no_name_twice():
+    """They are one program there: what defines a name again would replace it for both."""
+    text = agent.program({"verb": "list_files"})
+    names = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert len(names) == len(set(names))
+    assert "def send_files" not in agent.program({"verb": "start"}), "it is not sent in vain"
+    assert set(agent.FILE_VERBS) <= set(agent.VERBS)
+
+
+def test_no_symbolic_link_is_followed_wherever_it_came_in(root, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/secret").write_text("hush")
+    (root / "jobs/j/folder").symlink_to(tmp_path / "outside")
+    (root / "jobs/j/file").symlink_to(tmp_path / "outside/secret")
+    os.mkfifo(root / "jobs/j/pipe")
+    paths = ["jobs/j/folder/secret", "jobs/j/file", "jobs/j/pipe"]
+    copies = fetched(root, tmp_path / "here", *(Wanted(RemoteFile(p, 4, 0), 0, EMPTY) for p in paths))
+    assert copies.fetched_bytes == 0
+    assert "jobs/j/file" in [problem.path for problem in copies.problems]
+    files = [RemoteFile("jobs/j/folder/secret", 4, (tmp_path / "outside/secret").stat().st_mtime_ns)]
+    assert at(root, lambda remote: remote.remove(files, [])).files == 0
+    at(root, lambda remote: remote.clear(force=False))
+    assert (tmp_path / "outside/secret").read_text() == "hush"
+    assert not (root / "jobs/j").exists()
+
+
+def test_a_file_is_removed_only_as_it_was_when_it_was_fetched(root):
+    for name in ("same", "longer", "rewritten", "gone"):
+        (root / "jobs/j" / name).write_text(name)
+    known = [is_as_it_is(path, root) for path in sorted((root / "jobs/j").iterdir())]
+    (root / "jobs/j/longer").write_text("longer than it was")
+    (root / "jobs/j/rewritten").unlink()
+    (root / "jobs/j/rewritten").write_text("rewritteN")
+    (root / "jobs/j/gone").unlink()
+    removed = at(root, lambda files: files.remove(known, []))
+    assert removed == Removed(files=1, total_bytes=4, kept=2)
+    assert sorted(path.name for path in (root / "jobs/j").iterdir()) == ["longer", "rewritten"]
+
+
+def live_worker(root: Path, name: str) -> None:
+    started = psutil.Process().create_time()
+    (root / f"run/{name}.json").write_text(json.dumps({"pid": os.getpid(), "start_time": started}))
+
+
+def test_nothing_is_removed_under_a_worker_that_started_meanwhile(root):
+    (root / "jobs/j/x").write_text("x")
+    (root / "log").mkdir()
+    (root / "log/host1-0.log").write_text("log")
+    known = [is_as_it_is(root / path, root) for path in ("jobs/j/x", "log/host1-0.log")]
+    live_worker(root, "host1-0")
+    for work in (lambda files: files.remove(known, []), lambda files: files.clear(force=False)):
+        with pytest.raises(base.InUse, match="host1-0"):
+            at(root, work)
+    assert at(root, lambda files: files.workers()) == {"host1-0": True}
+    assert at(root, lambda files: files.remove(known, ["host1-0"])) == Removed(1, 1, kept=1)
+    assert (root / "log/host1-0.log").exists(), "what it writes stays even where it is known to live"
+
+
+def test_what_begins_otherwise_is_sent_from_its_start(root, tmp_path):
+    (root / "jobs/j/x").write_text("hello world")
+    (tmp_path / "here/jobs/j").mkdir(parents=True)
+    (tmp_path / "here/jobs/j/x").write_text("HELLO")
+    copies = Copies(tmp_path / "here", durable=True, on_bytes=lambda _: None)
+    wanted = copies.wanted([is_as_it_is(root / "jobs/j/x", root)])
+    assert wanted[0].offset == 5
+    at(root, lambda files: files.fetch(wanted, copies))
+    assert (tmp_path / "here/jobs/j/x").read_text() == "hello world"
+    assert (tmp_path / "here/jobs/j/x.~1~").read_text() == "HELLO"
+    assert [file.path for file in copies.whole] == ["jobs/j/x"]
+
+
+def test_what_arrives_damaged_is_no_copy(tmp_path):
+    (tmp_path / "jobs/j").mkdir(parents=True)
+    (tmp_path / "jobs/j/x").write_text("hello")
+    copies = Copies(tmp_path, durable=True, on_bytes=lambda _: None)
+    (want,) = copies.wanted([RemoteFile("jobs/j/x", 11, 1)])
+    copies.begin(want, 5, want.file)
+    copies.data(b" world")
+    copies.end(11, hashlib.sha256(b"hello w0rld").hexdigest())
+    assert (tmp_path / "jobs/j/x").read_text() == "hello", "what had come before is kept"
+    assert (copies.whole, copies.problems[0].reason) == ([], "arrived damaged")
+
+
+def test_whatever_is_in_the_way_here_is_put_aside(tmp_path, root):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "jobs").write_text("a file where a folder is to be")
+    (root / "jobs/j/x").write_text("x")
+    (root / "jobs/j/y").write_text("y")
+    copies = fetched(root, here, *(Wanted(is_as_it_is(root / f"jobs/j/{n}", root), 0, EMPTY) for n in "x"))
+    (here / "jobs/j/y").symlink_to(tmp_path / "elsewhere")
+    fetched(root, here, Wanted(is_as_it_is(root / "jobs/j/y", root), 0, EMPTY))
+    assert (here / "jobs/j/x").read_text() == "x"
+    assert (here / "jobs/j/y").read_text() == "y"
+    assert not (tmp_path / "elsewhere").exists()
+    assert (here / "jobs.~1~").read_text() == "a file where a folder is to be"
+    assert copies.aside == 1
+
+
+@pytest.mark.parametrize("path", ["../x", "jobs/../../x", "/etc/passwd", "jobs//x", "jobs/./x", "", "a\0b"])
+def test_a_path_that_leads_out_of_the_folder_is_refused(path):
+    with pytest.raises(base.CommandFailed):
+        _file(path, 1, 1)
