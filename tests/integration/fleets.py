@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from broker import __version__, keys
+from broker.command import Command
+from broker.submit import Options, submit_commands
 from fleet import bundle
 
 #: a fleet in a hurry: a lost worker is noticed after three seconds
@@ -35,6 +37,11 @@ def beating(client: Any) -> list[str]:
     """The workers that beat."""
     names = [name.decode() for name in client.smembers(keys.FLEET_WORKERS)]
     return sorted(name for name in names if client.exists(keys.worker_beat(name)))
+
+
+def submit(client: Any, script: str) -> str:
+    """Submit one line of shell; returns the job's id."""
+    return submit_commands(client, "default", [(None, Command(("sh", "-c", script)))], Options())[0]
 
 
 def python_with(version: str, folder: Path) -> str:

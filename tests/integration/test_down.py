@@ -14,18 +14,10 @@ import pytest
 
 from broker import keys
 from tests.conftest import fleet_script
+from tests.integration.fleets import FAST, pids, rows, submit
 from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes
-from tests.integration.test_up import FAST, pids, rows, submit
 
 pytestmark = pytest.mark.needs("sshd")
-
-
-@pytest.fixture
-def farm(tmp_path: Path, spawn: Any) -> Iterator[SshdFarm]:
-    farm = SshdFarm(tmp_path / "farm", spawn)
-    yield farm
-    for process in fleet_processes(farm.folder):
-        process.kill()
 
 
 @pytest.fixture

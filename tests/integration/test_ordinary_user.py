@@ -21,8 +21,8 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY, SESSION_MARK, fleet_script, wait_until
+from tests.integration.fleets import FAST, pids, rows
 from tests.integration.sshd import PYTHON, SshdFarm
-from tests.integration.test_up import FAST, pids, rows
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("sshd", "useradd")]
 

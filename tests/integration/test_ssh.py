@@ -7,10 +7,9 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,6 @@ from tests.conftest import wait_until
 from tests.integration.sshd import PYTHON, SshdFarm, at, listens, write_key
 
 pytestmark = pytest.mark.needs("sshd")
-
-
-@pytest.fixture
-def farm(tmp_path: Path, spawn: Any) -> SshdFarm:
-    return SshdFarm(tmp_path / "farm", spawn)
-
-
-@pytest.fixture
-def silent_port() -> Iterator[int]:
-    """A port that accepts connections and never says a word."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server.getsockname()[1]
 
 
 def probe(farm: SshdFarm, name: str, **how: Any) -> base.Probe:

@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,6 @@ from tests.integration.sshd import PYTHON, SshdFarm, SshdHost, write_key
 from tests.integration.test_ssh import RELAY, probe
 
 pytestmark = pytest.mark.needs("sshd")
-
-
-@pytest.fixture
-def farm(tmp_path: Path, spawn: Any) -> SshdFarm:
-    return SshdFarm(tmp_path / "farm", spawn)
-
-
-@pytest.fixture
-def silent_port() -> Iterator[int]:
-    """A port that accepts connections and never says a word."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server.getsockname()[1]
 
 
 @pytest.fixture

@@ -11,28 +11,20 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from broker import keys
-from broker.command import Command
-from broker.submit import Options, submit_commands
 from fleet import jitter
 from fleet.launchers.agent import TOKEN_VARIABLE
 from fleet.resources import find_cpus, find_memory
 from fleet.worker_config import this_host
 from tests.conftest import fleet_script
-from tests.integration.fleets import FAST, beating, pids, rows
+from tests.integration.fleets import FAST, beating, pids, rows, submit
 from tests.integration.sshd import PYTHON, fleet_processes
 
 pytestmark = pytest.mark.needs("sshd")
-
-
-def submit(client: Any, script: str) -> str:
-    """Submit one line of shell; returns the job's id."""
-    return submit_commands(client, "default", [(None, Command(("sh", "-c", script)))], Options())[0]
 
 
 def is_alive(pid: int) -> bool:

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import pytest
 from broker import __version__
 from fleet import bundle
 from tests.conftest import REPOSITORY
+from tests.integration.fleets import FAST, beating, rows
 from tests.integration.gate import Gate
 from tests.integration.sshd import SshdFarm, fleet_processes
-from tests.integration.test_up import FAST, beating, rows
 
 pytestmark = pytest.mark.needs("sshd")
 
@@ -35,14 +35,6 @@ bundle.build = lambda: made
 from cli.main import main
 main()
 """
-
-
-@pytest.fixture
-def farm(tmp_path: Path, spawn: Any) -> Iterator[SshdFarm]:
-    farm = SshdFarm(tmp_path / "farm", spawn)
-    yield farm
-    for process in fleet_processes(farm.folder):
-        process.kill()
 
 
 @pytest.fixture

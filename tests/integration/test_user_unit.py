@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,9 @@ import pytest
 
 from fleet import user_unit
 from fleet.launchers.agent import TOKEN_VARIABLE
+from tests.integration.fleets import FAST, pids, rows, submit
 from tests.integration.sshd import PYTHON, SshdFarm, SshdHost, fleet_processes
 from tests.integration.systemd import Manager
-from tests.integration.test_up import FAST, pids, rows, submit
-
-
-@pytest.fixture
-def farm(tmp_path: Path, spawn: Any) -> Iterator[SshdFarm]:
-    farm = SshdFarm(tmp_path / "farm", spawn)
-    yield farm
-    for process in fleet_processes(farm.folder):
-        process.kill()
 
 
 @pytest.fixture

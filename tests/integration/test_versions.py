@@ -10,18 +10,12 @@ from typing import Any
 import pytest
 
 from broker import __version__, jobs, keys
-from broker.command import Command
-from broker.submit import Options, submit_commands
 from tests.conftest import fleet_script
-from tests.integration.fleets import FAST, beating, pids, python_with, rows
+from tests.integration.fleets import FAST, beating, pids, python_with, rows, submit
 from tests.integration.sshd import PYTHON, agents, fleet_processes
 
 pytestmark = pytest.mark.needs("sshd")
 TWO_SLOTS = ("--slots", "2")
-
-
-def submit(client: Any, script: str) -> str:
-    return submit_commands(client, "default", [(None, Command(("sh", "-c", script)))], Options())[0]
 
 
 def version_of(client: Any, name: str) -> str:
