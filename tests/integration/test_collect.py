@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from broker import keys
+from broker import jobs, keys
+from broker.command import Command
+from broker.submit import Options, submit_commands
 from tests.conftest import fleet_script
 from tests.integration import fleets
 from tests.integration.fleets import pids, rows
@@ -52,6 +54,12 @@ def collect(fleet: Callable[..., Any], here: Path) -> Callable[..., dict[str, di
     return run
 
 
+def submit(client: Any, *scripts: str) -> list[str]:
+    """Submit lines of shell; returns the jobs' ids."""
+    commands = [(None, Command(("sh", "-c", script))) for script in scripts]
+    return submit_commands(client, "default", commands, Options())
+
+
 def write(root: Path, **files: str | bytes) -> None:
     """Files below `root`; in a name `__` stands for a slash."""
     for name, content in files.items():
@@ -80,17 +88,15 @@ def ours(root: Path) -> None:
 
 
 def test_what_workers_and_jobs_left_is_fetched_once_and_removed_only_when_it_is_here(
-    farm, fleet, collect, here, run_fleet, redis_client, eventually
+    farm, fleet, collect, here, redis_client, eventually
 ):
     for name in ("host1", "host2"):
         farm.add(name)
     first = pids(rows(fleet("up", "host1", "host2", options=("--json",))))
     script = "echo said; echo wrong >&2; mkdir -p a/b; echo $FLEET_HOST > a/b/result"
-    done = [run_fleet("submit", "--", "sh", "-c", script).stdout.strip() for _ in range(6)]
-    assert run_fleet("wait", *done).returncode == 0
-    running = run_fleet(
-        "submit", "--", "sh", "-c", "echo begun; echo half > state; sleep 1000"
-    ).stdout.strip()
+    done = submit(redis_client, *[script] * 6)
+    eventually(lambda: set(jobs.states(redis_client, done).values()) == {"finished"}, timeout_seconds=30)
+    (running,) = submit(redis_client, "echo begun; echo half > state; sleep 1000")
     everything = lambda: {p for host in farm.hosts.values() for p in content(host.output_dir)}  # noqa: E731
     eventually(lambda: f"jobs/{running}/state" in everything(), timeout_seconds=30)
 
