@@ -34,7 +34,9 @@ Options = dict[str, Any]
 @click.option("--queues", default="default", show_default=True, help="Queues, most urgent first: a,b,c.")
 @click.option("--label", "labels", multiple=True, metavar="K=V", help="A label of the workers; repeatable.")
 @click.option("--output-dir", metavar="DIR", help="Where jobs run and write, at the hosts.")
-@click.option("--python", metavar="PYTHON", help="Python at the hosts to install with, or to use as it is.")
+@click.option(
+    "--python", metavar="PYTHON", help="Python or uv at the hosts to install with, or Python to use as it is."
+)
 @click.option("--no-install", is_flag=True, help="Use the rq-fleet that is there.")
 @click.option("--offline", is_flag=True, help="Bring all dependencies along; no host needs an index.")
 @click.option(

@@ -192,11 +192,11 @@ def venv_tag() -> str:
 
     A home may be shared by machines that differ in all of these.
     """
-    import hashlib
-    import sysconfig
+    import importlib.machinery
+    import zlib
 
-    abi = (sysconfig.get_config_var("SOABI"), os.uname().machine, os.path.realpath(sys.executable))
-    return f"{sys.implementation.cache_tag}-{hashlib.sha256(repr(abi).encode()).hexdigest()[:8]}"
+    abi = (importlib.machinery.EXTENSION_SUFFIXES, os.uname().machine, os.path.realpath(sys.executable))
+    return f"{sys.implementation.cache_tag}-{zlib.crc32(repr(abi).encode()):08x}"
 
 
 def markers() -> Json:
@@ -233,8 +233,12 @@ def libc() -> str:
 
 
 def venvs(data: Path) -> Iterator[Json]:
-    """The installs that were completed, newest last."""
-    found = [json.loads(path.read_text()) for path in (data / "venvs").glob("*/.complete")]
+    """The installs that were completed, newest last. One may just be removed, or be damaged."""
+    found = []
+    for path in (data / "venvs").glob("*/.complete"):
+        with suppress(OSError, ValueError, KeyError):
+            facts = json.loads(path.read_text())
+            found.append({name: facts[name] for name in ("key", "tag", "version", "python", "completed_at")})
     yield from sorted(found, key=lambda venv: float(venv["completed_at"]))
 
 

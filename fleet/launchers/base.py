@@ -38,7 +38,7 @@ class Venv:
     #: seconds since the epoch, by the host's clock
     completed_at: float
     #: which of the Pythons and machines that share a home it is for
-    tag: str = ""
+    tag: str
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class ShellLauncher(ABC):
 
     async def _fetch_python(self, uv: str) -> None:
         """Have the uv there fetch a Python. Raises NoPython."""
-        command = f"exec {shlex.quote(uv)} python install --quiet {FETCHED_PYTHON} 2>&1"
+        command = f"exec {shlex.quote(uv)} python install {FETCHED_PYTHON} 2>&1"
         output = await self._execute(
             "exec /bin/sh -s", f"{command} </dev/null\n", self._limit * INSTALL_FACTOR
         )

@@ -6,7 +6,7 @@ import asyncio
 import posixpath
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import asyncssh
 
@@ -94,12 +94,20 @@ class SshLauncher(ShellLauncher):
             for folder in {posixpath.dirname(path) for path in files}:
                 await sftp.makedirs(folder, exist_ok=True)
             for path, data in files.items():
-                if await sftp.exists(path):
-                    continue
-                part = f"{path}.{uuid.uuid4().hex[:8]}"
-                async with sftp.open(part, "wb") as file:
-                    await file.write(data)
-                await sftp.posix_rename(part, path)
+                if not await sftp.exists(path):
+                    await _put_file(sftp, path, data)
+
+
+async def _put_file(sftp: asyncssh.SFTPClient, path: str, data: bytes) -> None:
+    part = f"{path}.{uuid.uuid4().hex[:8]}"
+    try:
+        async with sftp.open(part, "wb") as file:
+            await file.write(data)
+        await sftp.posix_rename(part, path)
+    except asyncssh.SFTPError:
+        with suppress(asyncssh.SFTPError):
+            await sftp.remove(part)
+        raise
 
 
 class _Running:

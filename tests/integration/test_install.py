@@ -111,6 +111,16 @@ def test_a_disk_that_fills_up_is_told_and_given_back(farm, small_disk, monkeypat
     assert works(install(farm, tiny_bundle("two")))
 
 
+@pytest.mark.root
+def test_a_disk_too_full_for_what_is_brought_is_told_and_given_back(farm, small_disk, monkeypatch):
+    monkeypatch.setattr(shell, "INSTALL_BYTES", 0)
+    disk = small_disk("1m")
+    farm.add("host1", XDG_DATA_HOME=str(disk))
+    with pytest.raises(base.InstallFailed, match=f"could not write to {disk}/rq-fleet/wheels/"):
+        install(farm, tiny_bundle("one", files={"fleet/large": os.urandom(2**21)}))
+    assert not [path for path in disk.rglob("*") if path.is_file()]
+
+
 def test_two_installs_at_once_make_one_environment(farm):
     host = farm.add("host1")
     bundle = tiny_bundle("one")
@@ -299,7 +309,7 @@ def test_old_installs_are_removed_but_for_the_newest_and_those_in_use(farm, spaw
     made = data_of(host) / "venvs"
     for age, name in enumerate(["newer", "new", "old", "older", "elsewhere"], start=1):
         (made / name / ".hosts").mkdir(parents=True)
-        (made / name / ".complete").write_text(NO_FACTS)
+        (made / name / ".complete").touch()
         os.utime(made / name / ".complete", (time.time() - age, time.time() - age))
     os.utime(Path(used).parent.parent / ".complete", (0, 0))
     (made / "elsewhere/.hosts/another-host").touch()
@@ -309,10 +319,6 @@ def test_old_installs_are_removed_but_for_the_newest_and_those_in_use(farm, spaw
         host, used, newest, *(f"{made}/{name}/bin/python" for name in ("newer", "new", "elsewhere"))
     )
     assert works(used)
-
-
-#: what `.complete` holds
-NO_FACTS = '{"key": "k", "python": "p", "version": "0", "completed_at": 0}'
 
 
 def test_a_host_says_which_environments_it_runs_from(farm, spawn):
