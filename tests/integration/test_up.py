@@ -166,6 +166,15 @@ def test_what_a_host_is_said_to_have_is_believed(farm, fleet, run_fleet):
     assert fleet("down").returncode == 0
 
 
+def test_a_worker_that_dies_after_its_wait_is_looked_for_over_a_new_connection(farm, fleet):
+    farm.add("host1")
+    done = fleet("up", "host1", options=("--startup-delay-seconds", "1", "--executor-python", "/no/python"))
+    assert done.returncode == 1
+    assert "[FAILED] confirm: worker host1-0 died. Last log:" in done.stdout
+    assert "--executor-python /no/python cannot be run" in done.stdout
+    assert farm.hosts["host1"].log.count("Accepted publickey") >= 2
+
+
 def test_workers_that_are_to_leave_run_what_was_submitted_before_and_leave(
     farm, fleet, redis_client, eventually
 ):
