@@ -30,6 +30,7 @@ from benchmarks import (
     status,
     submission,
     throughput,
+    up,
 )
 from benchmarks.harness import Site
 from benchmarks.peers import MODULES
@@ -47,6 +48,7 @@ ROWS: dict[str, Row] = {
     "status": status.status,
     "growth": growth.growth,
     "anatomy": anatomy.anatomy,
+    "up": up.up,
 }
 
 
