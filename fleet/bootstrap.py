@@ -139,7 +139,7 @@ class _Up:
         wanted = workers_for(journey.host, self._orders_for(probe), probe, python)
         before = await self._signs([order.name for order in wanted])
         replaced = await self._older(journey.host, launcher, wanted[0])
-        await self._keep(journey.host)
+        await self._keep(replace(journey.host, found_python=probe.python))
         journey.result("unconfirmed", workers=_unknown(wanted), note="was being started")
         with self.fan_out.uncut(journey.host):
             start = launcher.start(python, wanted, replace=replaced, grace_seconds=self.orders.grace_seconds)

@@ -67,6 +67,8 @@ class Host:
     options: HostOptions = HostOptions()
     #: "ssh", or "local" for this machine without SSH
     launcher: str = "ssh"
+    #: the interpreter there that `fleet up` used last: the first to be tried where none is named
+    found_python: str | None = None
 
     @property
     def key(self) -> str:

@@ -36,7 +36,10 @@ def opener(ssh: SshOptions, *, python: str | None = None) -> Opener:
         from fleet.launchers import ssh as over_ssh
 
         address = over_ssh.Address(host.name, host.user, host.port)
-        return await over_ssh.open_launcher(address, ssh, python=chosen)
+        launcher = await over_ssh.open_launcher(address, ssh, python=chosen)
+        if host.found_python and not chosen:
+            launcher.try_first(host.found_python)
+        return launcher
 
     return open_launcher
 

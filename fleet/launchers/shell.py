@@ -119,6 +119,10 @@ class ShellLauncher(ABC):
         self._limit = limit_seconds
         self._found: base.Probe | None = None
 
+    def try_first(self, python: str) -> None:
+        """Look for an interpreter there first; the others are still tried where it has gone."""
+        self._candidates = (python, *self._candidates)
+
     @abstractmethod
     async def _execute(self, command: str, stdin: str, limit_seconds: float) -> Output:
         """Run `command` with `stdin` as its input. Raises CommandTimeout, Disconnected."""

@@ -14,7 +14,7 @@ import pytest
 
 from broker import keys
 from tests.integration.fleets import pids, rows
-from tests.integration.sshd import SshdFarm
+from tests.integration.sshd import PYTHON, SshdFarm
 
 pytestmark = pytest.mark.needs("sshd")
 
@@ -138,6 +138,22 @@ def test_a_recycled_pid_is_no_worker(farm, up, probe, spawn, redis_client, event
     eventually(lambda: not redis_client.exists(keys.worker_beat("host1-0")), timeout_seconds=30)
     assert probe()["workers"] == {"host1-0": ("offline", "stopped")}
     assert innocent.poll() is None
+
+
+def test_the_python_that_up_was_told_of_is_used_by_the_other_verbs_too(farm, fleet, probe, run_fleet):
+    """It may be the only one there that is new enough."""
+    farm.add("host1")
+    used, python = farm.folder / "used", farm.folder / "python"
+    python.write_text(f'#!/bin/sh\ntouch {used}\nexec {PYTHON} "$@"\n')
+    python.chmod(0o755)
+    assert fleet("up", "host1", options=("--no-install", "--python", str(python))).returncode == 0
+    (host,) = json.loads(run_fleet("hosts", "list", "--json").stdout)["hosts"]
+    assert (host["found_python"], host["python"]) == (str(python), None)
+    used.unlink()
+    assert probe()["workers"] == {"host1-0": ("idle", "running")}
+    assert used.exists()
+    python.unlink()
+    assert fleet("down").returncode == 0, "where it has gone another is found"
 
 
 def test_without_probe_nobody_is_asked(run_fleet, fleet_redis_url):
