@@ -28,7 +28,8 @@ from tests.integration.fleets import beating, rows
 from tests.integration.sshd import PYTHON, SshdFarm, SshdHost, agents, at, fleet_processes
 from tests.unit.test_bundle import tiny_bundle
 
-pytestmark = pytest.mark.needs("sshd")
+# installs and starts of workers take their time where others work beside
+pytestmark = [pytest.mark.needs("sshd"), pytest.mark.timeout(300)]
 DEPENDENCY = "rq-fleet-test-dependency"
 
 
@@ -256,7 +257,6 @@ def test_a_connection_cut_while_the_wheel_is_brought_leaves_nothing_in_the_end(f
 # --- without an index ------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)
 def test_a_host_without_an_index_is_brought_all_it_needs(farm, fleet, redis_client):
     host = farm.add("host1", PIP_NO_INDEX="1", PIP_FIND_LINKS="")
     done = fleet("up", "host1", options=OFFLINE, timeout_seconds=240)
@@ -267,8 +267,7 @@ def test_a_host_without_an_index_is_brought_all_it_needs(farm, fleet, redis_clie
     assert fleet("down").returncode == 0
 
 
-#: any Python but the one that gathers, where there is one
-OFFLINE = ("--offline", "--python", shutil.which("python3", path="/usr/bin") or PYTHON)
+OFFLINE = ("--offline", "--python", PYTHON)
 
 
 def test_wheels_that_cannot_be_gathered_are_told_and_no_host_is_touched(farm, fleet):

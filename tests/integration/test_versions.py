@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import venv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ from tests.conftest import fleet_script
 from tests.integration.fleets import FAST, beating, pids, python_with, rows, submit
 from tests.integration.sshd import PYTHON, agents, fleet_processes
 
-pytestmark = pytest.mark.needs("sshd")
+# installs and starts of workers take their time where others work beside
+pytestmark = [pytest.mark.needs("sshd"), pytest.mark.timeout(300)]
 TWO_SLOTS = ("--slots", "2")
 
 
@@ -23,10 +27,10 @@ def version_of(client: Any, name: str) -> str:
     return record["version"]
 
 
-def start_old(fleet: Any, folder: Path) -> dict[str, dict[str, Any]]:
+def start_old(fleet: Any, folder: Path, **how: Any) -> dict[str, dict[str, Any]]:
     """A worker of version 0.0.9 with two slots at host1."""
     python = python_with("0.0.9", folder / "old")
-    done = fleet("up", "host1", options=("--skip-version-check", *TWO_SLOTS, *use_as_it_is(python)))
+    done = fleet("up", "host1", options=("--skip-version-check", *TWO_SLOTS, *use_as_it_is(python)), **how)
     assert done.returncode == 0, done.stderr
     return rows(done)
 
@@ -67,44 +71,84 @@ def test_hosts_of_another_version_are_refused_while_the_others_start(farm, fleet
     assert fleet("down").returncode == 0
 
 
-def test_a_python_without_rq_fleet_is_refused_before_anything_starts(farm, fleet):
+def test_a_python_without_rq_fleet_is_refused_before_anything_starts(farm, fleet, tmp_path):
     host = farm.add("host1")
-    done = fleet("up", "host1", options=use_as_it_is("/usr/bin/python3"))
+    python = tmp_path / "bare/bin/python"
+    venv.create(tmp_path / "bare", symlinks=True)
+    done = fleet("up", "host1", options=use_as_it_is(str(python)))
     row = rows(done)["host1"]
     assert (row["step"], row["error"]["code"]) == ("version", "install_failed")
-    assert row["error"]["message"] == "rq-fleet is not installed for /usr/bin/python3"
+    assert row["error"]["message"] == f"rq-fleet is not installed for {python}"
     assert not list(host.home.iterdir())
 
 
-def test_an_upgrade_replaces_older_workers_and_loses_nothing(farm, fleet, redis_client, tmp_path, eventually):
-    farm.add("host1")
-    first = start_old(fleet, tmp_path)
-    short = submit(redis_client, f"echo >> {tmp_path}/short; sleep 1")
-    long = submit(redis_client, f"echo >> {tmp_path}/long; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
-    eventually(lambda: (tmp_path / "short").exists() and (tmp_path / "long").exists(), timeout_seconds=30)
+def test_an_upgrade_waits_for_running_jobs_and_replaces_the_worker(
+    farm, fleet, redis_client, tmp_path, eventually
+):
+    host = farm.add("host1")
+    patient = {"FLEET_WORKER__STOP_GRACE_SECONDS": "100"}
+    first = start_old(fleet, tmp_path, env=patient)
+    job = submit(redis_client, f"echo >> {tmp_path}/job; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
+    eventually((tmp_path / "job").exists, timeout_seconds=30)
 
-    left = rows(fleet("up", "host1", options=(*TWO_SLOTS, *use_as_it_is(PYTHON))))
+    left = rows(fleet("up", "host1", options=(*TWO_SLOTS, *use_as_it_is(PYTHON)), env=patient))
     assert (left["host1"]["outcome"], pids(left)) == ("running", pids(first))
     note = f"runs version 0.0.9, here it is {__version__}: 'fleet up --upgrade' replaces it"
     assert left["host1"]["note"] == note
     planned = rows(fleet("up", options=("--upgrade", "--dry-run", *use_as_it_is(PYTHON))))
     assert [worker["state"] for worker in planned["host1"]["workers"]] == ["would be replaced"]
 
-    done = fleet("up", options=("--upgrade", *TWO_SLOTS, *use_as_it_is(PYTHON)))
+    log = host.output_dir / "log/host1-0.log"
+    with Later(lambda: "stopping" in log.read_text(), (tmp_path / "go").touch):
+        done = fleet("up", options=("--upgrade", *TWO_SLOTS, *use_as_it_is(PYTHON)), env=patient)
     upgraded = rows(done)
     assert done.returncode == 0, done.stderr
     assert (upgraded["host1"]["outcome"], upgraded["host1"]["note"]) == ("started", "replaced version 0.0.9")
     assert version_of(redis_client, "host1-0") == __version__
-    (tmp_path / "go").touch()
-    eventually(
-        lambda: set(jobs.states(redis_client, [short, long]).values()) == {"finished"}, timeout_seconds=30
-    )
-    assert (tmp_path / "short").read_text().count("\n") == 1, "what ends within the grace is not run again"
-    assert (tmp_path / "long").read_text().count("\n") == 2
-    again = rows(fleet("up", options=("--upgrade", *TWO_SLOTS, *use_as_it_is(PYTHON))))
+    assert jobs.states(redis_client, [job])[job] == "finished"
+    assert (tmp_path / "job").read_text().count("\n") == 1, "what ends within the grace is not run again"
+    again = rows(fleet("up", options=("--upgrade", *TWO_SLOTS, *use_as_it_is(PYTHON)), env=patient))
     assert (again["host1"]["outcome"], again["host1"]["note"]) == ("running", "")
     assert pids(again) == pids(upgraded)
     assert fleet("down").returncode == 0
+
+
+def test_an_upgrade_hands_back_what_does_not_end_within_the_grace(
+    farm, fleet, redis_client, tmp_path, eventually
+):
+    farm.add("host1")
+    hasty = {"FLEET_WORKER__STOP_GRACE_SECONDS": "0.5"}
+    start_old(fleet, tmp_path, env=hasty)
+    job = submit(redis_client, f"echo >> {tmp_path}/job; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
+    eventually((tmp_path / "job").exists, timeout_seconds=30)
+    done = fleet("up", options=("--upgrade", *TWO_SLOTS, *use_as_it_is(PYTHON)), env=hasty)
+    assert done.returncode == 0, done.stderr
+    assert rows(done)["host1"]["note"] == "replaced version 0.0.9"
+    (tmp_path / "go").touch()
+    eventually(lambda: jobs.states(redis_client, [job])[job] == "finished", timeout_seconds=30)
+    assert (tmp_path / "job").read_text().count("\n") == 2
+    assert fleet("down").returncode == 0
+
+
+class Later:
+    """Does `act` from a thread once `condition` holds, while the body goes on."""
+
+    def __init__(self, condition: Callable[[], bool], act: Callable[[], None]) -> None:
+        self._condition, self._act = condition, act
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._condition() and not self._over.wait(0.05):
+            pass
+        self._act()
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
 
 
 def test_an_upgrade_leaves_newer_workers_alone_and_tells_of_other_options(
