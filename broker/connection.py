@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: seconds in which a reply is to come, before the connection is given up
 REPLY_SECONDS = 15.0
+#: what is said of a Redis that did not answer; whoever reads a worker's log looks for it
+NOT_REACHABLE = "is not reachable"
 #: what answers at all
 OLDEST_REDIS = (6, 2)
 _SCHEMES = ("redis", "rediss", "unix", *sentinel.SCHEMES)
@@ -218,7 +220,7 @@ def explained(exc: BaseException, where: str) -> FleetError:
         )
     if isinstance(exc, exceptions.ConnectionError | exceptions.TimeoutError | OSError):
         return RedisUnreachable(
-            f"Redis at {where} is not reachable: {text}",
+            f"Redis at {where} {NOT_REACHABLE}: {text}",
             "Is it running? 'fleet broker start' starts one here; --redis URL names another.",
         )
     if isinstance(exc, exceptions.InvalidResponse):

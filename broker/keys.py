@@ -42,6 +42,8 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:output:JOB              hash    as result  tails of stdout and stderr and how far they reach
     fleet:counters                hash    -          totals: claims, lost, stale, handed_back ...
     fleet:hosts                   hash    -          operators: hosts kept for `up`, name -> JSON
+    fleet:id                      string  -          `up --tunnel`: a name that stays, wherever its Redis is
+    fleet:tunnel:ID               string  30 s       whoever holds that tunnel: JSON, see broker/tunnels.py
 
     our fields in rq:job:ID
     fleet_lease      FENCE:EXECUTION of the attempt that holds the job; gone when it ended
@@ -71,6 +73,7 @@ LOSSES_NOT_BEFORE = "fleet:losses:not-before"
 ALIVE = "fleet:alive"
 COUNTERS = "fleet:counters"
 HOSTS = "fleet:hosts"
+FLEET_ID = "fleet:id"
 
 #: templates for keys that name something; the same ones build keys in Lua
 LUA_TEMPLATES = {
@@ -100,6 +103,7 @@ LUA_TEMPLATES = {
     "worker_drain": "fleet:worker:%s:drain",
     "wake": "fleet:wake:%s",
     "output": "fleet:output:%s",
+    "tunnel": "fleet:tunnel:%s",
 }
 _QUEUE_PREFIX = LUA_TEMPLATES["queue"] % ""
 
@@ -164,3 +168,7 @@ def worker_left(name: str) -> str:
 
 def worker_drain(name: str) -> str:
     return of("worker_drain", name)
+
+
+def tunnel(tunnel_id: str) -> str:
+    return of("tunnel", tunnel_id)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import redis
 
-from broker import chores, clock, keys
+from broker import chores, clock, keys, tunnels
 from broker.clock import from_iso
 from broker.connection import replies
 
@@ -43,6 +43,10 @@ class WorkerStatus:
     finished: int
     failed: int
     notice: str = ""
+    #: the tunnel through which it finds Redis, how that is, and by whom it is held, or why it is down
+    tunnel_id: str = ""
+    tunnel: Literal["up", "down"] | None = None
+    tunnel_note: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,18 @@ def _read(client: redis.Redis, names: _Names) -> FleetStatus:
         _queue(name, parts, _age(names.now, since[name]), name in names.paused)
         for name, parts in counts.items()
     ]
-    return FleetStatus(
-        names.now, names.redis_version, tuple(worker for worker in workers if worker), tuple(queues)
+    found = _with_tunnels(client, [worker for worker in workers if worker])
+    return FleetStatus(names.now, names.redis_version, found, tuple(queues))
+
+
+def _with_tunnels(client: redis.Redis, workers: Sequence[WorkerStatus]) -> tuple[WorkerStatus, ...]:
+    """The workers, those that hang on a tunnel with how that is."""
+    notes = tunnels.read(client, {worker.tunnel_id for worker in workers if worker.tunnel_id})
+    return tuple(
+        replace(worker, tunnel=note.state, tunnel_note=note.error or note.by)
+        if (note := notes.get(worker.tunnel_id))
+        else worker
+        for worker in workers
     )
 
 
@@ -206,6 +220,7 @@ def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus
         finished=int(counts[1] or fields.get("finished", 0)),
         failed=int(counts[2] or fields.get("failed", 0)),
         notice=str(fields.get("notice", "")),
+        tunnel_id=str(fields.get("tunnel") or ""),
     )
 
 

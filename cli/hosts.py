@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import click
@@ -54,11 +55,19 @@ def list_hosts(context: Context, as_json: bool) -> None:
 @click.argument("names", metavar="HOST...", nargs=-1, required=True)
 @pass_context
 def remove(context: Context, names: tuple[str, ...]) -> None:
-    """Keep these hosts no longer. Their workers run on: 'fleet down HOST' first ends them."""
-    from fleet import kept_hosts
+    """Keep these hosts no longer. Their workers run on: 'fleet down HOST' first ends them.
+
+    A tunnel from here to one of them is closed.
+    """
+    from fleet import kept_hosts, tunnel
 
     with context.redis() as client:
+        chosen = kept_hosts.choose(client, names)
         kept_hosts.remove(client, names)
+        folder = tunnel.folder_for(client)
+    for host in chosen:
+        if folder:
+            asyncio.run(tunnel.end(folder, host))
     context.say(f"removed {', '.join(names)}")
 
 
@@ -87,6 +96,7 @@ def _line(document: dict[str, Any]) -> str:
     words = [
         f"{name}={document[name]}" for name in ("slots", "workers", "python", "output_dir") if document[name]
     ]
+    words += [f"tunnel={'yes' if document['tunnel'] else 'no'}"] if document["tunnel"] is not None else []
     words += [f"queues={','.join(document['queues'])}"] if document["queues"] else []
     words += [f"label.{name}={value}" for name, value in document["labels"].items()]
     line = "  ".join([address, *words])

@@ -38,6 +38,7 @@ _COLUMNS = (
     Column("DONE", rank=3, right=True),
     Column("FAILED", rank=3, right=True),
     Column("HOST", rank=4, least=16),
+    Column("TUNNEL", rank=4),
     Column("CPUS", rank=5, right=True),
     Column("MEMORY", rank=5, right=True),
     Column("GPUS", rank=6, least=8),
@@ -48,7 +49,7 @@ _COLUMNS = (
 _WORKER_FIELDS = (
     *("name", "host", "pid", "state", "probe", "queues", "slots", "running", "labels", "version"),
     *("cpus", "memory_bytes", "gpus", "started_at", "last_heartbeat", "heartbeat_age_seconds"),
-    *("finished", "failed"),
+    *("finished", "failed", "tunnel"),
 )
 _QUEUE_FIELDS = ("name", "queued", "running", "finished", "failed", "oldest_age_seconds", "paused")
 #: workers that a terminal is shown, and in --watch the fewest of them and the lines that are no workers:
@@ -259,6 +260,9 @@ def _notices(workers: Sequence[WorkerStatus]) -> Iterator[Text]:
     for worker in workers:
         if worker.notice:
             yield Text(f"! {worker.name}: {tables.printable(worker.notice)}", style="yellow")
+    down = {worker.host: worker.tunnel_note for worker in workers if worker.tunnel == "down"}
+    for host, note in down.items():
+        yield Text(f"! {host}: its tunnel to Redis is down: {tables.printable(note)}", style="yellow")
 
 
 def _host_lines(hosts: Sequence[ProbedHost]) -> Iterator[Text]:
@@ -295,6 +299,7 @@ def _worker_row(worker: WorkerStatus) -> list[Cell]:
         str(worker.finished),
         str(worker.failed),
         worker.host,
+        tables.state(worker.tunnel or ""),
         str(worker.cpus or ""),
         tables.size(worker.memory_bytes) if worker.memory_bytes else "",
         _gpus(worker),

@@ -25,6 +25,7 @@ STYLES = {
     "ok": "green",
     "failed": "bold red",
     "offline": "bold red",
+    "down": "bold red",
     "error": "bold red",
     "unreachable": "bold red",
     "stale": "bold red",

@@ -54,6 +54,9 @@ Options = dict[str, Any]
     metavar="SECONDS",
     help="Workers begin within so long, each at its own moment; default: 0 for up to 100.",
 )
+@click.option(
+    "--tunnel/--no-tunnel", default=None, help="Bring Redis to hosts that cannot reach it, over SSH; kept."
+)
 @click.option("--local", type=click.IntRange(min=1), metavar="N", help="N workers on this machine, no SSH.")
 @click.option("--dry-run", is_flag=True, help="Connect and look, change nothing.")
 @ssh_options
@@ -76,6 +79,7 @@ def up(context: Context, /, hosts_file: str | None, as_json: bool, **options: An
         hosts = tuple(_with_output_dir(host, options) for host in hosts)
         if client:
             kept_hosts.check(client, hosts)
+            hosts = kept_hosts.with_tunnels(client, hosts, options["tunnel"], named=bool(named))
         orders = replace(orders, redis_url=url, bound_to=bound_to)
         return _run(context, hosts, as_json, _bring_up(context, hosts, orders, ssh, client, options))
 
@@ -83,8 +87,12 @@ def up(context: Context, /, hosts_file: str | None, as_json: bool, **options: An
 def _bring_up(
     context: Context, hosts: Sequence[Host], orders: Orders, ssh: SshOptions, client: Any, options: Options
 ) -> Callable[[OnEvent], Coroutine[Any, Any, Report]]:
-    from fleet import bootstrap, journey
+    from fleet import bootstrap, journey, tunnel
 
+    tunnels = None
+    if any(host.is_tunnelled for host in hosts) and not orders.dry_run:
+        lease_seconds = context.settings.worker.lease_seconds
+        tunnels = tunnel.tunnels_for_up(client, orders.redis_url, ssh, lease_seconds=lease_seconds)
     return lambda on_event: bootstrap.up(
         hosts,
         orders,
@@ -92,6 +100,7 @@ def _bring_up(
         client=client,
         max_parallel=max_parallel(context, options),
         on_event=on_event,
+        tunnels=tunnels,
     )
 
 
@@ -105,11 +114,12 @@ def _bring_up(
 @pass_context
 def down(context: Context, /, names: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """End the workers of the hosts named, or of all that are kept, and look whether they ended."""
-    from fleet import journey, kept_hosts, teardown
+    from fleet import journey, kept_hosts, teardown, tunnel
 
     ssh = ssh_from(context, options)
     with context.redis() as client:
         hosts = kept_hosts.choose(client, names)
+        tunnels = tunnel.folder_for(client)
     grace = options["grace"]
     return _run(
         context,
@@ -122,6 +132,7 @@ def down(context: Context, /, names: tuple[str, ...], as_json: bool, **options: 
             on_event=on_event,
             grace_seconds=context.settings.worker.stop_grace_seconds if grace is None else grace,
             force=options["force"],
+            tunnels=tunnels,
         ),
     )
 
@@ -136,6 +147,8 @@ def _named_hosts(hosts_file: str | None, options: Options) -> tuple[Host, ...]:
 
     if hosts_file and options["local"]:
         raise UsageError("HOSTS and --local exclude each other", "Run 'fleet up' twice.")
+    if options["local"] and options["tunnel"]:
+        raise UsageError("--local workers are on this machine", "--tunnel is for hosts that SSH leads to.")
     if options["local"]:
         chosen = hosts.HostOptions(workers=options["local"])
         return (hosts.Host(this_host(), options=chosen, launcher="local"),)

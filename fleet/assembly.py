@@ -253,6 +253,7 @@ class _Description:
             "version": __version__,
             **dataclasses.asdict(found),
             "ephemeral": who.ephemeral,
+            "tunnel": config.tunnel,
             "heartbeat_seconds": session.settings.heartbeat_seconds,
             "started_at": clock.wall().isoformat(),
         }

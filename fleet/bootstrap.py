@@ -1,16 +1,17 @@
 """`fleet up`: many hosts at once, each succeeding or failing alone.
 
-A host goes through connect, probe, version (where what is there is used), install, start,
-confirm. Up to `start` nothing of it is changed but for an install, which counts only when
-complete; `start`, which also ends workers that make way, is never cut. So an interrupt leaves
-every host either untouched, or started and known: it is kept in Redis before anything is
-started there. A host at which nothing ever was (a name with a typo) is not kept.
+A host goes through connect, probe, version (where what is there is used), tunnel (where it needs
+one), install, start, confirm. Up to `start` nothing of it is changed but for an install, which
+counts only when complete; `start`, which also ends workers that make way, is never cut. So an
+interrupt leaves every host either untouched, or started and known: it is kept in Redis before
+anything is started there. A host at which nothing ever was (a name with a typo) is not kept.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from fleet.hosts import Host
 from fleet.journey import Journey, Opener, opened, report
 from fleet.launchers import base
 from fleet.results import HostResult, OnEvent, Report, WorkerResult
+from fleet.tunnel import Tunnels
 from fleet.worker_config import WorkerConfig
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ class Orders:
     dry_run: bool = False
     #: the addresses that the embedded broker listens on; none: it is another Redis
     bound_to: tuple[str, ...] = ()
+    #: the tunnel that `redis_url` leads into
+    tunnel: str | None = None
 
 
 async def up(
@@ -86,6 +90,7 @@ async def up(
     client: redis.Redis | None,
     max_parallel: int,
     on_event: OnEvent,
+    tunnels: Tunnels | None = None,
     confirm_seconds: float = CONFIRM_SECONDS,
 ) -> Report:
     """Start workers on `hosts`; what lives already is left alone.
@@ -97,7 +102,7 @@ async def up(
     known = await asyncio.to_thread(kept_hosts.load, client) if client else ()
     kept = {host.key for host in known}
     orders = replace(orders, startup_delay_seconds=_window(hosts, orders))
-    work = _Up(orders, opener, client, FanOut(max_parallel), on_event, confirm_seconds, kept)
+    work = _Up(orders, opener, client, FanOut(max_parallel), on_event, confirm_seconds, kept, tunnels)
     results = await work.fan_out.run(hosts, work.bring_up)
     found = report(hosts, results, work.fan_out, "untouched")
     rows = zip(hosts, found.hosts, strict=True)
@@ -116,6 +121,7 @@ class _Up:
     confirm_seconds: float
     #: the keys of the hosts that are kept in Redis
     kept: set[str]
+    tunnels: Tunnels | None
     wheelhouses: wheelhouse.Wheelhouses = field(
         default_factory=lambda: wheelhouse.Wheelhouses(wheelhouse.cache_dir())
     )
@@ -130,16 +136,18 @@ class _Up:
             return await self._steps(journey, launcher)
 
     async def _steps(self, journey: Journey, launcher: base.Launcher) -> HostResult:
-        probe = await journey.take("probe", self._probe(launcher), _described)
+        probe = await journey.take("probe", self._probe(journey.host, launcher), _described)
         if self._uses_what_is_there(journey.host):
             await journey.take("version", self._version(journey.host, probe), str)
         if self.orders.dry_run:
             return await self._planned(journey, launcher, probe)
-        python = await journey.take("install", self._python(journey.host, launcher, probe))
-        wanted = workers_for(journey.host, self._orders_for(probe), probe, python)
-        before = await self._signs([order.name for order in wanted])
-        replaced = await self._older(journey.host, launcher, wanted[0])
-        await self._keep(replace(journey.host, found_python=probe.python))
+        async with AsyncExitStack() as stack:
+            orders = await self._orders_at(journey, probe, stack)
+            python = await journey.take("install", self._python(journey.host, launcher, probe))
+            wanted = workers_for(journey.host, orders, probe, python)
+            before = await self._signs([order.name for order in wanted])
+            replaced = await self._older(journey.host, launcher, wanted[0])
+            await self._keep(replace(journey.host, found_python=probe.python))
         journey.result("unconfirmed", workers=_unknown(wanted), note="was being started")
         with self.fan_out.uncut(journey.host):
             start = launcher.start(python, wanted, replace=replaced, grace_seconds=self.orders.grace_seconds)
@@ -183,6 +191,7 @@ class _Up:
             delay_seconds=max(map(_delay_seconds, wanted)),
             redis=connection.redacted(wanted[0].redis_url),
             before=before,
+            tunnelled=host.is_tunnelled,
         )
         if not confirmation.delay_seconds:
             await confirmation.until_all_beat(started)
@@ -202,9 +211,9 @@ class _Up:
             finally:
                 await launcher.close()
 
-    async def _probe(self, launcher: base.Launcher) -> base.Probe:
+    async def _probe(self, host: Host, launcher: base.Launcher) -> base.Probe:
         probe = await launcher.probe(fetch_python=not self.orders.dry_run)
-        if not self.orders.dry_run:
+        if not self.orders.dry_run and not host.is_tunnelled:
             self._orders_for(probe)  # what cannot work is told before anything is installed
         return probe
 
@@ -212,6 +221,14 @@ class _Up:
         """The orders with the URL by which that host finds Redis. Raises RedisOutOfReach."""
         url = reach.url_for(self.orders.redis_url, self.orders.bound_to, probe)
         return replace(self.orders, redis_url=url)
+
+    async def _orders_at(self, journey: Journey, probe: base.Probe, stack: AsyncExitStack) -> Orders:
+        """The orders with how that host finds Redis; a tunnel that is new goes with `stack` if that fails."""
+        if self.tunnels is None or not journey.host.is_tunnelled:
+            return self._orders_for(probe)
+        bring = stack.enter_async_context(self.tunnels.brought(journey.host))
+        found = await journey.take("tunnel", bring, lambda tunnel: connection.redacted(tunnel.redis_url))
+        return replace(self.orders, redis_url=found.redis_url, tunnel=found.tunnel_id)
 
     def _uses_what_is_there(self, host: Host) -> bool:
         """Whether its version has to be looked at: what we bring is ours."""
@@ -263,6 +280,7 @@ def workers_for(host: Host, orders: Orders, probe: base.Probe, python: str) -> t
         name=host.worker_name(0),
         host=host.name,
         redis_url=orders.redis_url,
+        tunnel=orders.tunnel,
         output_dir=_absolute(options.output_dir or orders.output_dir or probe.output_dir, probe),
         queues=options.queues or orders.queues,
         startup_delay_seconds=orders.startup_delay_seconds or 0.0,

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from broker import clock
+from broker.connection import NOT_REACHABLE
 from broker.hosts import Sign
 from fleet.launchers import base
 
@@ -38,6 +39,8 @@ class Confirmation:
     redis: str
     #: signs before the start: what is left of an earlier life does not count
     before: Mapping[str, Sign | None]
+    #: whether the host finds it through a tunnel
+    tunnelled: bool = False
 
     async def until_all_beat(self, started: Sequence[base.Started]) -> None:
         """One that did all there was to do, and has left, did beat. Raises WorkerDied, NotRegistered."""
@@ -64,20 +67,27 @@ class Confirmation:
     async def _must_live(self, pending: Mapping[str, base.Started]) -> None:
         for worker in await self.look(_LOG_LINES):
             if worker.name in pending and not worker.alive:
-                raise base.WorkerDied(
-                    f"worker {worker.name} died. Last log:\n{worker.log}", self._mend(worker.log)
-                )
+                raise self._died(worker)
+
+    def _died(self, worker: base.Seen) -> base.WorkerDied:
+        text = f"worker {worker.name} died. Last log:\n{worker.log}"
+        if NOT_REACHABLE in worker.log:
+            return base.RedisNotReached(f"no Redis at {self.redis} from there: {text}", self._mend_reach())
+        return base.WorkerDied(text, self._mend_reach() if "Redis at" in worker.log else "")
 
     async def _not_registered(self, pending: Mapping[str, base.Started]) -> base.NotRegistered:
         log = "\n".join(worker.log for worker in await self.look(_LOG_LINES) if worker.name in pending)
         return base.NotRegistered(
             f"{', '.join(pending)} runs, but did not register at {self.redis} within"
             f" {self.delay_seconds + self.limit_seconds:g} s. Last log:\n{log}",
-            self._mend("Redis at"),
+            self._mend_reach(),
         )
 
-    def _mend(self, log: str) -> str:
-        """What to do where the log speaks of Redis."""
-        if "Redis at" not in log:
-            return ""
-        return f"Can {self.host} reach {self.redis}? Look at firewalls, and at what Redis is bound to."
+    def _mend_reach(self) -> str:
+        """What to do about Redis."""
+        if self.tunnelled:
+            return "It looks for Redis in the tunnel from here: does Redis answer here, and is the tunnel up?"
+        return (
+            f"Can {self.host} reach {self.redis}? Look at firewalls, and at what Redis is bound to."
+            " Or bring Redis there over SSH: run this again with --tunnel, or tunnel=yes in that host's line."
+        )

@@ -23,7 +23,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 #: a comment opens the line, follows a blank, or follows the address at once
 _COMMENT = re.compile(r"((?:^|[ \t])|^[ \t]*[^ \t#]+)#.*")
 _PORTS = range(1, 65536)
-_KEYS = ("slots", "workers", "queues", "label.", "python", "output_dir")
+_KEYS = ("slots", "workers", "queues", "label.", "python", "output_dir", "tunnel")
 
 
 class HostsFileError(UsageError):
@@ -55,6 +55,8 @@ class HostOptions:
     labels: Mapping[str, str] = field(default_factory=dict)
     python: str | None = None
     output_dir: str | None = None
+    #: whether it finds Redis through its SSH connection
+    tunnel: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class Host:
         """
         name = f"0{self.name}" if self.name.startswith(":") else self.name
         return _UNSAFE.sub("-", name).lstrip("._-")[:100]
+
+    @property
+    def is_tunnelled(self) -> bool:
+        """Whether it finds Redis through its SSH connection."""
+        return self.launcher == "ssh" and bool(self.options.tunnel)
 
     def worker_name(self, number: int) -> str:
         """The name of its worker `number`, from 0. Raises UsageError."""
@@ -306,10 +313,17 @@ def _folder(name: str, value: str) -> str:
     raise UsageError(f"{name}={value}: must begin with / or ~/")
 
 
+def _yes_or_no(name: str, value: str) -> bool:
+    if value in ("yes", "no"):
+        return value == "yes"
+    raise UsageError(f"{name}={value}: must be yes or no")
+
+
 _READERS: dict[str, Callable[[str, str], Any]] = {
     "slots": _count,
     "workers": _count,
     "queues": _queues,
     "python": _path,
     "output_dir": _folder,
+    "tunnel": _yes_or_no,
 }

@@ -38,6 +38,22 @@ def keep(client: redis.Redis, hosts: Sequence[Host]) -> None:
         rows.keep(client, {host.key: host.to_json() for host in hosts})
 
 
+def with_tunnels(
+    client: redis.Redis, hosts: Sequence[Host], chosen: bool | None, *, named: bool
+) -> tuple[Host, ...]:
+    """`hosts` with it settled who finds Redis through a tunnel.
+
+    What the line of a file says, if `named`, comes first, then what was `chosen` for all, then what is kept.
+    """
+    kept = {host.key: host.options.tunnel for host in load(client)}
+
+    def settled(host: Host) -> bool | None:
+        said = (host.options.tunnel if named else None, chosen, kept.get(host.key))
+        return next((one for one in said if one is not None), None)
+
+    return tuple(host.with_options(tunnel=settled(host)) for host in hosts)
+
+
 def remove(client: redis.Redis, names: Sequence[str]) -> None:
     """Remove hosts. Raises NotFound, and then removes none."""
     chosen = choose(client, names)

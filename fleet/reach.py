@@ -17,6 +17,7 @@ from fleet.embedded import restart_command
 from fleet.launchers import base
 from fleet.listening import EVERY_ADDRESS, bracketed, covers
 
+_BY_SSH = "With --tunnel it is brought there over SSH."
 _LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 
 
@@ -68,13 +69,13 @@ def _way_out(url: SplitResult, bound_to: Sequence[str], our_address: str | None)
     meant = "" if our_address else " (ADDRESS: this machine's in a network that the host reaches)"
     if bound_to:
         command = restart_command(address)
-        return f"Let it listen on a network, then run this again: {command}{meant}"
+        return f"{_BY_SSH} Or let it listen on a network, then run this again: {command}{meant}"
     if url.scheme in sentinel.SCHEMES:
         return f"Let Redis and its sentinels listen on a network, and name these so: {sentinel.SHAPE}"
     is_socket = url.scheme == "unix"
     scheme, port, path = ("redis", "PORT", "") if is_socket else (url.scheme, url.port or 6379, url.path)
     return (
-        "Let that Redis listen on a network, with a password, and name it by its address there:"
+        f"{_BY_SSH} Or let that Redis listen on a network, with a password, and name it by its address there:"
         f" --redis {scheme}://{bracketed(address)}:{port}{path}{meant}"
     )
 

@@ -9,7 +9,7 @@ from typing import Literal
 from broker.errors import FleetError
 
 Step = Literal[
-    "connect", "probe", "version", "install", "start", "confirm", "stop", "list", "fetch", "delete"
+    "connect", "probe", "version", "tunnel", "install", "start", "confirm", "stop", "list", "fetch", "delete"
 ]
 State = Literal["begun", "done", "failed"]
 Outcome = Literal[
@@ -24,8 +24,6 @@ Outcome = Literal[
     "untouched",
     "unconfirmed",
 ]
-UP_STEPS: tuple[Step, ...] = ("connect", "probe", "install", "start", "confirm")
-DOWN_STEPS: tuple[Step, ...] = ("connect", "stop")
 #: outcomes that leave a host as it was asked for
 GOOD: frozenset[Outcome] = frozenset(
     {"started", "running", "planned", "stopped", "not running", "collected", "deleted"}

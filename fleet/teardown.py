@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fleet import tunnel
 from fleet.fan_out import FanOut
 from fleet.hosts import Host
 from fleet.journey import Journey, Opener, opened, report
 from fleet.launchers import base
 from fleet.results import HostResult, OnEvent, Report, WorkerResult
+from fleet.tunnel_folder import TunnelFolder
 
 
 async def down(
@@ -20,9 +22,13 @@ async def down(
     on_event: OnEvent,
     grace_seconds: float,
     force: bool = False,
+    tunnels: TunnelFolder | None = None,
 ) -> Report:
-    """End the workers of `hosts` and look whether they ended. Raises UsageError."""
-    work = _Down(opener, FanOut(max_parallel), on_event, grace_seconds, force)
+    """End the workers of `hosts` and look whether they ended; then what tunnels lead there from here.
+
+    Raises UsageError.
+    """
+    work = _Down(opener, FanOut(max_parallel), on_event, grace_seconds, force, tunnels)
     results = await work.fan_out.run(hosts, work.take_down)
     return report(hosts, results, work.fan_out, "untouched")
 
@@ -36,6 +42,7 @@ class _Down:
     on_event: OnEvent
     grace_seconds: float
     force: bool
+    tunnels: TunnelFolder | None
 
     async def take_down(self, host: Host) -> HostResult:
         """One host. Never raises but when cancelled before anything is done to it."""
@@ -49,8 +56,13 @@ class _Down:
             workers = tuple(WorkerResult(worker.name, worker.how, worker.pid) for worker in stopped)
             if any(worker.how == "remains" for worker in stopped):
                 return replace(journey.failed(_remains(stopped)), workers=workers)
+            note = "its tunnel is closed" if await self._untunnelled(journey.host) else ""
             ended = any(worker.how in ("stopped", "killed") for worker in stopped)
-            return journey.result("stopped" if ended else "not running", workers=workers)
+            return journey.result("stopped" if ended else "not running", workers=workers, note=note)
+
+    async def _untunnelled(self, host: Host) -> bool:
+        """Close the tunnel that leads there from here; false where there is none."""
+        return self.tunnels is not None and await tunnel.end(self.tunnels, host)
 
     async def _reached(self, host: Host) -> base.Launcher:
         try:

@@ -50,6 +50,8 @@ class WorkerConfig:
     startup_delay_seconds: float = 0.0
     #: leave after one job, in the only slot
     ephemeral: bool = False
+    #: the tunnel that `redis_url` leads into, for the worker's record
+    tunnel: str | None = None
     #: what it says that its host has, by the arguments of `fleet.resources.detect`; the rest is detected
     resources: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -519,7 +519,7 @@ def runs_as(config: Path, order: Json, python: str) -> bool:
         new = {**order, "redis_url": redis_of(order["redis_url"])}
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return True
-    ignored = {"output_dir", "startup_delay_seconds"} | (
+    ignored = {"output_dir", "startup_delay_seconds", "tunnel"} | (
         {"executor_python"} if order["executor_python"] == python else set()
     )
     return all(old[key] == new[key] for key in (old.keys() & new.keys()) - ignored)
@@ -535,7 +535,8 @@ def redis_of(url: str) -> list[object]:
         parts.username,
         parts.password,
         parts.port or 6379,
-        parts.path.strip("/") or "0",
+        # of a unix socket that is the address, and the query has the database
+        "" if parts.scheme == "unix" else parts.path.strip("/") or "0",
         parts.query,
     ]
 

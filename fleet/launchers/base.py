@@ -309,6 +309,12 @@ class WorkerDied(StartFailed):
     code = "worker_died"
 
 
+class RedisNotReached(WorkerDied):
+    """The worker ended because Redis does not answer where that host looks for it."""
+
+    code = "redis_not_reached"
+
+
 class NotRegistered(StartFailed):
     """The worker runs, but has not registered in Redis."""
 

@@ -16,7 +16,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,18 @@ PYTHON = sys.executable
 
 
 class SshdHost:
-    """One sshd. `environ` is what its sessions find beside HOME."""
+    """One sshd. `environ` is what its sessions find beside HOME, `lines` are more of its configuration."""
 
-    def __init__(self, farm: SshdFarm, name: str, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, farm: SshdFarm, name: str, environ: Mapping[str, str], lines: Sequence[str] = ()
+    ) -> None:
         self.farm = farm
         self.name = name
         self.port = find_free_port()
         self.folder = farm.folder / name
         self.home = self.folder / "home"
         self.environ = dict(environ)
+        self.lines = tuple(lines)
         self.home.mkdir(parents=True, mode=0o700)
         self.new_host_key()
         self.process: subprocess.Popen[Any] | None = None
@@ -98,6 +101,7 @@ class SshdHost:
 
     def _config(self) -> str:
         environ = {"HOME": str(self.home), SESSION_MARK: os.environ[SESSION_MARK], **self.environ}
+        newline = "\n"  # in the braces below only from Python 3.12 on
         return f"""\
 Port {self.port}
 ListenAddress 127.0.0.1
@@ -113,6 +117,7 @@ MaxStartups 100:30:200
 MaxSessions 50
 Subsystem sftp internal-sftp
 SetEnv {" ".join(f'"{name}={value}"' for name, value in environ.items())}
+{newline.join(self.lines)}
 """
 
 
@@ -129,9 +134,9 @@ class SshdFarm:
         write_key(folder / "id")
         self.config.write_text("")
 
-    def add(self, name: str, *, start: bool = True, **environ: str) -> SshdHost:
+    def add(self, name: str, *, start: bool = True, sshd: Sequence[str] = (), **environ: str) -> SshdHost:
         """One more host; its alias goes into ssh_config."""
-        host = self.hosts[name] = SshdHost(self, name, environ)
+        host = self.hosts[name] = SshdHost(self, name, environ, sshd)
         self.alias(name, host.port)
         return host.start() if start else host
 

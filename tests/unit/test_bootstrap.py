@@ -208,8 +208,13 @@ def test_a_worker_that_dies_is_told_with_its_log_and_how_to_mend(stub, monkeypat
     (result,) = asyncio.run(stub.up(["a"], redis_url="redis://:secret@127.0.0.1:6379/0")).hosts
     assert isinstance(result.error, base.WorkerDied)
     assert result.step == "confirm"
-    assert result.error.message == "worker a-0 died. Last log:\nRedis at x:1 is not reachable"
+    assert result.error.code == "redis_not_reached"
+    assert result.error.message == (
+        "no Redis at redis://127.0.0.1:6379/0 from there:"
+        " worker a-0 died. Last log:\nRedis at x:1 is not reachable"
+    )
     assert "Can a reach redis://127.0.0.1:6379/0?" in result.error.hint
+    assert "--tunnel" in result.error.hint
 
 
 def test_a_worker_that_never_registers_is_told(stub):

@@ -51,6 +51,7 @@ def test_where_the_broker_is_out_of_reach_the_commands_that_mend_it_are_told(bou
         url_for(url, bound_to, elsewhere(our_address))
     assert f": fleet broker stop && fleet broker start --host {host}" in caught.value.hint
     assert "--port" not in caught.value.hint
+    assert "--tunnel" in caught.value.hint
     assert ("ADDRESS: this machine's" in caught.value.hint) is (our_address is None)
     assert "pw" not in caught.value.message + caught.value.hint
 
@@ -75,6 +76,7 @@ def test_another_redis_on_loopback_is_to_be_named_by_an_address(url, our_address
         url_for(url, (), elsewhere(our_address))
     assert named in caught.value.hint
     assert "broker" not in caught.value.hint
+    assert "--tunnel" in caught.value.hint
     assert "pw" not in caught.value.message + caught.value.hint
 
 

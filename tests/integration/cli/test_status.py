@@ -18,6 +18,7 @@ from tests.conftest import fleet_script
 _WORKER = {
     *("name", "host", "pid", "state", "probe", "queues", "slots", "running", "labels", "version", "cpus"),
     *("memory_bytes", "gpus", "started_at", "last_heartbeat", "heartbeat_age_seconds", "finished", "failed"),
+    "tunnel",
 }
 _QUEUE = {"name", "queued", "running", "finished", "failed", "oldest_age_seconds", "paused"}
 
