@@ -115,7 +115,7 @@ class WorkerLoop:
     def _turn(self) -> None:
         self._guard.keep_alive()
         self._claim_due |= self._slots.collect(redis_is_away=not self._is_beating())
-        if self._stop_at is not None or self._draining:  # also what a round under way has brought since
+        if self._is_leaving():  # also what a round under way has brought since
             self._slots.hand_back_waiting()
         self._enforce_stop()
         self._slots.start_waiting()
@@ -128,6 +128,10 @@ class WorkerLoop:
         self._show_outputs()
         if not self._rounds.under_way:
             self._slots.look_at_memory()
+
+    def _is_leaving(self) -> bool:
+        """Whether it takes nothing new."""
+        return self._stop_at is not None or self._draining
 
     def _is_beating(self) -> bool:
         return self.beater is None or self.beater.connected
@@ -245,6 +249,8 @@ class WorkerLoop:
             for end, accepted in zip(exchange.ends, done.accepted, strict=True):
                 self._settle(end, accepted)
             self._admit(exchange, done)
+        if not self._is_leaving():  # else what it brought goes back first: it was behind what we had
+            self._exchange()  # Redis has work while we start what it gave us
 
     def _settle(self, end: End, accepted: bool) -> None:
         self._slots.settled(end)
@@ -280,7 +286,7 @@ class WorkerLoop:
 
     def _room(self) -> tuple[int, int]:
         """How many jobs to claim now, and how many ahead of that: none, where jobs are counted."""
-        if self._stop_at is not None or self._draining or not self._is_fit():
+        if self._is_leaving() or not self._is_fit():
             return 0, 0
         if self._config.max_jobs is not None:
             return max(0, min(self._slots.free, self._config.max_jobs - self._taken)), 0

@@ -22,7 +22,8 @@ log = logging.getLogger("fleet.worker")
 #: a connection that dies so often under the same large end, of so many bytes, has been closed because of it
 _CUTS = 5
 _LARGE_BYTES = 1 << 20
-#: how many ends are enough company, and how many seconds the first of them waits for it
+#: how many ends are enough company, and jobs enough to claim ahead at once, lest one round be long; and how
+#: many seconds the first end waits for company
 _COMPANY = 32
 _GATHER_SECONDS = 0.01
 
@@ -62,7 +63,8 @@ class Rounds:
 
     def send(self, wanted: int, ahead: int, *, is_deaf: bool) -> None:
         """Report what ended and claim up to `wanted` jobs, and `ahead` more."""
-        ends = sorted(self._slots.ends, key=_newest_first)
+        ends = sorted(self._slots.ends, key=_newest_first)[:_COMPANY]
+        ahead = min(ahead, _COMPANY)
         if self._alone and ends:
             ends, wanted, ahead = ends[:1], 0, 0
         self._under_way = self._session.begin(ends, wanted, ahead, is_deaf=is_deaf)
