@@ -36,7 +36,13 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TextIO
+
+try:  # what signal.signal wraps: that looks up the names of handlers, which takes ten times as long
+    from _signal import signal as set_handler  # type: ignore[import-not-found]
+except ImportError:
+    from signal import signal as set_handler
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -58,6 +64,10 @@ _DEFAULT_TIMEOUT_SECONDS = 180
 
 #: seconds between the end of a function and the report of it that are worth telling
 _NOTABLE_SECONDS = 0.001
+#: for `set_handler`
+_IGNORE, _DEFAULT = int(signal.SIG_IGN), int(signal.SIG_DFL)
+#: seconds for which what was read of the process's memory holds
+_MEMORY_SECONDS = 0.001
 
 #: attributes of a job on which its end depends, or what people see of it: a job, or its callback,
 #: may change them without saving, for RQ's worker saves the job
@@ -299,6 +309,36 @@ def _flushed(text: TextIO) -> bool:
 # --- one job, as RQ does it ------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)
+def _rq() -> Any:
+    """What every job needs of rq: to import it each time takes as long as a short function."""
+    from rq.defaults import UNSERIALIZABLE_RETURN_VALUE_PAYLOAD
+    from rq.job import Retry, _job_stack
+    from rq.serializers import DefaultSerializer, JSONSerializer
+    from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
+
+    class Limit(UnixSignalDeathPenalty):
+        """RQ's timeout."""
+
+        def setup_death_penalty(self) -> None:
+            set_handler(signal.SIGALRM, self.handle_death_penalty)
+            signal.alarm(self._timeout)
+
+        def cancel_death_penalty(self) -> None:
+            signal.alarm(0)
+            set_handler(signal.SIGALRM, _DEFAULT)
+
+    return SimpleNamespace(
+        Limit=Limit,
+        JobTimeoutException=JobTimeoutException,
+        Retry=Retry,
+        job_stack=_job_stack,
+        pickle=DefaultSerializer,
+        json=JSONSerializer,
+        unserializable=UNSERIALIZABLE_RETURN_VALUE_PAYLOAD,
+    )
+
+
 def build_job(job_id: str, fields: Blobs, connection: Redis) -> Job:
     """The job of this hash. Raises what rq raises for a damaged one."""
     from rq.job import Job
@@ -321,13 +361,16 @@ _DATES = {
 
 def serializer_of(data: bytes) -> Serializer:
     """RQ's JSON or pickle, told by the first byte of a job's data, deflated or not."""
-    from rq.serializers import DefaultSerializer, JSONSerializer
-
     try:
         first = zlib.decompressobj().decompress(data, 1)
     except zlib.error:
         first = data[:1]
-    return JSONSerializer if first in (b"[", b"{") else DefaultSerializer
+    return _serializer_by(first)
+
+
+def _serializer_by(first: bytes) -> Serializer:
+    found: Serializer = _rq().json if first in (b"[", b"{") else _rq().pickle
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -371,6 +414,8 @@ class Task:
         self.begun = datetime.now(timezone.utc)  # noqa: UP017 - Python 3.9
         #: what `own` said of the job when it was read; None: nobody has looked at it
         self.before: list[Any] | None = None
+        #: what its data is written with, once that was read
+        self.serializer: Serializer | None = None
 
     def job(self) -> Job:
         """The job, as its hash has it. Raises what rq raises for a damaged one."""
@@ -390,9 +435,10 @@ class Task:
 
     def call(self) -> tuple[Callable[..., Any], Any, Any]:
         """`job.func`, `job.args` and `job.kwargs`. Raises what those raise."""
-        data = self.fields[b"data"]
+        data = _inflated(self.fields[b"data"])
+        self.serializer = _serializer_by(data[:1])
         try:
-            name, instance, args, kwargs = serializer_of(data).loads(_inflated(data))
+            name, instance, args, kwargs = self.serializer.loads(data)
         except Exception:
             job = self.job()
             return job.func, job.args, job.kwargs
@@ -406,15 +452,13 @@ class Task:
 
     def result(self, value: Any) -> Blobs:
         """What `rq.results.Result.serialize` stores as return_value; nothing for None."""
-        from rq.defaults import UNSERIALIZABLE_RETURN_VALUE_PAYLOAD
-
         if value is None:
             return {}
-        serializer = serializer_of(self.fields[b"data"])
+        serializer = self.serializer or serializer_of(self.fields[b"data"])
         try:
             data = serializer.dumps(value)
         except:  # noqa: E722 - as RQ
-            data = serializer.dumps(UNSERIALIZABLE_RETURN_VALUE_PAYLOAD)
+            data = serializer.dumps(_rq().unserializable)
         return {b"return_value": b64encode(data)}
 
 
@@ -463,15 +507,12 @@ def keep_changes(job: Job, changed: set[str], lease: bytes) -> None:
 
 def _perform(task: Task, job: Job) -> Frame:
     """Run the job and its success or failure callback, as `BaseWorker.perform_job` does."""
-    from rq.job import Retry
-    from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
-
-    started = time.monotonic()
+    rq, started = _rq(), time.monotonic()
     try:
-        with UnixSignalDeathPenalty(task.timeout(), JobTimeoutException, job_id=task.id):  # type: ignore[no-untyped-call]
+        with rq.Limit(task.timeout(), rq.JobTimeoutException, job_id=task.id):
             value = call(job, *task.call())
         seconds = time.monotonic() - started
-        if isinstance(value, Retry):
+        if isinstance(value, rq.Retry):
             return _ended("retry", seconds, task.result(value), retry=[value.max, list(value.intervals)])
         if task.has_callbacks():
             _succeed(job, value)
@@ -483,14 +524,13 @@ def _perform(task: Task, job: Job) -> Frame:
 
 def call(job: Job, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`job.perform()` without its PERSIST: the claim has done that, and it is a round trip."""
-    from rq.job import _job_stack
-
-    _job_stack.push(job)  # type: ignore[no-untyped-call]
+    jobs = _rq().job_stack
+    jobs.push(job)
     try:
         result = function(*args, **kwargs)
         return _awaited(result) if isinstance(result, Coroutine) else result
     finally:
-        _job_stack.pop()  # type: ignore[no-untyped-call]
+        jobs.pop()
 
 
 def _awaited(result: Coroutine[Any, Any, Any]) -> Any:
@@ -640,8 +680,8 @@ class Executor:
         os.environ["RQ_JOB_ID"] = task["id"]
         os.environ["RQ_EXECUTION_ID"] = task.get("execution_id", "")
         os.chdir(self.work_dir)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        set_handler(signal.SIGINT, _IGNORE)
+        set_handler(signal.SIGTERM, _DEFAULT)
         random.seed(int.from_bytes(os.urandom(16), "big"))  # as seed(), which reads 2,500 bytes
 
     def _collect(self, task: Mapping[str, Any]) -> dict[str, Any]:
@@ -735,9 +775,16 @@ class Memory:
             self.fd = os.open("/proc/self/statm", os.O_RDONLY)
         except OSError:
             self.fd = -1
+        self._latest, self._again_at = 0, 0.0
 
     def resident_bytes(self) -> int:
-        """As of now. A job that closed our descriptor costs only the precision."""
+        """As of a moment ago. A job that closed our descriptor costs only the precision."""
+        now = time.monotonic()
+        if now >= self._again_at:
+            self._latest, self._again_at = self._read(), now + _MEMORY_SECONDS
+        return self._latest
+
+    def _read(self) -> int:
         try:
             return int(os.pread(self.fd, 128, 0).split()[1]) * _PAGE
         except (OSError, LookupError, ValueError):
