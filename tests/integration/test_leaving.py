@@ -99,8 +99,9 @@ def test_a_job_of_another_worker_may_come_back(workers, tmp_path):
     (tmp_path / "gate").touch()
     assert worker.wait(30) == 0
     (shown,) = workers.wait([job])
-    ends = {(one.worker, one.outcome) for one in shown.attempts}  # a busy machine may hand it back twice
-    assert ends == {("other", "handed-back"), ("w0", "finished")}
+    ends = [(one.worker, one.outcome) for one in shown.attempts]  # a busy machine may hand it back twice
+    assert ends[-1] == ("w0", "finished")
+    assert ("other", "handed-back") in ends
 
 
 def test_jobs_of_queues_that_are_not_its_own_do_not_count(workers):
