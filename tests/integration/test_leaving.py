@@ -133,7 +133,7 @@ def test_the_record_of_an_ephemeral_worker_that_died_goes_after_an_hour(workers)
 
 
 def test_a_wish_to_drain_an_ephemeral_worker_goes_with_its_record(workers, tmp_path):
-    worker = workers.start("one", **_ONE)
+    worker = workers.start("one", settings=_PATIENT, **_ONE)
     workers.start("many", queues=("else",))
     running(workers, tmp_path / "gate")
     control.drain(workers.client, {"one": "here", "many": "here"})
