@@ -5,24 +5,22 @@ lives on when the SSH connection and the operator's laptop go; where its user li
 systemd user unit (fleet.user_unit). Prints one line of JSON, `{"pid": ..., "start_time": ...,
 "token": ..., "version": ...}`, with `"unit_file"` where there is one, and ends. The process carries
 the token in its environment: with PID and start time it tells that very process from any other.
+
+It imports little: `fleet up` waits for it at every host.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import psutil
 
 from broker import __version__
 from fleet import user_unit
-from fleet.launchers.agent import TOKEN_VARIABLE
+from fleet.launchers.agent import TOKEN_VARIABLE, started_at
 
 #: what belongs to the connection that started the worker, and is void when that ends
 _OF_THE_CONNECTION = ("SSH_",)
@@ -32,11 +30,10 @@ _OF_THE_OPERATOR = ("FLEET_",)
 _GRACE_SECONDS = 30.0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Start the worker of `--config FILE` and print what it is. Raises OSError, ValueError."""
-    parser = argparse.ArgumentParser(prog="fleet.detach", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
-    config: Path = parser.parse_args(argv).config.resolve()
+    _, file = argv
+    config = Path(file).resolve()
     fields = json.loads(config.read_text())
     grace = float(fields.get("settings", {}).get("stop_grace_seconds", _GRACE_SECONDS))
     process = start(config, Path(fields["output_dir"]), fields["name"], grace)
@@ -48,7 +45,7 @@ def start(config: Path, output_dir: Path, name: str, stop_grace_seconds: float) 
     """Start `python -I -m fleet.worker --config CONFIG`, its log OUTPUT_DIR/log/NAME.log."""
     log = log_file(output_dir, name)
     log.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex
+    token = os.urandom(16).hex()
     wanted = user_unit.Start(
         name=name,
         argv=[sys.executable, "-I", "-m", "fleet.worker", "--config", str(config)],
@@ -61,7 +58,7 @@ def start(config: Path, output_dir: Path, name: str, stop_grace_seconds: float) 
     )
     started = user_unit.start(wanted)
     pid = started.pid if started else _in_a_session(wanted)
-    found = {"pid": pid, "start_time": psutil.Process(pid).create_time(), "token": token}
+    found = {"pid": pid, "start_time": started_at(pid), "token": token}
     unit = {"unit_file": str(started.file)} if started else {}
     return {**found, **unit, "version": __version__}
 
@@ -96,4 +93,4 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

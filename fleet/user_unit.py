@@ -18,13 +18,11 @@ import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
-import psutil
-
-from fleet.launchers.agent import carries
+from fleet.launchers.agent import carries, started_at
 
 #: seconds for a question to systemd; one that takes longer is no manager to rely on
 _PATIENCE_SECONDS = 5.0
@@ -49,8 +47,7 @@ Restart=no
 """)
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """What is to be started; `environ` carries `token`, by which its process is known."""
 
     name: str
@@ -64,8 +61,7 @@ class Start:
     stop_grace_seconds: float
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """The worker's process, and its unit's file."""
 
     pid: int
@@ -134,7 +130,7 @@ class _Manager:
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
             said = self.call("show", "--property=MainPID", "--value", name) or "0"
-            if not said.isdigit() or said == "0" or not psutil.pid_exists(int(said)):
+            if not said.isdigit() or said == "0" or started_at(int(said)) is None:
                 return None
             if carries(int(said), token):
                 return int(said)
