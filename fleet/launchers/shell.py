@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shlex
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -133,7 +134,7 @@ class ShellLauncher(ABC):
 
     @abstractmethod
     async def _upload(self, files: Mapping[str, bytes]) -> None:
-        """Write the files, path -> content, that are not there, and their folders. Raises HostError."""
+        """Write files, path -> content, into folders that are made for them. Raises HostError."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -193,7 +194,8 @@ class ShellLauncher(ABC):
         return await self._install(bundle, found, wheelhouse)
 
     async def _install(self, bundle: Bundle, found: base.Probe, wheelhouse: Path | None) -> str:
-        folder = f"{found.data_dir}/wheels/{bundle.key}-{found.venv_tag}"
+        # one of its own: another may do the same at once, and take away what it brought
+        folder = f"{found.data_dir}/wheels/{uuid.uuid4().hex}"
         wheels = sorted(wheelhouse.iterdir()) if wheelhouse else []
         brought = {f"{folder}/{wheel.name}": wheel.read_bytes() for wheel in wheels}
         await self._upload({**brought, f"{folder}/{bundle.filename}": bundle.data})

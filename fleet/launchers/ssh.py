@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
-import uuid
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import asyncssh
 
@@ -89,25 +88,19 @@ class SshLauncher(ShellLauncher):
             raise base.Disconnected(f"the SSH connection broke, or offers no SFTP: {exc}", _LOST) from exc
 
     async def _put(self, files: Mapping[str, bytes]) -> None:
-        """Another may do the same at once, so a file appears whole or not at all."""
+        """Write the files, or take away the folders that were made for them."""
+        folders = {posixpath.dirname(path) for path in files}
         async with self._connection.ssh.start_sftp_client() as sftp:
-            for folder in {posixpath.dirname(path) for path in files}:
-                await sftp.makedirs(folder, exist_ok=True)
-            for path, data in files.items():
-                if not await sftp.exists(path):
-                    await _put_file(sftp, path, data)
-
-
-async def _put_file(sftp: asyncssh.SFTPClient, path: str, data: bytes) -> None:
-    part = f"{path}.{uuid.uuid4().hex[:8]}"
-    try:
-        async with sftp.open(part, "wb") as file:
-            await file.write(data)
-        await sftp.posix_rename(part, path)
-    except asyncssh.SFTPError:
-        with suppress(asyncssh.SFTPError):
-            await sftp.remove(part)
-        raise
+            try:
+                for folder in folders:
+                    await sftp.makedirs(folder, exist_ok=True)
+                for path, data in files.items():
+                    async with sftp.open(path, "wb") as file:
+                        await file.write(data)
+            except asyncssh.SFTPError:
+                for folder in folders:
+                    await sftp.rmtree(folder, ignore_errors=True)
+                raise
 
 
 class _Running:
