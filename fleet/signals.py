@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,12 @@ def kept_from_threads() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _tell_unless_leaving(dropped: sys.UnraisableHookArgs) -> None:
+    """What Python drops, for a callback of its own raised it, is no fault where it is our wish to leave."""
+    if dropped.exc_type is not SystemExit:
+        sys.__unraisablehook__(dropped)
+
+
 class StopSignals:
     """Ends a process that has nothing to leave behind; remembers for one that has; then tells the loop.
 
@@ -37,6 +44,7 @@ class StopSignals:
 
     def install(self) -> StopSignals:
         """Hear them from now on; only in the main thread."""
+        sys.unraisablehook = _tell_unless_leaving
         for number in _STOPPING:
             signal.signal(number, lambda *_: self._hear())
         return self

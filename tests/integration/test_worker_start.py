@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,3 +128,18 @@ def test_sigterm_ends_the_wait_for_its_moment_at_once(workers: Workers) -> None:
     worker.terminate()
     assert worker.wait(20) == 0
     assert not list(workers.client.scan_iter("*w4*"))
+
+
+def test_a_signal_that_python_drops_leaves_no_traceback() -> None:
+    script = """
+import os, signal, weakref
+from fleet.signals import StopSignals
+signals = StopSignals().install()
+class Thing: pass
+thing = Thing()
+told = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM) or [None for _ in range(1000)])
+del thing
+signals.hold()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
