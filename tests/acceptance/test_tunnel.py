@@ -12,7 +12,7 @@ import pytest
 
 from tests.acceptance.test_network import Fleet, pids, rows
 from tests.integration.network import OUR_ADDRESS, Host, Network, ip
-from tests.integration.sshd import fleet_processes
+from tests.integration.sshd import tunnel_processes
 
 pytestmark = [pytest.mark.root, pytest.mark.needs("sshd", "ip")]
 #: an address of ours to which the hosts know no way
@@ -41,7 +41,7 @@ def end(fleet: Fleet, hosts: list[Host], folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert [host.processes() for host in hosts] == [[] for _ in hosts]
     assert not [path for host in hosts for path in host.home.rglob("redis-*")]
-    assert not [p for p in fleet_processes(folder) if "fleet.tunnel_main" in p.cmdline()]
+    assert tunnel_processes(folder) == []
 
 
 def test_hosts_behind_a_tunnel_that_is_cut_and_mended(fleet: Fleet, network: Network, tmp_path: Path) -> None:

@@ -182,6 +182,17 @@ def fleet_processes(folder: Path) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if _is_in(process, str(folder))]
 
 
+def tunnel_processes(folder: Path) -> list[psutil.Process]:
+    """Those of `fleet up --tunnel` whose files lie below `folder`: the supervisor, then its forwarder."""
+    found: dict[bool, list[psutil.Process]] = {False: [], True: []}
+    for process in fleet_processes(folder):
+        with contextlib.suppress(psutil.Error):  # it may just be ending
+            words = process.cmdline()
+            if "fleet.tunnel_main" in words:
+                found["--forward" in words].append(process)
+    return found[False] + found[True]
+
+
 def agents(host: SshdHost) -> list[psutil.Process]:
     """The halves of launchers that are at work at a host."""
     return [process for process in psutil.process_iter() if _is_agent(process, str(host.home))]

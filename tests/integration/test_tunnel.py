@@ -19,7 +19,7 @@ import redis
 from broker import jobs, keys
 from broker.command import Command
 from broker.submit import Options, submit_commands
-from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes
+from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes, tunnel_processes
 
 pytestmark = pytest.mark.needs("sshd")
 FAST = {
@@ -69,8 +69,7 @@ class Fleet:
 
     def processes(self) -> list[psutil.Process]:
         """The supervisor and its forwarder, in this order."""
-        found = [p for p in fleet_processes(self.state) if "fleet.tunnel_main" in p.cmdline()]
-        return sorted(found, key=lambda process: "--forward" in process.cmdline())
+        return tunnel_processes(self.state)
 
     def log(self) -> str:
         return "".join(path.read_text() for path in self.state.glob("*/tunnel.log"))
