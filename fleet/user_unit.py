@@ -25,7 +25,7 @@ from typing import NamedTuple
 from fleet.launchers.agent import carries, started_at
 
 #: seconds for a question to systemd; one that takes longer is no manager to rely on
-_PATIENCE_SECONDS = 5.0
+_PATIENCE_SECONDS = 8.0
 #: seconds for the worker's process to be there, and to be the worker
 _START_SECONDS = 10.0
 #: seconds beyond the worker's own grace before systemd kills what is left

@@ -37,7 +37,8 @@ def words(farm: SshdFarm, fleet_redis_url: str, tmp_path: Path) -> Callable[...,
 def worker(farm: SshdFarm, run_fleet: Any, words: Callable[..., list[Any]]) -> psutil.Process:
     """The worker of host1."""
     farm.add("host1")
-    up = run_fleet(*words("up", "host1"), "--json", env=FAST)
+    patient = {**FAST, "FLEET_WORKER__STOP_GRACE_SECONDS": "100"}
+    up = run_fleet(*words("up", "host1"), "--json", env=patient)
     assert up.returncode == 0, up.stderr
     return psutil.Process(pids(rows(up))["host1-0"])
 
