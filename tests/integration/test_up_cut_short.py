@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -107,7 +108,14 @@ def reference() -> bytes:
 
 
 def workers(farm: SshdFarm, name: str) -> list[psutil.Process]:
-    return [p for p in fleet_processes(farm.folder / name) if "fleet.worker" in p.cmdline()]
+    return [p for p in fleet_processes(farm.folder / name) if is_worker(p)]
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "fleet.worker" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Up:
@@ -201,7 +209,8 @@ def test_a_host_that_dies_at_any_step_fails_alone_and_is_mended_by_the_next_up(
         up = under_way(step)
         host.stop()
         for process in fleet_processes(host.folder):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         code, said = up.ended()
         shown = "start" if step == "detach" else step
         assert said["host1"].startswith(f"[FAILED] {shown}:"), said
