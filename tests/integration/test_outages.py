@@ -176,7 +176,7 @@ def test_a_worker_of_a_large_fleet_comes_back_at_its_own_moment(
     workers.client.sadd(keys.FLEET_WORKERS, *crowd)
     workers.client.mset({keys.worker_record(name): "{}" for name in crowd})
     workers.start("w4", settings={"lease_seconds": 40.0, "heartbeat_seconds": 0.5})
-    for _ in range(4):  # the answer to an earlier beat has told it of the others
+    for _ in range(8):  # it has been there for seconds, and earlier beats have told it of the others
         beat = workers.client.hget(keys.rq_worker("w4"), "last_heartbeat")
         workers.until(
             lambda beat=beat: workers.client.hget(keys.rq_worker("w4"), "last_heartbeat") != beat, "it beats"
