@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import redis
 
@@ -156,7 +158,8 @@ def farm(tmp_path: Path, spawn: Any) -> Iterator[SshdFarm]:
     farm = SshdFarm(tmp_path / "farm", spawn)
     yield farm
     for process in fleet_processes(farm.folder):
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture
