@@ -117,6 +117,9 @@ async def _listen(
             continue
         except (TimeoutError, OSError, asyncssh.Error) as exc:
             raise base.Disconnected(f"the SSH connection broke: {exc}") from exc
+        for other in paths:
+            if other != candidate:
+                await _remove(connection, other)
         return candidate
     raise ForwardRefused(f"sshd there refuses to forward {' or '.join(paths)} to us", _FORBIDDEN)
 

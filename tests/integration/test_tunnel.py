@@ -122,6 +122,7 @@ def test_a_tunnel_from_up_to_down(farm, fleet, redis_client, run_job):
     assert "host1: tunnel" not in done.stderr
     path = Path(redis.Redis.from_url(url_of(other)).connection_pool.connection_kwargs["path"])
     assert (path.is_socket(), path.stat().st_mode & 0o77, path.parent.stat().st_mode & 0o77) == (True, 0, 0)
+    assert not list(Path(f"/tmp/rq-fleet-{os.getuid()}").glob(f"{path.name}*")), "where it might have been"
     assert url_of(host).startswith("redis://127.0.0.1:")
     assert fleet.tunnels() == {"host1": None, "host2": "up"}
     assert "TUNNEL" in fleet("status").stdout
