@@ -41,7 +41,7 @@ def end(fleet: Fleet, hosts: list[Host], folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert [host.processes() for host in hosts] == [[] for _ in hosts]
     assert not [path for host in hosts for path in host.home.rglob("redis-*")]
-    assert tunnel_processes(folder) == []
+    fleet.eventually(lambda: tunnel_processes(folder) == [], timeout_seconds=60)
 
 
 def test_hosts_behind_a_tunnel_that_is_cut_and_mended(fleet: Fleet, network: Network, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import redis
 from broker import jobs, keys
 from broker.command import Command
 from broker.submit import Options, submit_commands
+from tests.conftest import wait_until
 from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes, tunnel_processes
 
 pytestmark = pytest.mark.needs("sshd")
@@ -70,6 +71,11 @@ class Fleet:
     def processes(self) -> list[psutil.Process]:
         """The supervisor and its forwarder, in this order."""
         return tunnel_processes(self.state)
+
+    def ended(self) -> bool:
+        """Whether nothing is left; a process that let go of its lock takes a moment to end."""
+        wait_until(lambda: not self.processes(), timeout_seconds=PATIENCE_SECONDS)
+        return self.left() == []
 
     def log(self) -> str:
         return "".join(path.read_text() for path in self.state.glob("*/tunnel.log"))
@@ -143,12 +149,12 @@ def test_a_tunnel_from_up_to_down(farm, fleet, redis_client, run_job):
     # the last one ends it all, and what is kept of the host brings it back
     down = fleet("down")
     assert (down.returncode, "its tunnel is closed" in down.stdout) == (0, True), down.stdout + down.stderr
-    assert (fleet.processes(), fleet.left()) == ([], [])
+    assert fleet.ended()
     assert not list(redis_client.scan_iter(keys.tunnel("*")))
     assert fleet.up("host2", options=()).returncode == 0
     assert url_of(other).startswith("unix://")
     assert fleet("down").returncode == 0
-    assert (fleet.processes(), fleet.left()) == ([], [])
+    assert fleet.ended()
 
 
 def test_one_process_serves_all_hosts_and_each_ends_alone(farm, fleet, redis_client, run_job):
@@ -162,7 +168,7 @@ def test_one_process_serves_all_hosts_and_each_ends_alone(farm, fleet, redis_cli
     assert {path.relative_to(farm.folder).parts[0] for path in farm.folder.rglob("redis-*.sock")} == {"host3"}
     assert run_job(redis_client) == "host3-0"
     assert fleet("down").returncode == 0
-    assert (fleet.processes(), fleet.left()) == ([], [])
+    assert fleet.ended()
 
 
 @pytest.mark.parametrize("victims", [slice(1, 2), slice(0, 1)], ids=["forwarder", "supervisor"])
@@ -181,7 +187,7 @@ def test_a_process_that_is_killed_is_started_again(farm, fleet, redis_client, ru
     assert fleet.tunnels() == {"host1": "up"}
     assert "died" in fleet.log()
     assert fleet("down").returncode == 0
-    assert (fleet.processes(), fleet.left()) == ([], [])
+    assert fleet.ended()
 
 
 def test_where_all_of_it_is_gone_status_says_so_and_up_brings_it_back(
@@ -208,7 +214,7 @@ def test_where_all_of_it_is_gone_status_says_so_and_up_brings_it_back(
     assert fleet.tunnels() == {"host1": "up"}
     assert run_job(redis_client) == "host1-0"
     assert fleet("down").returncode == 0
-    assert (fleet.processes(), fleet.left()) == ([], [])
+    assert fleet.ended()
 
 
 def test_a_broken_connection_is_made_again_under_a_job_that_runs_on(farm, fleet, redis_client, eventually):
@@ -225,7 +231,7 @@ def test_a_broken_connection_is_made_again_under_a_job_that_runs_on(farm, fleet,
     (farm.folder / "go").touch()
     wait_for(redis_client, job, eventually)
     assert fleet("down").returncode == 0
-    assert (fleet.processes(), fleet.left()) == ([], [])
+    assert fleet.ended()
 
 
 def test_a_session_of_sshd_that_has_not_noticed_our_end_is_ended(
@@ -256,7 +262,8 @@ def test_sshd_that_forbids_it_is_told_and_nothing_is_left(farm, fleet, line):
     (row,) = json.loads(done.stdout)["hosts"]
     assert (row["step"], row["error"]["code"]) == ("tunnel", "forward_refused")
     assert "AllowStreamLocalForwarding yes" in row["error"]["hint"]
-    assert (fleet.processes(), fleet.left(), fleet_processes(farm.folder)) == ([], [], [])
+    assert fleet.ended()
+    assert fleet_processes(farm.folder) == []
 
 
 def test_a_home_whose_path_is_too_long_for_a_socket_is_passed_over(farm, fleet, redis_client, run_job):
@@ -306,7 +313,7 @@ def test_no_secret_is_seen_outside_of_files_of_ones_own(farm, fleet, own_redis, 
     assert [path.name for path in holding] == ["tunnel.json"]
     assert holding[0].stat().st_mode & 0o77 == 0
     assert fleet("down").returncode == 0
-    assert (fleet.processes(), fleet.left()) == ([], [])
+    assert fleet.ended()
 
 
 @pytest.mark.needs("sshd", "redis-server", "openssl")
@@ -363,7 +370,7 @@ def test_a_host_that_is_kept_no_longer_hangs_on_nothing(farm, fleet):
     assert fleet.up("host1").returncode == 0
     assert len(fleet.processes()) == 2
     assert fleet("hosts", "remove", "host1").returncode == 0
-    assert (fleet.processes(), fleet.left()) == ([], [])
+    assert fleet.ended()
 
 
 def test_functions_of_rq_find_redis_through_it_too(farm, fleet, redis_client, eventually):
