@@ -258,3 +258,24 @@ def test_another_redis_on_loopback_is_refused_with_what_fits(fleet: Fleet, hosts
     assert refused.returncode == 1
     assert refused.stdout.count(f"--redis redis://{OUR_ADDRESS}:{status['port']}/0\n") == 2, refused.stdout
     assert password not in refused.stdout + refused.stderr
+
+
+@pytest.mark.needs("nft", "tc")
+def test_a_bad_line_makes_it_slow_and_loses_nothing(
+    fleet: Fleet, hosts: dict[str, Host], eventually: Callable[..., Any]
+) -> None:
+    hosts["fh1"].make_bad(lost_percent=5, kilobits=1000)
+    assert fleet("broker", "start", "--host", OUR_ADDRESS).returncode == 0
+    up = fleet.up(fleet.hosts_file(), "--json")
+    assert up.returncode == 0, up.stdout + up.stderr
+    assert {name: row["outcome"] for name, row in rows(up).items()} == {"fh1": "started", "fh2": "started"}
+    words = ("sh", "-c", 'echo "$FLEET_HOST"; head -c 20000 /dev/zero')
+    jobs = [fleet("submit", "--", *words).stdout.strip() for _ in range(6)]
+    assert fleet("wait", "--all", "--timeout", "50").returncode == 0
+    shown = [fleet.show(job) for job in jobs]
+    assert {job["state"] for job in shown} == {"finished"}
+    ends = [[attempt["outcome"] for attempt in job["attempts"]].count("finished") for job in shown]
+    assert ends == [1] * len(jobs)
+    down = fleet("down", "--ssh-config", str(fleet.network.ssh_config))
+    assert down.returncode == 0, down.stdout + down.stderr
+    eventually(lambda: not any(host.processes() for host in hosts.values()))

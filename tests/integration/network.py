@@ -71,6 +71,16 @@ class Host:
         """Put the plug back in."""
         ip("-n", self.network.namespace, "link", "set", self.link, "up")
 
+    def make_bad(self, *, lost_percent: int, kilobits: int) -> None:
+        """Lose so many packets of a hundred, each way; let so few bits a second through that they queue."""
+        drop = f"numgen random mod 100 < {lost_percent} drop"
+        chains = "\n".join(
+            f"chain {hook} {{ type filter hook {hook} priority 0; {drop}; }}" for hook in ("input", "output")
+        )
+        rate = f"qdisc add dev eth0 root tbf rate {kilobits}kbit burst 8kb latency 400ms".split()
+        for words in (["nft", f"table inet bad {{\n{chains}\n}}"], ["tc", *rate]):
+            subprocess.run([*inside(self.namespace), *words], check=True, timeout=30)
+
     def processes(self) -> list[psutil.Process]:
         """All that runs there but for SSH."""
         return [process for process in processes_in(self.namespace) if process.name() not in _SSH_NAMES]
