@@ -500,6 +500,7 @@ def test_a_wrong_password_ends_the_worker_with_a_message(
     server = own_redis("--requirepass", "right")
     workers = workers_of(server.url.replace("redis://", "redis://:right@"))
     worker = workers.start("w0")
+    workers.wait([workers.submit("true")])  # it is at work, and all its connections are there
     workers.client.config_set("requirepass", "changed")
     workers.client.client_kill_filter(_type="normal", skipme=True)
     assert worker.wait(20) == 6
