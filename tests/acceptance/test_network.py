@@ -266,7 +266,8 @@ def test_a_bad_line_makes_it_slow_and_loses_nothing(
 ) -> None:
     hosts["fh1"].make_bad(lost_percent=5, kilobits=1000)
     assert fleet("broker", "start", "--host", OUR_ADDRESS).returncode == 0
-    up = fleet.up(fleet.hosts_file(), "--json")
+    patient = {"FLEET_WORKER__HEARTBEAT_SECONDS": "2", "FLEET_WORKER__LEASE_SECONDS": "20"}
+    up = fleet.up(fleet.hosts_file(), "--json", **patient)
     assert up.returncode == 0, up.stdout + up.stderr
     assert {name: row["outcome"] for name, row in rows(up).items()} == {"fh1": "started", "fh2": "started"}
     words = ("sh", "-c", 'echo "$FLEET_HOST"; head -c 20000 /dev/zero')
