@@ -76,7 +76,7 @@ def _keep(context: Context, found: tuple[Any, ...]) -> None:
 
     with context.redis() as client:
         kept_hosts.check(client, found)
-        kept_hosts.keep(client, found)
+        kept_hosts.keep(client, kept_hosts.settled(client, found, {}, named=True))
     context.say(f"kept {', '.join(host.name for host in found)}")
 
 

@@ -33,7 +33,7 @@ Options = dict[str, Any]
 )
 @click.option("--queues", default="default", show_default=True, help="Queues, most urgent first: a,b,c.")
 @click.option("--label", "labels", multiple=True, metavar="K=V", help="A label of the workers; repeatable.")
-@click.option("--output-dir", metavar="DIR", help="Where jobs run and write, at the hosts.")
+@click.option("--output-dir", metavar="DIR", help="Where jobs run and write, at the hosts; kept.")
 @click.option(
     "--python", metavar="PYTHON", help="Python or uv at the hosts to install with, or Python to use as it is."
 )
@@ -76,10 +76,10 @@ def up(context: Context, /, hosts_file: str | None, as_json: bool, **options: An
     client, url, bound_to = _redis_for(context, named, dry_run=options["dry_run"])
     with client or _Nothing():
         hosts = named or kept_hosts.choose(client, ())
-        hosts = tuple(_with_output_dir(host, options) for host in hosts)
         if client:
             kept_hosts.check(client, hosts)
-            hosts = kept_hosts.with_tunnels(client, hosts, options["tunnel"], named=bool(named))
+            chosen = {name: options[name] for name in kept_hosts.SETTLED}
+            hosts = kept_hosts.settled(client, hosts, chosen, named=bool(named))
         orders = replace(orders, redis_url=url, bound_to=bound_to)
         return _run(context, hosts, as_json, _bring_up(context, hosts, orders, ssh, client, options))
 
@@ -202,11 +202,6 @@ def _redis_for(context: Context, named: Sequence[Host], *, dry_run: bool) -> tup
         return None, "", ()
     client = context.redis(start=not dry_run)
     return client, context.url(), context.embedded_addresses()
-
-
-def _with_output_dir(host: Host, options: Options) -> Host:
-    """The folder is kept with the host: `down` must look where `up` started."""
-    return host.with_options(output_dir=host.options.output_dir or options["output_dir"])
 
 
 class _Nothing:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from broker import hosts as rows
 from broker.connection import address, translated
@@ -12,6 +12,10 @@ from fleet.hosts import Host, NoHosts
 
 if TYPE_CHECKING:
     import redis
+
+#: options that a host has for good once it has them: `down` must look where `up` started, and who came
+#: by a tunnel comes by it again
+SETTLED = ("output_dir", "tunnel")
 
 
 def load(client: redis.Redis) -> tuple[Host, ...]:
@@ -38,20 +42,21 @@ def keep(client: redis.Redis, hosts: Sequence[Host]) -> None:
         rows.keep(client, {host.key: host.to_json() for host in hosts})
 
 
-def with_tunnels(
-    client: redis.Redis, hosts: Sequence[Host], chosen: bool | None, *, named: bool
+def settled(
+    client: redis.Redis, hosts: Sequence[Host], chosen: Mapping[str, Any], *, named: bool
 ) -> tuple[Host, ...]:
-    """`hosts` with it settled who finds Redis through a tunnel.
+    """`hosts` with the options of SETTLED settled.
 
     What the line of a file says, if `named`, comes first, then what was `chosen` for all, then what is kept.
     """
-    kept = {host.key: host.options.tunnel for host in load(client)}
+    kept = {host.key: host.options for host in load(client)}
 
-    def settled(host: Host) -> bool | None:
-        said = (host.options.tunnel if named else None, chosen, kept.get(host.key))
+    def option(host: Host, name: str) -> Any:
+        line = getattr(host.options, name) if named else None
+        said = (line, chosen.get(name), getattr(kept.get(host.key), name, None))
         return next((one for one in said if one is not None), None)
 
-    return tuple(host.with_options(tunnel=settled(host)) for host in hosts)
+    return tuple(host.with_options(**{name: option(host, name) for name in SETTLED}) for host in hosts)
 
 
 def remove(client: redis.Redis, names: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class ProbedWorker(WorkerStatus):
-    """A worker; `probe` is None where no kept host could know of it."""
+    """A worker; `probe` is None where no kept host knows of it."""
 
     probe: Word | None = None
 
@@ -94,12 +94,12 @@ def _probed(worker: WorkerStatus, answer: Answer | None) -> ProbedWorker:
 def _word(worker: WorkerStatus, answer: Answer) -> Word | None:
     if answer.error:
         return "unreachable"
-    beats = worker.state != "offline"
     seen = next((one for one in answer.seen if one.name == worker.name), None)
-    if seen and seen.alive:
-        return "running" if beats else "stale"
-    # one that beats and left no trace was not started by `fleet up`: where it writes is not known
-    return None if beats and seen is None else "stopped"
+    if seen is None:  # where it runs nobody looked: it writes elsewhere, or `fleet up` did not start it
+        return None
+    if seen.alive:
+        return "stale" if worker.state == "offline" else "running"
+    return "stopped"
 
 
 def _strays(answer: Answer, known: set[str]) -> Iterator[ProbedWorker]:

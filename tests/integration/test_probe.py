@@ -100,6 +100,20 @@ def test_a_worker_at_a_host_that_cannot_be_asked_is_not_called_stopped(
         assert probe("--connect-timeout", "0.5")["workers"] == {"host1-0": ("offline", "unreachable")}
 
 
+def test_a_worker_of_another_folder_than_the_one_asked_for_is_not_called_stopped(
+    farm, up, probe, run_fleet, eventually, redis_client
+):
+    """Nobody looked where it runs."""
+    farm.add("host1")
+    (pid,) = up("host1").values()
+    assert run_fleet("hosts", "add", "host1 output_dir=~/other").returncode == 0
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: not redis_client.exists(keys.worker_beat("host1-0")), timeout_seconds=30)
+    assert probe()["workers"] == {"host1-0": ("offline", None)}
+    told = run_fleet("status", "--probe", "--ssh-config", farm.config).stdout
+    assert "host1-0  offline" in told
+
+
 def test_what_redis_no_longer_knows_shows_if_its_process_is_there(farm, up, probe, run_fleet, redis_client):
     farm.add("host1")
     (pid,) = up("host1").values()

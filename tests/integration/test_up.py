@@ -156,6 +156,22 @@ def test_what_is_started_is_what_was_asked_for(farm, fleet, redis_client, option
     assert fleet_processes(farm.folder) == []
 
 
+def test_where_a_worker_writes_is_kept_until_it_is_said_anew(farm, fleet, run_fleet):
+    farm.add("host1")
+    first = fleet("up", "host1", options=("--output-dir", "~/out", "--json"))
+    assert first.returncode == 0, first.stderr
+    again = fleet("up", "host1", options=("--json",))
+    assert (again.returncode, pids(rows(again))) == (0, pids(rows(first))), again.stderr
+    assert run_fleet("hosts", "add", "host1 slots=3").returncode == 0
+    (kept,) = json.loads(run_fleet("hosts", "list", "--json").stdout)["hosts"]
+    assert (kept["output_dir"], kept["slots"]) == ("~/out", 3)
+    down = fleet("down", options=("--json",))
+    assert (down.returncode, rows(down)["host1"]["outcome"]) == (0, "stopped"), down.stderr
+    assert fleet_processes(farm.folder) == []
+    assert run_fleet("hosts", "add", "host1 output_dir=~/other").returncode == 0
+    assert "output_dir=~/other" in run_fleet("hosts", "list").stdout
+
+
 def test_what_a_host_is_said_to_have_is_believed(farm, fleet, run_fleet):
     farm.add("host1")
     said = ("--num-cpus", "6", "--memory-gb", "1.5", "--num-gpus", "2")

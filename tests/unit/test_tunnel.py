@@ -74,7 +74,7 @@ def host(name: str, tunnel: bool | None) -> Host:
 def test_the_line_of_a_file_comes_first_then_the_option_then_what_is_kept(line, option, kept, settled):
     client = fakeredis.FakeRedis()
     kept_hosts.keep(client, [host("a", kept)])
-    (found,) = kept_hosts.with_tunnels(client, [host("a", line)], option, named=True)
+    (found,) = kept_hosts.settled(client, [host("a", line)], {"tunnel": option}, named=True)
     assert found.options.tunnel is settled
 
 
@@ -82,7 +82,7 @@ def test_an_option_outranks_what_is_kept_where_no_file_is_named():
     client = fakeredis.FakeRedis()
     kept_hosts.keep(client, [host("a", True)])
     for option, settled in ((None, True), (False, False)):
-        (found,) = kept_hosts.with_tunnels(client, kept_hosts.load(client), option, named=False)
+        (found,) = kept_hosts.settled(client, kept_hosts.load(client), {"tunnel": option}, named=False)
         assert found.options.tunnel is settled
 
 
