@@ -6,8 +6,8 @@ the worker alone, which then hands its jobs back.
 
 It is the same worker as anywhere else: with the environment of the login that started it, its own
 log, and ended by signals. Nothing is taken for granted: without lingering, without a manager that
-answers, or where the unit does not come up, there is no unit, and the caller starts the worker as
-everywhere else.
+answers, or where the unit does not come up, there is no unit, and the caller starts the worker, and
+those that it starts after it, as everywhere else.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from fleet.launchers.agent import carries, started_at
+from fleet.launchers.agent import NO_UNIT_VARIABLE, carries, started_at
 
 #: seconds for a question to systemd; one that takes longer is no manager to rely on
-_PATIENCE_SECONDS = 8.0
+_PATIENCE_SECONDS = 3.0
 #: seconds for the worker's process to be there, and to be the worker
 _START_SECONDS = 10.0
 #: seconds beyond the worker's own grace before systemd kills what is left
@@ -41,6 +41,8 @@ CollectMode=inactive-or-failed
 ExecStart=$command
 # SIGTERM goes to the worker alone, which ends its jobs in order
 KillMode=mixed
+# a job for which the kernel finds no memory ends alone
+OOMPolicy=continue
 TimeoutStopSec=$stop_seconds
 # who was told to end stays ended, and who died is seen to have died: 'fleet up' starts it again
 Restart=no
@@ -71,7 +73,7 @@ class Started(NamedTuple):
 def start(wanted: Start) -> Started | None:
     """Start it as a unit of this user's manager; None where that cannot be relied on, and nothing runs."""
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}")
-    if not (runtime / "systemd").is_dir():
+    if NO_UNIT_VARIABLE in os.environ or not (runtime / "systemd").is_dir():
         return None
     manager = _Manager(runtime)
     if not manager.outlives_logins():

@@ -28,6 +28,8 @@ MARK = "rq-fleet: "
 START_TIME_SLACK_SECONDS = 2.0
 #: the variable in a worker's environment that tells it from a process with its PID and start time
 TOKEN_VARIABLE = "RQ_FLEET_TOKEN"
+#: the variable that has fleet.detach start a worker without asking systemd; workers do not inherit it
+NO_UNIT_VARIABLE = "FLEET_NO_UNIT"
 #: seconds a worker gets after the second SIGTERM, which hurries it, to hand back its jobs
 HURRY_SECONDS = 5.0
 #: seconds the children of a worker get to go when it has gone; its sidecar needs less
@@ -550,6 +552,8 @@ def detached(python: str, config: Path) -> Json:
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
         if done.returncode == 0:
             process: Json = json.loads(done.stdout)
+            if "unit_file" not in process:  # nor for the next ones: a systemd that hangs is waited for once
+                os.environ[NO_UNIT_VARIABLE] = "1"
             return process
     except FileNotFoundError:
         raise not_installed(python, "there is no such file") from None

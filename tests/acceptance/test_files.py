@@ -195,6 +195,7 @@ def test_workers_wait_for_a_healthy_redis_and_can_be_scaled(services):
 def test_a_worker_gets_longer_to_stop_than_it_gives_its_jobs(services):
     unit = (REPOSITORY / "ops" / "systemd" / "fleet-worker@.service").read_text()
     (of_systemd,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, flags=re.MULTILINE)
+    assert "OOMPolicy=continue" in unit.splitlines(), "one job without memory ends no other"
     of_compose = services["worker"]["stop_grace_period"].removesuffix("s")
     assert min(int(of_systemd), int(of_compose)) > WorkerSettings().stop_grace_seconds
 

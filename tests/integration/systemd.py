@@ -3,7 +3,8 @@
     manager = Manager(folder)             # .path goes in front of PATH, .runtime is XDG_RUNTIME_DIR
     manager.lingers("no")
     manager.fails("start")
-    manager.calls                          # what systemctl was told, in order
+    manager.hangs("loginctl")              # or a verb of systemctl
+    manager.calls                          # what systemctl was told, in order, and loginctl among it
 
 It reads the unit files that it is given, and starts what they say in the manager's own, nearly empty
 environment; a service that ends is started again only if Restart= says so. That the files are such as
@@ -18,10 +19,15 @@ from pathlib import Path
 from tests.conftest import SESSION_MARK
 from tests.integration.sshd import PYTHON
 
-_LOGINCTL = "#!/bin/sh\ncat {folder}/lingers\n"
+_LOGINCTL = """\
+#!/bin/sh
+echo loginctl >> {folder}/calls
+[ ! -e {folder}/hangs.loginctl ] || exec sleep 1000
+cat {folder}/lingers
+"""
 _SYSTEMCTL = """\
 #!{python} -I
-import os, pathlib, shlex, subprocess, sys
+import os, pathlib, shlex, subprocess, sys, time
 folder = pathlib.Path({folder!r})
 assert sys.argv[1] == "--user" and os.environ["XDG_RUNTIME_DIR"] == str(folder)
 verb, *words = [word for word in sys.argv[2:] if not word.startswith("--")]
@@ -29,6 +35,8 @@ with (folder / "calls").open("a") as calls:
     calls.write(" ".join([verb, *words]) + "\\n")
 if (folder / f"fails.{{verb}}").exists():
     sys.exit("Failed to connect to bus")
+if (folder / f"hangs.{{verb}}").exists():
+    time.sleep(1000)
 if verb == "show":
     pid = folder / f"{{words[0]}}.pid" if words else folder / "lingers"
     print(pid.read_text() if pid.exists() else 0)
@@ -89,9 +97,13 @@ class Manager:
         """systemctl does that no more."""
         (self.runtime / f"fails.{verb}").touch()
 
+    def hangs(self, verb: str) -> None:
+        """systemctl, or loginctl, never comes back from that."""
+        (self.runtime / f"hangs.{verb}").touch()
+
     @property
     def calls(self) -> list[str]:
-        """The verbs that systemctl was given."""
+        """The verbs that systemctl was given, "loginctl" for what that was asked."""
         calls = self.runtime / "calls"
         return [line.split()[0] for line in calls.read_text().splitlines()] if calls.exists() else []
 

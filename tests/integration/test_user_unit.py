@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from fleet import user_unit
-from fleet.launchers.agent import TOKEN_VARIABLE
+from fleet.launchers.agent import NO_UNIT_VARIABLE, TOKEN_VARIABLE
 from tests.integration.fleets import FAST, pids, rows, submit
 from tests.integration.sshd import PYTHON, SshdFarm, SshdHost, fleet_processes
 from tests.integration.systemd import Manager
@@ -40,11 +40,13 @@ def host(farm: SshdFarm, manager: Manager) -> SshdHost:
 def fleet(
     run_fleet: Any, farm: SshdFarm, host: SshdHost, fleet_redis_url: str, tmp_path: Path
 ) -> Callable[..., Any]:
-    def run(verb: str, **environ: str) -> Any:
+    def run(verb: str, *options: str, **environ: str) -> Any:
         file = tmp_path / "hosts.txt"
         file.write_text("host1\n")
         more = [file, "--no-install", "--python", PYTHON] if verb == "up" else []
-        return run_fleet(verb, "--json", "--ssh-config", farm.config, *more, env={**FAST, **environ})
+        return run_fleet(
+            verb, "--json", "--ssh-config", farm.config, *more, *options, env={**FAST, **environ}
+        )
 
     return run
 
@@ -114,6 +116,19 @@ def test_where_anything_is_in_doubt_there_is_no_unit(fleet, host, manager, farm,
 
 
 @pytest.mark.needs("sshd")
+@pytest.mark.parametrize("verb", ["loginctl", "daemon-reload"])
+def test_a_systemd_that_hangs_is_waited_for_once(fleet, manager, farm, eventually, verb):
+    manager.hangs(verb)
+    done = fleet("up", "--workers-per-host", "5")
+    assert (done.returncode, len(pids(rows(done)))) == (0, 5), done.stdout + done.stderr
+    assert (manager.calls.count(verb), manager.units) == (1, [])
+    for pid in pids(rows(done)).values():
+        assert NO_UNIT_VARIABLE not in psutil.Process(pid).environ()
+    assert fleet("down").returncode == 0
+    eventually(lambda: not fleet_processes(farm.folder), timeout_seconds=30)
+
+
+@pytest.mark.needs("sshd")
 def test_no_secret_is_in_a_unit(fleet, host, manager, own_redis):
     secret = "hunt-for-this-secret"
     server = own_redis("--requirepass", secret)
@@ -143,6 +158,7 @@ def test_systemd_takes_the_unit(tmp_path, folder):
     )
     text = user_unit.unit(wanted)
     assert verified(tmp_path, text) == []
+    assert "\nOOMPolicy=continue\n" in text, "one job without memory does not end the worker"
     (fault,) = verified(tmp_path, text.replace("KillMode=mixed", "KillMode=mixd"))
     assert "kill mode" in fault, "what is off is told"
 
