@@ -23,7 +23,9 @@ Every process that a test starts must be gone when the session ends, or the run 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -81,11 +83,32 @@ def eventually() -> Callable[..., Any]:
 
 
 def find_free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of 127.0.0.1 that was free a moment ago, and stays so where nobody asks for that very one.
+
+    The kernel gives it to no outgoing connection, and we tell it once, and no other xdist worker
+    does: who closes it for a while finds it free again.
+    """
+    for port in _ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is left")
+
+
+def _ports_of_ours() -> list[int]:
+    """The share of this xdist worker in the ports below those of outgoing connections, in any order."""
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except FileNotFoundError:  # no Linux: IANA's
+        first = 49152
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = range(_FIRST_PORT, first)[number :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
+    return random.sample(share, len(share))
+
+
+#: below are the ports of well-known services
+_FIRST_PORT = 10000
+_ports = iter(_ports_of_ours())
 
 
 def redis_program() -> str:

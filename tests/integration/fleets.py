@@ -20,6 +20,8 @@ FAST = {
     "FLEET_WORKER__LEASE_SECONDS": "3",
     "FLEET_WORKER__STOP_GRACE_SECONDS": "5",
 }
+#: where it matters how often a job ran: nobody is taken for lost, however busy the machine
+LONG_LEASE = {"FLEET_WORKER__LEASE_SECONDS": "30"}
 
 
 def rows(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ import pytest
 
 from broker import keys
 from tests.conftest import fleet_script
-from tests.integration.fleets import FAST, pids, rows, submit
+from tests.integration.fleets import FAST, LONG_LEASE, pids, rows, submit
 from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes
 
 pytestmark = pytest.mark.needs("sshd")
@@ -37,7 +37,7 @@ def words(farm: SshdFarm, fleet_redis_url: str, tmp_path: Path) -> Callable[...,
 def worker(farm: SshdFarm, run_fleet: Any, words: Callable[..., list[Any]]) -> psutil.Process:
     """The worker of host1."""
     farm.add("host1")
-    patient = {**FAST, "FLEET_WORKER__STOP_GRACE_SECONDS": "100"}
+    patient = {**FAST, **LONG_LEASE, "FLEET_WORKER__STOP_GRACE_SECONDS": "100"}
     up = run_fleet(*words("up", "host1"), "--json", env=patient)
     assert up.returncode == 0, up.stderr
     return psutil.Process(pids(rows(up))["host1-0"])

@@ -21,7 +21,8 @@ from tests.integration.fleets import FAST, beating, rows
 from tests.integration.gate import Gate
 from tests.integration.sshd import SshdFarm, fleet_processes
 
-pytestmark = pytest.mark.needs("sshd")
+# longer than what its parts may take, one after the other
+pytestmark = [pytest.mark.needs("sshd"), pytest.mark.timeout(300)]
 
 STEPS = ("connect", "probe", "install", "start", "detach", "confirm")
 #: seconds in which a host that hangs is given up

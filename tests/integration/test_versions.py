@@ -14,7 +14,7 @@ import pytest
 
 from broker import __version__, jobs, keys
 from tests.conftest import fleet_script
-from tests.integration.fleets import FAST, beating, pids, python_with, rows, submit
+from tests.integration.fleets import FAST, LONG_LEASE, beating, pids, python_with, rows, submit
 from tests.integration.sshd import PYTHON, agents, fleet_processes
 
 # installs and starts of workers take their time where others work beside
@@ -86,7 +86,7 @@ def test_an_upgrade_waits_for_running_jobs_and_replaces_the_worker(
     farm, fleet, redis_client, tmp_path, eventually
 ):
     host = farm.add("host1")
-    patient = {"FLEET_WORKER__STOP_GRACE_SECONDS": "100"}
+    patient = {**LONG_LEASE, "FLEET_WORKER__STOP_GRACE_SECONDS": "100"}
     first = start_old(fleet, tmp_path, env=patient)
     job = submit(redis_client, f"echo >> {tmp_path}/job; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
     eventually((tmp_path / "job").exists, timeout_seconds=30)
@@ -117,7 +117,7 @@ def test_an_upgrade_hands_back_what_does_not_end_within_the_grace(
     farm, fleet, redis_client, tmp_path, eventually
 ):
     farm.add("host1")
-    hasty = {"FLEET_WORKER__STOP_GRACE_SECONDS": "0.5"}
+    hasty = {**LONG_LEASE, "FLEET_WORKER__STOP_GRACE_SECONDS": "0.5"}
     start_old(fleet, tmp_path, env=hasty)
     job = submit(redis_client, f"echo >> {tmp_path}/job; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
     eventually((tmp_path / "job").exists, timeout_seconds=30)
