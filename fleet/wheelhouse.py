@@ -7,6 +7,7 @@ hold (PEP 508's markers). So that Python is told to pass for the host's.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import io
 import json
@@ -15,11 +16,13 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fleet.bundle import Bundle
 from fleet.launchers import base
+from fleet.launchers.agent import FULL
 
 #: seconds that pip gets
 _LIMIT_SECONDS = 600.0
@@ -78,7 +81,10 @@ class Wheelhouses:
         self._tasks: dict[str, asyncio.Task[Path]] = {}
 
     async def for_host(self, bundle: Bundle, probe: base.Probe) -> Path:
-        """A folder with the wheels that `bundle` needs there, itself aside. Raises InstallFailed."""
+        """A folder with the wheels that `bundle` needs there, itself aside.
+
+        Raises InstallFailed, DiskFull.
+        """
         target = Target.of(probe)
         key = _key(bundle, target)
         if key not in self._tasks:
@@ -100,22 +106,36 @@ async def _gathered(folder: Path, bundle: Bundle, target: Target) -> Path:
     """Gather into `folder`, which appears whole or not at all."""
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as part:
-        wheel, wheels = Path(part) / bundle.filename, Path(part) / "wheels"
-        wheel.write_bytes(bundle.data)
-        await _download(wheel, wheels, target)
-        (wheels / bundle.filename).unlink()
-        try:
-            wheels.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another did the same meanwhile
-                raise
+    with _explained(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as part:
+            wheel, wheels = Path(part) / bundle.filename, Path(part) / "wheels"
+            wheel.write_bytes(bundle.data)
+            await _download(wheel, wheels, target)
+            (wheels / bundle.filename).unlink()
+            try:
+                wheels.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another did the same meanwhile
+                    raise
     return folder
 
 
+@contextmanager
+def _explained(cache: Path) -> Iterator[None]:
+    """Raises DiskFull or InstallFailed for what this machine has to say."""
+    hint = "XDG_CACHE_HOME names another folder than ~/.cache."
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"no space is left here for the wheels in {cache}"
+            raise base.DiskFull(message, f"Make room. {hint}") from exc
+        raise base.InstallFailed(f"cannot gather wheels in {cache} here: {exc}", hint) from exc
+
+
 async def _download(wheel: Path, into: Path, target: Target) -> None:
-    """Have pip download what `wheel` requires. Raises InstallFailed."""
+    """Have pip download what `wheel` requires. Raises InstallFailed, OSError."""
     words = ["download", "-qq", "--no-input", "--disable-pip-version-check", "--only-binary=:all:"]
     words += ["--dest", str(into), "--python-version", target.version, "--implementation", "cp"]
     words += ["--abi", target.abi, *(f"--platform={platform}" for platform in target.platforms), str(wheel)]
@@ -137,6 +157,8 @@ async def _download(wheel: Path, into: Path, target: Target) -> None:
             process.kill()
             await process.wait()
     if process.returncode:
+        if any(words in said for words in FULL):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise _failed(said.decode("utf-8", "replace"), target)
 
 

@@ -40,7 +40,7 @@ KILL_SECONDS = 5.0
 FILE_VERBS = ("list_files", "workers_there", "send_files", "remove_files", "remove_logs")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 #: how programs say the same
-_FULL = (b"No space left on device", b"Disk quota exceeded")
+FULL = (b"No space left on device", b"Disk quota exceeded")
 #: environments that are kept though nobody runs from them: to go back to them costs nothing
 VENVS_KEPT = 3
 #: seconds after which what was brought for an install is not waited for any more
@@ -333,7 +333,7 @@ def run(what: str, argv: list[str], deadline: float, held: int) -> None:
     except subprocess.TimeoutExpired as exc:
         raise Failed("install", f"could not {what} in time", tail_of(exc.stdout or b"", 10)) from None
     if done.returncode:
-        full = any(words in done.stdout for words in _FULL)
+        full = any(words in done.stdout for words in FULL)
         raise Failed("no_space" if full else "install", f"could not {what}", tail_of(done.stdout, 10))
 
 
@@ -390,7 +390,7 @@ def tidy(data: Path, venv: Path) -> None:
     newest = sorted(complete, key=completed_at, reverse=True)[:VENVS_KEPT]
     # what is being brought for another install right now is young
     old = time.time() - OLD_SECONDS
-    useless = [folder for folder in (data / "wheels").iterdir() if folder.stat().st_mtime < old]
+    useless = [folder for folder in (data / "wheels").iterdir() if changed_at(folder) < old]
     useless += [
         folder
         for folder in (data / "venvs").iterdir()
@@ -403,8 +403,13 @@ def tidy(data: Path, venv: Path) -> None:
 
 def completed_at(venv: Path) -> float:
     """When an environment was completed; 0.0: never."""
+    return changed_at(venv / ".complete")
+
+
+def changed_at(path: Path) -> float:
+    """When a file or folder last changed; 0.0: it is not there, or no longer."""
     try:
-        return (venv / ".complete").stat().st_mtime
+        return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
 

@@ -286,6 +286,36 @@ def test_wheels_that_cannot_be_gathered_are_told_and_no_host_is_touched(farm, fl
     assert (both.returncode, "--offline and --no-install exclude each other" in both.stderr) == (2, True)
 
 
+def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(farm, fleet, tmp_path):
+    farm.add("host1")
+    (tmp_path / "cache").write_text("a file\n")
+    done = fleet("up", "host1", options=(*OFFLINE, "--json"), env={"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    row = rows(done)["host1"]
+    assert (row["step"], row["error"]["code"]) == ("install", "install_failed")
+    assert f"cannot gather wheels in {tmp_path}/cache/rq-fleet/wheels here" in row["error"]["message"]
+    assert "XDG_CACHE_HOME" in row["error"]["hint"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("large", ["what is installed", "what it needs"])
+def test_a_full_disk_here_is_told_for_what_it_is(small_disk, tmp_path, monkeypatch, large):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    content = {"data": os.urandom(2**21)}
+    needed = tiny_bundle("needed", name="needed", files=content if large == "what it needs" else {})
+    (tmp_path / needed.filename).write_bytes(needed.data)
+    bundle = tiny_bundle("one", requires="needed", files=content if large == "what is installed" else {})
+    cache = small_disk("1m") / "wheels"
+
+    async def gather() -> Path:
+        return await Wheelhouses(cache).for_host(bundle, await LocalLauncher().probe())
+
+    with pytest.raises(base.DiskFull, match=f"no space is left here for the wheels in {cache}") as caught:
+        asyncio.run(gather())
+    assert "XDG_CACHE_HOME" in caught.value.hint
+    assert list(cache.iterdir()) == []
+
+
 def test_an_interrupt_while_wheels_are_gathered_leaves_nothing(index, tmp_path, monkeypatch):
     for name, value in index.environ.items():
         monkeypatch.setenv(name, value)
@@ -347,8 +377,11 @@ def test_an_install_cut_off_long_ago_and_never_taken_up_again_is_removed(farm):
     for folder in (data_of(host) / "venvs/other", data_of(host) / "wheels/old", data_of(host) / "wheels/new"):
         folder.mkdir(parents=True)
     os.utime(data_of(host) / "wheels/old", (0, 0))
+    vanished = data_of(host) / "wheels/vanished"  # another took it away just after it was listed
+    vanished.symlink_to("nowhere")
     python = install(farm, tiny_bundle("one"))
     assert environments(host) == [Path(python).parent.parent]
+    vanished.unlink()
     assert [path.name for path in (data_of(host) / "wheels").iterdir()] == ["new"], "it may be on its way"
 
 
