@@ -793,12 +793,10 @@ def still(workers: dict[str, Json], seconds: float) -> dict[str, Json]:
 
 
 def send(process: Json, number: int) -> None:
-    """Signal that very process, never another that has its PID."""
+    """Signal that very process, never another that has its PID; whether it could be is seen by looking."""
     if lives(process):
-        try:
+        with suppress(ProcessLookupError, PermissionError):
             os.kill(process["pid"], number)
-        except ProcessLookupError:
-            pass
 
 
 def kill_group(worker: Json) -> str:
@@ -807,7 +805,7 @@ def kill_group(worker: Json) -> str:
         return "stopped"
     try:
         os.killpg(worker["pid"], signal.SIGKILL)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         send(worker, signal.SIGKILL)
     return "remains" if still({"": worker}, KILL_SECONDS) else "killed"
 

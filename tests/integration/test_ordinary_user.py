@@ -6,6 +6,7 @@ The user is made for the test, and has two hosts; what is typed is typed by that
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pwd
 import shutil
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,41 @@ def test_the_life_of_a_fleet_behind_a_jump_host(somebody, spawn, redis_url, even
     down = fleet("down", "--ssh-config", farm.config, "--json")
     assert (down.returncode, rows(down)["host1"]["outcome"]) == (0, "stopped"), down.stderr
     eventually(lambda: not worker.is_running(), timeout_seconds=30)
+
+
+def test_a_worker_that_its_user_may_not_end_remains_and_stays_known(
+    somebody, spawn, run_fleet, fleet_redis_url
+):
+    """Somebody else started it: it is told, and nothing of it is forgotten."""
+    farm = SshdFarm(somebody.folder / "farm", lambda argv: spawn([*somebody.view, *argv]))
+    for name in ("host1", "host2"):
+        farm.add(name)
+    hosts = farm.folder / "hosts.txt"
+    hosts.write_text("host1\nhost2\n")
+    ssh = ("--ssh-config", farm.config)
+    up = run_fleet("up", hosts, *ssh, "--no-install", "--python", PYTHON, "--json", env=FAST)
+    assert up.returncode == 0, up.stdout + up.stderr
+    worker = psutil.Process(pids(rows(up))["host1-0"])
+    home, run_dir = farm.hosts["host1"].home, farm.hosts["host1"].output_dir / "run"
+    for note in run_dir.glob("host1-0*.json"):  # whose token it is only they themselves can see
+        fields = json.loads(note.read_text())
+        note.write_text(json.dumps({name: fields[name] for name in fields.keys() - {"token"}}))
+    somebody.owns(home)
+    farm.config.write_text(farm.config.read_text().replace("User root", f"User {somebody.name}", 1))
+    notes = sorted(run_dir.glob("*.json"))
+
+    def down(*names: str) -> subprocess.CompletedProcess[str]:
+        return run_fleet("down", *names, "--force", *ssh, "--json", env=FAST)
+
+    with ThreadPoolExecutor() as at_once:  # each waits for what never ends
+        alone = at_once.submit(down, "host1")
+        some, every = down(), alone.result()
+    assert (some.returncode, rows(some)["host2"]["outcome"]) == (3, "stopped"), some.stderr
+    assert every.returncode == 1, every.stderr
+    for row in (rows(some)["host1"], rows(every)["host1"]):
+        assert (row["outcome"], row["workers"][0]["state"]) == ("failed", "remains")
+        assert row["error"]["message"] == f"host1-0 (pid {worker.pid}) did not end"
+    assert worker.is_running()
+    assert sorted(run_dir.glob("*.json")) == notes
+    assert "host1" in run_fleet("hosts", "list").stdout
+    worker.kill()
