@@ -147,7 +147,7 @@ class _Up:
             wanted = workers_for(journey.host, orders, probe, python)
             before = await self._signs([order.name for order in wanted])
             replaced = await self._older(journey.host, launcher, wanted[0])
-            await self._keep(replace(journey.host, found_python=probe.python))
+            await self._keep(journey, replace(journey.host, found_python=probe.python))
         journey.result("unconfirmed", workers=_unknown(wanted), note="was being started")
         with self.fan_out.uncut(journey.host):
             start = launcher.start(python, wanted, replace=replaced, grace_seconds=self.orders.grace_seconds)
@@ -164,11 +164,24 @@ class _Up:
             note=_note(journey.host, started),
         )
 
-    async def _keep(self, host: Host) -> None:
-        """From now on something of ours may be there, which `fleet down` has to find."""
-        if self.client is not None:
-            await asyncio.to_thread(kept_hosts.keep, self.client, [host])
-            self.kept.add(host.key)
+    async def _keep(self, journey: Journey, host: Host) -> None:
+        """From now on something of ours may be there, which `fleet down` has to find.
+
+        Redis cannot be stopped halfway: an interrupt waits for its answer, and then nothing is started.
+        """
+        if self.client is None:
+            return
+        with self.fan_out.uncut(host):
+            try:
+                await asyncio.to_thread(kept_hosts.keep, self.client, [host])
+            except asyncio.CancelledError:  # the second: the thread goes on, and most likely keeps it
+                self.kept.add(host.key)
+                journey.result("untouched", note="interrupted while it was being kept")
+                raise
+        self.kept.add(host.key)
+        if self.fan_out.interrupted:
+            journey.result("untouched", note="interrupted; it is kept")
+            raise asyncio.CancelledError
 
     async def _confirmed(
         self,

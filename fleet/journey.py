@@ -77,12 +77,13 @@ class Journey:
         return value
 
     def failed(self, exc: Exception) -> HostResult:
-        """The result where `exc` ended it."""
+        """The result where `exc` ended it: what is known of its workers is still told."""
         error = (
             exc if isinstance(exc, FleetError) else base.HostError(f"unexpected: {exc!r}", "This is a bug.")
         )
         self.on_event(Event(self.host.name, self.step, "failed", error.message))
-        return self.result("failed", step=self.step, error=error)
+        workers = self.so_far.workers if self.so_far else ()
+        return self.result("failed", step=self.step, error=error, workers=workers)
 
     def result(self, outcome: Outcome, **more: Any) -> HostResult:
         """What is told of the host, also where it is cut off after this."""

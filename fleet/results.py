@@ -50,7 +50,7 @@ class WorkerResult:
 
     `state`: "started", "running", "left" (what it was started for is done), "would start",
     "would be replaced", "stopped", "killed", "not running", "remains", or "unknown": it was being
-    started when a second interrupt waited for nothing any more.
+    started when that failed, or when a second interrupt waited for nothing any more.
     """
 
     name: str

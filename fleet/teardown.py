@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 from fleet import tunnel
 from fleet.fan_out import FanOut
@@ -53,16 +54,26 @@ class _Down:
         async with opened(journey, self._reached) as launcher:
             journey.result("unconfirmed", note="was being stopped")
             stopped = await journey.take("stop", self._stop(journey.host, launcher), _ended)
-            workers = tuple(WorkerResult(worker.name, worker.how, worker.pid) for worker in stopped)
-            if any(worker.how == "remains" for worker in stopped):
-                return replace(journey.failed(_remains(stopped)), workers=workers)
-            note = "its tunnel is closed" if await self._untunnelled(journey.host) else ""
             ended = any(worker.how in ("stopped", "killed") for worker in stopped)
-            return journey.result("stopped" if ended else "not running", workers=workers, note=note)
+            done = partial(
+                journey.result,
+                "stopped" if ended else "not running",
+                workers=tuple(WorkerResult(worker.name, worker.how, worker.pid) for worker in stopped),
+            )
+            done(note="its tunnel was being closed")  # only that can be cut short, or fail, from here on
+            if any(worker.how == "remains" for worker in stopped):
+                return journey.failed(_remains(stopped))
+            return done(note="its tunnel is closed" if await self._untunnelled(journey.host) else "")
 
     async def _untunnelled(self, host: Host) -> bool:
-        """Close the tunnel that leads there from here; false where there is none."""
-        return self.tunnels is not None and await tunnel.end(self.tunnels, host)
+        """Close the tunnel that leads there from here; false where there is none. Raises HostError."""
+        try:
+            return self.tunnels is not None and await tunnel.end(self.tunnels, host)
+        except OSError as exc:
+            raise base.HostError(
+                f"its workers have ended, but its tunnel could not be closed: {exc}",
+                f"Mend that, then run 'fleet down {host.name}' again.",
+            ) from exc
 
     async def _reached(self, host: Host) -> base.Launcher:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ import pytest
 
 from broker import keys
 from broker.errors import UsageError
-from fleet import bootstrap, teardown
+from fleet import bootstrap, kept_hosts, teardown
 from fleet.bootstrap import Orders, workers_for
 from fleet.bundle import Bundle
 from fleet.hosts import Host, HostOptions
 from fleet.launchers import base
-from fleet.results import Event, Report
+from fleet.results import Event, Report, WorkerResult
 from fleet.worker_config import WorkerConfig
 
 PROBE = base.Probe(
@@ -120,13 +121,14 @@ class Stub:
             confirm_seconds=0.2,
         )
 
-    async def down(self, names: Sequence[str]) -> Report:
+    async def down(self, names: Sequence[str], tunnels: Any = None) -> Report:
         return await teardown.down(
             [Host(name) for name in names],
             opener=self.opener,
             max_parallel=10,
             on_event=self.events.append,
             grace_seconds=1,
+            tunnels=tunnels,
         )
 
 
@@ -221,6 +223,7 @@ def test_a_worker_that_never_registers_is_told(stub):
     stub.registers = False
     (result,) = asyncio.run(stub.up(["a"])).hosts
     assert isinstance(result.error, base.NotRegistered)
+    assert result.workers == (WorkerResult("a-0", "started", 100, "0.1.0"),), "it runs"
     assert "a-0 runs, but did not register at redis://127.0.0.1:6379/0 within 0.2 s" in result.error.message
 
 
@@ -337,6 +340,65 @@ def test_an_interrupt_leaves_hosts_started_and_known_or_untouched(stub):
     assert release.is_set(), "a start is never cut"
     assert [order.name for order in stub.started] == ["starting-0"]
     assert stub.open == 0
+
+
+@pytest.mark.parametrize(
+    ("times", "note"), [(1, "interrupted; it is kept"), (2, "interrupted while it was being kept")]
+)
+def test_an_interrupt_while_a_host_is_being_kept_starts_nothing_and_tells_that_it_is_kept(
+    stub, monkeypatch, times, note
+):
+    keep, go_on = kept_hosts.keep, threading.Event()
+
+    async def run() -> Report:
+        begun, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def held(*arguments: Any) -> None:
+            loop.call_soon_threadsafe(begun.set)
+            assert go_on.wait(30)
+            keep(*arguments)
+
+        monkeypatch.setattr(kept_hosts, "keep", held)
+        task = asyncio.create_task(stub.up(["a"]))
+        await begun.wait()
+        for _ in range(times):
+            task.cancel()
+            await asyncio.sleep(0)
+        if times == 1:
+            go_on.set()
+        report: Report = await task
+        go_on.set()
+        return report
+
+    (result,) = asyncio.run(run()).hosts
+    assert (result.outcome, result.note, result.kept) == ("untouched", note, True)
+    assert stub.client.hkeys(keys.HOSTS) == [b"a"]
+    assert (stub.started, stub.open) == ([], 0)
+
+
+def test_workers_that_ended_are_told_though_their_tunnel_could_not_be_closed(stub, monkeypatch):
+    async def end(*_: Any) -> bool:
+        raise OSError("disk is away")
+
+    monkeypatch.setattr("fleet.tunnel.end", end)
+    (result,) = asyncio.run(stub.down(["a"], tunnels=object())).hosts
+    assert (result.outcome, result.workers) == ("failed", (WorkerResult("a-0", "stopped", 100),))
+    assert "its tunnel could not be closed: disk is away" in result.error.message
+
+
+def test_an_interrupt_while_a_tunnel_is_closed_does_not_forget_who_was_stopped(stub, monkeypatch):
+    async def down(ready: asyncio.Event) -> Report:
+        async def end(*_: Any) -> bool:
+            ready.set()
+            await asyncio.Event().wait()
+            return True
+
+        monkeypatch.setattr("fleet.tunnel.end", end)
+        return await stub.down(["a"], tunnels=object())
+
+    (result,) = interrupted(down).hosts
+    assert (result.outcome, result.note) == ("stopped", "its tunnel was being closed")
+    assert result.workers == (WorkerResult("a-0", "stopped", 100),)
 
 
 def test_what_was_done_before_an_interrupt_is_told_though_the_connection_hangs(stub):
