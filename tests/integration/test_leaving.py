@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,11 @@ def test_it_leaves_at_once_where_there_is_nothing_to_do(workers):
 
 
 def test_work_that_comes_later_still_counts(workers):
-    job = rq_queue(workers).enqueue_in(timedelta(seconds=3), print, "late")
-    worker = workers.start("w0", until_done=True, wait=False)
+    queue = rq_queue(workers)
+    job = queue.enqueue_in(timedelta(hours=1), print, "late")
+    worker = workers.start("w0", until_done=True)
+    looks_and_stays(workers, worker)
+    queue.scheduled_job_registry.schedule(job, datetime.now(UTC))
     assert worker.wait(30) == 0
     assert workers.state(job.id) == "finished"
 

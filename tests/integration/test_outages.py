@@ -20,8 +20,8 @@ from tests.integration.test_worker import appending, lines, runs, waiting_for
 
 __all__ = ["runs"]
 
-#: the first loss that counts would fail a job
-BLAMELESS = {"lease_seconds": 3.0, "heartbeat_seconds": 1.0, "losses_limit": 0}
+#: the first loss that counts would fail a job; a stall of seconds, on a busy machine, is none
+BLAMELESS = {"lease_seconds": 9.0, "heartbeat_seconds": 1.0, "losses_limit": 0}
 
 
 def let_pass(seconds: float) -> None:
@@ -44,21 +44,21 @@ def test_an_outage_of_two_thirds_of_a_lease_is_no_loss_of_anybody(
     else:
         server.process.send_signal(signal.SIGSTOP)
     workers.kill(started["w0"])
-    let_pass(2.0)
+    let_pass(6.0)
     if fault == "restart":
         server.start()
     else:
         server.process.send_signal(signal.SIGCONT)
     gate.touch()
-    shown = workers.wait(ids, 30)
+    shown = workers.wait(ids)
     assert [job.state for job in shown] == ["finished"] * 5, [job.reason for job in shown]
     workers.until(lambda: not any(workers.leftovers().values()), "nothing is left")
 
 
-def test_jobs_of_the_elected_worker_are_back_in_a_lease_and_five_seconds(
+def test_jobs_of_the_elected_worker_are_back_once_their_lease_has_run_out(
     workers: Workers, tmp_path: Path
 ) -> None:
-    gate, runs = tmp_path / "gate", tmp_path / "runs"
+    gate, runs, expiries = tmp_path / "gate", tmp_path / "runs", []
     started = {name: workers.start(name) for name in ("w0", "w1", "w2")}
     [job] = [workers.submit(*appending(runs, "x", waiting_for(gate)))]
     for times in (1, 2):
@@ -66,10 +66,14 @@ def test_jobs_of_the_elected_worker_are_back_in_a_lease_and_five_seconds(
         name = workers.client.hget(keys.job(job), "worker_name").decode()
         workers.client.set(keys.CHORES, incarnation(workers.client, name), px=3000)
         workers.kill(started.pop(name))
-        workers.until(lambda times=times: len(lines(runs)) > times, "it is recovered", 3 + 5)
+        expiries.append(workers.client.zscore(keys.LEASES, job))
+        assert expiries[-1] <= now(workers.client) + 3000
+        workers.until(lambda times=times: len(lines(runs)) > times, "it is recovered")
     gate.touch()
     [shown] = workers.wait([job])
     assert [attempt.outcome for attempt in shown.attempts] == ["lost", "lost", "finished"]
+    for attempt, expiry in zip(shown.attempts[:2], expiries, strict=True):
+        assert attempt.ended_at.timestamp() * 1000 >= expiry
 
 
 def incarnation(client: redis.Redis, worker: str) -> bytes:
@@ -94,14 +98,14 @@ def test_a_jump_of_redis_clock_loses_nothing(
     workers = workers_of(server.url)
     gate, runs = tmp_path / "gate", tmp_path / "runs"
     for name in ("w0", "w1"):
-        workers.start(name, settings=BLAMELESS | {"lease_seconds": 4.0})
+        workers.start(name, settings=BLAMELESS)
     ids = [workers.submit(*appending(runs, "x", waiting_for(gate))) for _ in range(2)]
     workers.until(lambda: len(lines(runs)) == 2, "they run")
     before = workers.client.time()[0]
     offset.write_text(jump)
     workers.until(lambda: abs(workers.client.time()[0] - before) > 3000, "the clock jumped")
     workers.until(lambda: workers.client.exists(keys.RECOVERY_NOT_BEFORE), "it was noticed")
-    workers.until(lambda: not paused(workers.client), "recovery goes on", 15)
+    workers.until(lambda: not paused(workers.client), "recovery goes on")
     gate.touch()
     shown = workers.wait(ids)
     assert [[attempt.outcome for attempt in job.attempts] for job in shown] == [["finished"]] * 2
@@ -144,13 +148,13 @@ def test_a_cut_without_a_word_that_is_shorter_than_the_lease_loses_no_job(
         let_pass(2.5)
         proxy.join()
         workers.until(
-            lambda: (redis_client.zscore(keys.LEASES, job) or 0) > cut_at + 8000, "it is renewed again", 8
+            lambda: (redis_client.zscore(keys.LEASES, job) or 0) > cut_at + 8000, "it is renewed again"
         )
         gate.touch()
-        [shown] = workers.wait([job], 15)
+        [shown] = workers.wait([job])
         assert [attempt.outcome for attempt in shown.attempts] == ["finished"]
         after = workers.submit("true")
-        assert workers.wait([after], 15)[0].state == "finished"
+        assert workers.wait([after])[0].state == "finished"
 
 
 def now(client: redis.Redis) -> float:
