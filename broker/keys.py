@@ -42,7 +42,7 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:output:JOB              hash    as result  tails of stdout and stderr and how far they reach
     fleet:counters                hash    -          totals: claims, lost, stale, handed_back ...
     fleet:hosts                   hash    -          operators: hosts kept for `up`, name -> JSON
-    fleet:id                      string  -          `up --tunnel`: a name that stays, wherever its Redis is
+    fleet:id                      string  -          workers, `up --tunnel`: a name, wherever its Redis is
     fleet:tunnel:ID               string  30 s       whoever holds that tunnel: JSON, see broker/tunnels.py
 
     our fields in rq:job:ID

@@ -18,7 +18,7 @@ from typing import Any
 
 import redis
 
-from broker import chores, clock, jobs, keys, names, scripts
+from broker import chores, clock, jobs, keys, names, scripts, tunnels
 from broker.session import Session
 from fleet import jitter
 from fleet.outputs import Folders
@@ -146,7 +146,8 @@ class ChoreThread:
         if clock.monotonic() >= self._prune_at:
             self._prune_at = clock.monotonic() + _PRUNE_SECONDS
             ttl = self._session.settings.result_ttl_seconds
-            self._folders.prune(ttl, lambda ids: jobs.gone(self._client, ids))
+            fleet = tunnels.fleet_id(self._client, make=True)
+            self._folders.prune(str(fleet), ttl, lambda ids: jobs.gone(self._client, ids))
 
     def _look_for_work(self) -> None:
         if self._all_done and not jobs.unfinished(self._client, self._session.identity.queues):

@@ -2,7 +2,8 @@
 
 Nothing is removed at a host before it is whole on the disk here, by size and SHA-256, and then only what
 has not changed since and nobody uses: while a worker lives in an output folder, its log stays, and so do
-the files of jobs that have not ended.
+the files of jobs that have not ended. What jobs do there we know from Redis; where that cannot know it -
+a worker lives that does not beat there, or a folder is another fleet's, too - all that may be in use stays.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from broker import hosts as broker_hosts
-from broker import jobs
+from broker import jobs, tunnels
 from broker.connection import address, translated
 from fleet.copies import Copies
 from fleet.fan_out import FanOut
 from fleet.hosts import Host
 from fleet.journey import Journey, Opener, opened, report
 from fleet.launchers import base
-from fleet.launchers.remote_files import Listing, Problem, RemoteFile, RemoteFolder, Removed
+from fleet.launchers.remote_files import Listing, Problem, RemoteFile, RemoteFolder, Removed, Users
 from fleet.results import HostResult, OnEvent, Report
 
 if TYPE_CHECKING:
@@ -134,13 +135,33 @@ class _Work:
     def remote(self, host: Host, launcher: base.Launcher) -> RemoteFolder:
         return launcher.files(self.output_dir or host.options.output_dir, host.worker_base)
 
-    async def alive(self, remote: RemoteFolder) -> tuple[set[str], set[str]]:
-        """The workers of the folder that live at this host; and those that beat, wherever they are."""
-        lives = await remote.workers()
+    async def use(self, remote: RemoteFolder) -> _Use:
+        """Who uses the folder now."""
+        return await asyncio.to_thread(self._use, await remote.users())
+
+    def _use(self, users: Users) -> _Use:
         with translated(address(self.client)):
-            signs = await asyncio.to_thread(broker_hosts.signs, self.client, list(lives))
+            signs = broker_hosts.signs(self.client, list(users.lives))
+            fleet = tunnels.fleet_id(self.client, make=False)
+        here = {name for name, lives in users.lives.items() if lives}
         beating = {name for name, sign in signs.items() if sign and not sign.has_left}
-        return {name for name in lives if lives[name]}, beating
+        return _Use(here, beating, users.fleets == {fleet})
+
+
+@dataclass(frozen=True)
+class _Use:
+    """Who uses an output folder."""
+
+    #: the workers of which a process lives at this host
+    here: set[str]
+    #: those that beat, wherever they are
+    beating: set[str]
+    #: whether all jobs there are of this fleet's Redis
+    is_ours_alone: bool
+
+    @property
+    def alive(self) -> set[str]:
+        return self.here | self.beating
 
 
 @dataclass
@@ -197,20 +218,23 @@ class _Collection(_Work):
     async def _remove(self, host: Host, remote: RemoteFolder, files: Sequence[RemoteFile]) -> None:
         """Remove what is whole here and not in use there."""
         for some in _batches(files):
-            here, beating = await self.alive(remote)
-            free = await asyncio.to_thread(self._free, some, here | beating)
-            done = await remote.remove(free, sorted(here))
+            use = await self.use(remote)
+            free = await asyncio.to_thread(self._free, some, use)
+            done = await remote.remove(free, sorted(use.here))
             self.note_removed(host, replace(done, kept=done.kept + len(some) - len(free)))
 
-    def _free(self, files: Sequence[RemoteFile], alive: set[str]) -> list[RemoteFile]:
-        """Those of `files` that nobody uses while the workers `alive` live."""
-        if not alive:
+    def _free(self, files: Sequence[RemoteFile], use: _Use) -> list[RemoteFile]:
+        """Those of `files` that nobody uses."""
+        if not use.alive:
             return list(files)
         job_of = {file.path: job for file in files if (job := _job(file.path))}
         with translated(address(self.client)):
             states = jobs.states(self.client, sorted(set(job_of.values())))
-        busy = {job for job, state in states.items() if state is not None and state not in jobs.ENDED}
-        logs = tuple(f"log/{name}." for name in alive)
+        ended = {*jobs.ENDED, None} if use.is_ours_alone else jobs.ENDED
+        # a worker that hangs, or is another fleet's, may run whatever there is
+        knows = use.here <= use.beating
+        busy = {job for job, state in states.items() if not knows or state not in ended}
+        logs = tuple(f"log/{name}." for name in use.alive)
         return [f for f in files if job_of.get(f.path) not in busy and not f.path.startswith(logs)]
 
 
@@ -233,10 +257,10 @@ class _Deletion(_Work):
         return journey.result("deleted")
 
     async def _clear(self, host: Host, remote: RemoteFolder) -> Removed:
-        here, beating = await self.alive(remote)
-        if (here or beating) and not self.force:
+        use = await self.use(remote)
+        if use.alive and not self.force:
             raise base.InUse(
-                f"{', '.join(sorted(here | beating))} runs there and uses these files",
+                f"{', '.join(sorted(use.alive))} runs there and uses these files",
                 f"End it first: 'fleet down {host.name}'. --force deletes under its hands.",
             )
         return await remote.clear(force=self.force)

@@ -5,6 +5,9 @@ OUTPUT_DIR/output/JOB.FENCE.out   stdout of one attempt; .err for stderr
 OUTPUT_DIR/log/WORKER.log         what the worker itself says
 OUTPUT_DIR/run/WORKER.*           its lock, its process, its configuration (0600)
 
+A folder may have been somebody's before it was named to us. `jobs` and `output` that a worker made hold
+`.rq-fleet`, with a line for each fleet that works there: from others nothing is ever removed.
+
 `fleet collect-logs` goes by these names (fleet/launchers/agent_files.py): what else is to be collected of an
 attempt, a series of its resources for one, lies beside its output as JOB.FENCE.series.*.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -26,6 +30,12 @@ from fleet.process import host_error
 _APPENDING = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
 #: jobs asked for in one go when old folders are removed
 _PRUNED_AT_ONCE = 500
+#: marks a folder as a worker's, and names the fleets that use it; agent_files.py has it, too
+MARKER = ".rq-fleet"
+_MOST_MARKER_BYTES = 2**16
+#: what attempts leave in each; agent_files.py has these, too
+_JOB_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_OUTPUT_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}\.\d+\.[\w.-]+", re.ASCII)
 #: seconds before the worker's start when its untouched folders say that they were last changed
 _UNTOUCHED_SECONDS = 60
 
@@ -42,8 +52,9 @@ class Folders:
 
     def create(self) -> None:
         """Make them all; `run` is for this user alone. Raises OSError."""
-        for folder in (self.jobs, self.output, self.log):
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self.jobs, self.output):
+            _make_marked(folder)
+        self.log.mkdir(parents=True, exist_ok=True)
         self.run.mkdir(mode=0o700, exist_ok=True)
 
     def free_bytes(self) -> int:
@@ -51,17 +62,22 @@ class Folders:
         room = os.statvfs(self.root)
         return room.f_bavail * room.f_frsize
 
-    def prune(self, older_than_seconds: float, gone: Callable[[list[str]], set[str]]) -> int:
+    def prune(self, fleet: str, older_than_seconds: float, gone: Callable[[list[str]], set[str]]) -> int:
         """Remove what jobs left here that was not touched for so long, if they are gone from Redis.
 
-        `gone(ids)` tells which of these jobs are not kept any more. Returns how many entries went.
+        Only in folders that workers made and that no fleet but `fleet` uses: what its Redis does not know
+        may be another's. `gone(ids)` tells which of these jobs are not kept any more. Returns how many
+        entries went.
         """
         limit = time.time() - older_than_seconds
         old = [
             entry
-            for folder in (self.jobs, self.output)
+            for folder, name, is_folder in ((self.jobs, _JOB_NAME, True), (self.output, _OUTPUT_NAME, False))
+            if _is_of_alone(folder, fleet)
             for entry in os.scandir(folder)
-            if _is_old(entry, limit)
+            if name.fullmatch(entry.name)
+            and entry.is_dir(follow_symlinks=False) == is_folder
+            and _is_old(entry, limit)
         ]
         removed = 0
         for start in range(0, len(old), _PRUNED_AT_ONCE):
@@ -71,6 +87,34 @@ class Folders:
             dead = gone(sorted(set(batch.values())))
             removed += sum(_remove(Path(path)) for path, job_id in batch.items() if job_id in dead)
         return removed
+
+
+def _make_marked(folder: Path) -> None:
+    """Make a folder that is known as ours; one that is there stays what it is."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return
+    (folder / MARKER).touch()
+
+
+def _is_of_alone(folder: Path, fleet: str) -> bool:
+    """Whether a worker made `folder`, and `fleet` alone uses it; that it does is noted there."""
+    try:
+        descriptor = os.open(folder / MARKER, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fleets = set(os.read(descriptor, _MOST_MARKER_BYTES).decode(errors="replace").split())
+        if fleet not in fleets:
+            os.write(descriptor, f"{fleet}\n".encode())
+        return fleets <= {fleet}
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def _is_old(entry: os.DirEntry[str], limit: float) -> bool:

@@ -6,8 +6,9 @@ Sent below agent.py with the requests that need it (see `agent.program`). Of an 
     output/JOB.FENCE.*     what an attempt printed, and whatever else is kept of it
     jobs/JOB/              the job's working folder, with all that is in it
 
-and nothing else: others may keep files there too. `run/`, with its secrets, is never read. Symbolic
-links are neither followed nor sent.
+and nothing else: others may keep files there too. Of `output` and `jobs` it removes nothing unless a
+worker made that folder, and left `.rq-fleet` in it (see fleet/outputs.py). `run/`, with its secrets, is
+never read. Symbolic links are neither followed nor sent.
 
 Files are sent as frames, between the line `MARK + FRAMES` and the answer of agent.py. A frame is a letter,
 the length of what follows in four bytes, big-endian, and so many bytes:
@@ -46,6 +47,10 @@ TICK_SECONDS = 1.0
 LISTED_AT_ONCE = 500
 #: files that could not be read or removed which are named
 MOST_NAMED = 20
+#: in a folder that a worker made: the fleets that use it, a line each
+MARKER = ".rq-fleet"
+MARKED_FOLDERS = ("jobs", "output")
+MOST_MARKER_BYTES = 2**16
 JOB_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 OUTPUT_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}\.\d+\.[\w.-]+", re.ASCII)
 
@@ -99,9 +104,24 @@ def list_files(request: agent.Json) -> agent.Json:
 
 
 def workers_there(request: agent.Json) -> agent.Json:
-    """The names of all workers that left a trace in the folder, and whether their processes live."""
+    """The names of all workers that left a trace in the folder, whether their processes live; its fleets."""
     run_dir = agent.run_dir_of(request)
-    return {"workers": [[name, bool(agent.living(run_dir, name))] for name in all_traces(run_dir)]}
+    workers = [[name, bool(agent.living(run_dir, name))] for name in all_traces(run_dir)]
+    marks = [fleets_of(run_dir.parent, folder) for folder in MARKED_FOLDERS]
+    return {"workers": workers, "fleets": sorted({fleet for mark in marks for fleet in mark or ()})}
+
+
+def fleets_of(root: Path, folder: str) -> list[str] | None:
+    """The fleets that use a folder which a worker made; None where it is somebody's own."""
+    try:
+        with parent_of(root, f"{folder}/{MARKER}") as (parent, name):
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    except OSError:
+        return None
+    try:
+        return os.read(file, MOST_MARKER_BYTES).decode("ascii", "replace").split()
+    finally:
+        os.close(file)
 
 
 def all_traces(run_dir: Path) -> list[str]:
@@ -299,9 +319,10 @@ def extent(file: int, at: int, end: int) -> tuple[int, bool]:
 def remove_files(request: agent.Json) -> agent.Json:
     """Remove each of `files`, [path, size, mtime in ns], that is still as it says; nobody starts meanwhile.
 
-    Not the log of a worker that lives. Raises Failed if one lives that the request does not know of.
+    Nothing in a folder that no worker made, and not the log of a worker that lives. Raises Failed if one
+    lives that the request does not know of.
     """
-    root, removal = agent.run_dir_of(request).parent, Removal()
+    root, removal = agent.run_dir_of(request).parent, Removal(request)
     with nobody_starts(request):
         alive = living_names(request)
         if alive - set(request["alive"]):
@@ -312,14 +333,14 @@ def remove_files(request: agent.Json) -> agent.Json:
             else:
                 removal.file(root, path, (size, mtime_ns))
         for job in sorted({"/".join(path.split("/")[:2]) for path, _, _ in request["files"]}):
-            if job.startswith("jobs/"):
+            if job.startswith("jobs/") and "jobs" not in removal.not_ours:
                 removal.empty_folders(root, job)
     return removal.answer()
 
 
 def remove_logs(request: agent.Json) -> agent.Json:
     """Remove all that the layout names. Raises Failed where a worker lives, unless `force`."""
-    root, removal = agent.run_dir_of(request).parent, Removal()
+    root, removal = agent.run_dir_of(request).parent, Removal(request)
     with nobody_starts(request):
         alive = living_names(request)
         if alive and not request["force"]:
@@ -350,14 +371,25 @@ def living_names(request: agent.Json) -> set[str]:
 class Removal:
     """Removes, and counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: agent.Json) -> None:
         self.frames = Frames()
         self.problems = Problems()
         self.files = self.bytes = self.kept = 0
+        root = agent.run_dir_of(request).parent
+        self.not_ours = [folder for folder in MARKED_FOLDERS if fleets_of(root, folder) is None]
+
+    def may(self, path: str) -> bool:
+        """Whether it lies where workers alone do; if not, that is told."""
+        top = path.partition("/")[0]
+        if top in self.not_ours:
+            self.problems.add(path, OSError(f"{top}/ was not made by a worker (no {MARKER} in it)"))
+        return top not in self.not_ours
 
     def file(self, root: Path, path: str, expected: tuple[int, int] | None = None) -> None:
         """Remove a file if it is as `expected`: its size and mtime in ns. One that is gone is fine."""
         self.frames.tick()
+        if not self.may(path):
+            return
         try:
             with parent_of(root, path) as (folder, name):
                 info = os.stat(name, dir_fd=folder, follow_symlinks=False)
@@ -375,6 +407,8 @@ class Removal:
     def folder(self, root: Path, path: str) -> None:
         """Remove a folder if nothing is in it."""
         self.frames.tick()
+        if not self.may(path):
+            return
         try:
             with parent_of(root, path) as (folder, name):
                 os.rmdir(name, dir_fd=folder)

@@ -46,6 +46,16 @@ class Listing:
 
 
 @dataclass(frozen=True)
+class Users:
+    """Who uses an output folder."""
+
+    #: the workers, of any host, that left a trace there: whether their processes live at this host
+    lives: dict[str, bool]
+    #: the fleets whose workers noted that they use it
+    fleets: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Removed:
     """What became of files that were to be removed; `kept` are in use, or have changed since."""
 
@@ -98,10 +108,10 @@ class RemoteFolder:
         files = tuple(_file(*row) for row in rows)
         return Listing(files, answer["passed_over"], answer["failed"], _problems(answer))
 
-    async def workers(self) -> dict[str, bool]:
-        """The workers, of any host, that left a trace there: whether their processes live at this host."""
+    async def users(self) -> Users:
+        """Who uses the folder."""
         _, answer = await self._asked("workers_there")
-        return dict(answer["workers"])
+        return Users(dict(answer["workers"]), frozenset(answer["fleets"]))
 
     async def fetch(self, wanted: Sequence[Wanted], receiver: Receiver) -> None:
         """Have these files sent to `receiver`."""

@@ -17,6 +17,7 @@ import pytest
 from broker import jobs, keys
 from broker.command import Command
 from broker.submit import Options, submit_commands
+from fleet.outputs import MARKER
 from tests.conftest import fleet_script
 from tests.integration import fleets
 from tests.integration.fleets import rows
@@ -31,6 +32,7 @@ def kept(farm: SshdFarm, run_fleet: Any, fleet_redis_url: str) -> Callable[..., 
 
     def add(name: str, options: str = "", **environ: str) -> SshdHost:
         host = farm.add(name, **environ)
+        made(host.output_dir)
         assert run_fleet("hosts", "add", f"{name} {options}").returncode == 0
         return host
 
@@ -69,13 +71,20 @@ def write(root: Path, **files: str | bytes) -> None:
 
 
 def content(root: Path) -> dict[str, bytes]:
-    """The regular files below `root`, but for our lock."""
+    """The regular files below `root`, but for our lock, and what marks our folders."""
     files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
-    return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name != ".lock"}
+    marks = (".lock", MARKER)
+    return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name not in marks}
+
+
+def made(root: Path) -> None:
+    """The folders of jobs, as a worker makes them."""
+    write(root, **{f"jobs__{MARKER}": "", f"output__{MARKER}": ""})
 
 
 def ours(root: Path) -> None:
     """What workers leave, in little."""
+    made(root)
     write(
         root,
         **{"log__host1-0.log": "a log\n", "output__j1.7.out": "out\n", "output__j1.7.err": "err\n"},
@@ -104,9 +113,11 @@ def test_what_workers_and_jobs_left_is_fetched_once_and_removed_only_when_it_is_
     found = collect()
     assert {row["outcome"] for row in found.values()} == {"collected"}
     for name, host in farm.hosts.items():
-        there = {p: c for p, c in content(host.output_dir).items() if not p.startswith("run/")}
-        assert content(here / name) == {path: data for path, data in there.items() if data}
-        assert f"log/{name}-0.log" in there
+        there = {p: c for p, c in content(host.output_dir).items() if c and not p.startswith("run/")}
+        came = content(here / name)
+        log = f"log/{name}-0.log"
+        assert there.pop(log).startswith(came.pop(log)), "it may have grown since"
+        assert came == there
     job = next((here).rglob(f"{done[0]}/a/b/result"))
     assert job.read_text() == f"{job.relative_to(here).parts[0]}\n"
     assert not list(here.rglob("run")), "credentials are never fetched"
@@ -114,9 +125,13 @@ def test_what_workers_and_jobs_left_is_fetched_once_and_removed_only_when_it_is_
 
     again = collect("--delete")
     assert sum(row["fetched_bytes"] for row in again.values()) == 0, "it is verified, not fetched again"
-    left = {path for path in everything() if not path.startswith("run/") and path != "log/host1-0.log"}
-    assert {path for path in left if "host2-0.log" not in path} == {
-        path for path in left if path.startswith((f"jobs/{running}/", f"output/{running}."))
+    left = {p: c for host in farm.hosts.values() for p, c in content(host.output_dir).items() if c}
+    fence = redis_client.hget(keys.job(running), "fleet_lease").decode().partition(":")[0]
+    assert {path for path in left if not path.startswith("run/")} == {
+        f"jobs/{running}/state",
+        f"output/{running}.{fence}.out",
+        "log/host1-0.log",
+        "log/host2-0.log",
     }, "only what a running job writes is left, and the logs of workers that live"
     assert fleets.beating(redis_client) == ["host1-0", "host2-0"], "the workers live on"
     assert next(here.rglob(f"jobs/{running}/state")).read_text() == "half\n"
@@ -209,7 +224,7 @@ def test_a_run_that_was_cut_is_continued(kept, collect, here, farm, spawn, event
     data = os.urandom(BEGIN_BYTES)
     write(host.output_dir, **{"log__host1-0.log": "short"}, jobs__j__big=data)
     big, copy = host.output_dir / "jobs/j/big", here / "host1/jobs/j/big"
-    os.truncate(big, 2**38)  # a hole that both sides are busy with for minutes
+    os.truncate(big, 2**33)  # a hole that both sides are busy with for seconds
     argv = [fleet_script(), "collect-logs", "-l", here, "--delete", "--ssh-config", farm.config]
     with (tmp_path / "told").open("wb") as told:
         collecting = spawn(argv, stdout=told, stderr=told)
@@ -363,6 +378,29 @@ def test_what_is_not_ours_is_neither_fetched_nor_removed(kept, collect, fleet, h
     assert set(content(here / "host1")).isdisjoint(others)
 
 
+def test_from_a_folder_that_no_worker_made_nothing_of_jobs_is_removed(
+    farm, fleet, collect, redis_client, eventually
+):
+    host = farm.add("host1")
+    root = host.home / "shared"
+    others = {"jobs/letters/to.txt": b"mine", "output/photo.2024.jpg": b"mine"}
+    write(root, **{name.replace("/", "__"): data for name, data in others.items()})
+    (root / "jobs/empty").mkdir()
+    assert fleet("up", "host1", options=("--output-dir", "~/shared")).returncode == 0
+    (job,) = submit(redis_client, "echo result > x")
+    eventually(lambda: jobs.states(redis_client, [job])[job] == "finished", timeout_seconds=30)
+    assert fleet("down").returncode == 0
+    others[f"jobs/{job}/x"] = b"result\n"
+    row = collect("--delete", code=1)["host1"]
+    assert "jobs/ was not made by a worker (no .rq-fleet in it)" in row["error"]["message"]
+    assert row["removed_files"] == 1, "the log"
+    done = fleet("delete-logs")
+    assert (done.returncode, "/ was not made by a worker" in done.stdout) == (1, True)
+    there = {path: data for path, data in content(root).items() if not path.startswith("run/")}
+    assert there == others
+    assert (root / "jobs/empty").is_dir()
+
+
 def test_a_folder_named_on_the_command_line_is_taken(kept, collect, fleet):
     host = kept("host1")
     ours(host.home / "elsewhere")
@@ -370,6 +408,9 @@ def test_a_folder_named_on_the_command_line_is_taken(kept, collect, fleet):
     assert collect("--remote-output-dir", "~/elsewhere")["host1"]["files"] == 5
     assert fleet("delete-logs", options=("--remote-output-dir", "~/elsewhere")).returncode == 0
     assert content(host.home / "elsewhere") == {}
+    write(host.home, jobs__letters__to="mine")
+    assert fleet("delete-logs", options=("--remote-output-dir", "~/")).returncode == 1
+    assert (host.home / "jobs/letters/to").exists()
     done = fleet("collect-logs", options=("--remote-output-dir", "elsewhere"))
     assert (done.returncode, "must begin with / or ~/" in done.stderr) == (2, True)
 
@@ -458,6 +499,37 @@ def test_a_folder_that_hosts_share_is_in_use_while_a_worker_of_it_beats(kept, co
     assert (host.output_dir / "jobs/waits/x").exists()
     redis_client.delete(keys.worker_beat("host2-0"))
     assert collect("--delete")["host1"]["removed_files"] == 1
+
+
+@pytest.mark.parametrize("trouble", ["it hangs", "Redis was emptied"])
+def test_what_redis_may_not_know_of_stays_while_a_worker_lives(
+    farm, fleet, run_fleet, collect, redis_client, eventually, trouble
+):
+    host = farm.add("host1")
+    up = fleet("up", "host1", options=("--slots", "2", "--json"), env=fleets.FAST)
+    assert up.returncode == 0, up.stderr
+    ended, running = submit(redis_client, "echo x > file", "echo half > state; sleep 1000")
+    eventually(lambda: jobs.states(redis_client, [ended])[ended] == "finished", timeout_seconds=30)
+    eventually((host.output_dir / f"jobs/{running}/state").exists, timeout_seconds=30)
+    worker = fleets.pids(rows(up))["host1-0"]
+    if trouble == "it hangs":
+        os.kill(worker, signal.SIGSTOP)
+        eventually(lambda: not fleets.beating(redis_client), timeout_seconds=30)
+        redis_client.hset(keys.job(running), "status", "finished")  # elsewhere
+    else:
+        redis_client.flushdb()
+        assert run_fleet("hosts", "add", "host1").returncode == 0
+        eventually(lambda: fleets.beating(redis_client) == ["host1-0"], timeout_seconds=30)
+    try:
+        row = collect("--delete")["host1"]
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert (row["outcome"], row["removed_files"]) == ("collected", 0)
+    assert (host.output_dir / f"jobs/{running}/state").read_text() == "half\n"
+    assert (host.output_dir / f"jobs/{ended}/file").exists(), "it cannot be told from one that runs"
+    assert fleet("down", options=("--force",)).returncode == 0
+    assert collect("--delete")["host1"]["failed"] == 0
+    assert not (host.output_dir / f"jobs/{running}").exists()
 
 
 @pytest.mark.parametrize("verb", ["collect-logs", "delete-logs"])

@@ -143,3 +143,18 @@ signals.hold()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_worker_removes_what_long_forgotten_jobs_left_where_its_fleet_works_alone(workers: Workers) -> None:
+    worker, work = workers.start("w0"), workers.folder / "work"
+    workers.until(lambda: workers.client.exists(keys.FLEET_ID), "the fleet has a name")
+    fleet = workers.client.get(keys.FLEET_ID).decode()
+    workers.until(lambda: fleet in (work / "jobs/.rq-fleet").read_text(), "the fleet is noted")
+    workers.kill(worker, signal.SIGTERM)
+    old, mine = work / "jobs/old", work / "jobs/my letters"
+    for path in (old, mine):
+        path.mkdir()
+        os.utime(path, (0, 0))
+    workers.start("w1")
+    workers.until(lambda: not old.exists(), "it was pruned")
+    assert mine.exists()

@@ -17,15 +17,16 @@ import pytest
 from fleet.copies import Copies
 from fleet.launchers import agent, base
 from fleet.launchers.local import LocalLauncher
-from fleet.launchers.remote_files import RemoteFile, RemoteFolder, Removed, Wanted, _file
+from fleet.launchers.remote_files import RemoteFile, RemoteFolder, Removed, Users, Wanted, _file
+from fleet.outputs import Folders
 
 EMPTY = hashlib.sha256().hexdigest()
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    (tmp_path / "work/jobs/j").mkdir(parents=True)
-    (tmp_path / "work/run").mkdir()
+    Folders(str(tmp_path / "work")).create()
+    (tmp_path / "work/jobs/j").mkdir()
     return tmp_path / "work"
 
 
@@ -96,14 +97,13 @@ def live_worker(root: Path, name: str) -> None:
 
 def test_nothing_is_removed_under_a_worker_that_started_meanwhile(root):
     (root / "jobs/j/x").write_text("x")
-    (root / "log").mkdir()
     (root / "log/host1-0.log").write_text("log")
     known = [is_as_it_is(root / path, root) for path in ("jobs/j/x", "log/host1-0.log")]
     live_worker(root, "host1-0")
     for work in (lambda files: files.remove(known, []), lambda files: files.clear(force=False)):
         with pytest.raises(base.InUse, match="host1-0"):
             at(root, work)
-    assert at(root, lambda files: files.workers()) == {"host1-0": True}
+    assert at(root, lambda files: files.users()) == Users({"host1-0": True}, frozenset())
     assert at(root, lambda files: files.remove(known, ["host1-0"])) == Removed(1, 1, kept=1)
     assert (root / "log/host1-0.log").exists(), "what it writes stays even where it is known to live"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from broker.work import Claim
-from fleet.outputs import Folders, OutputFiles, Outputs, WorkingFolders
+from fleet.outputs import MARKER, Folders, OutputFiles, Outputs, WorkingFolders
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="leases on files are Linux's")
 
@@ -28,7 +28,7 @@ def outputs(folders: Folders) -> Iterator[Outputs]:
     outputs = Outputs(folders)
     yield outputs
     outputs.clear()
-    assert not [path for path in folders.output.iterdir() if path.stat().st_size == 0]
+    assert not [path for path in folders.output.glob("[!.]*") if path.stat().st_size == 0]
 
 
 def claim(job_id: str) -> Claim:
@@ -45,7 +45,7 @@ def test_empty_files_serve_the_next_job_under_its_name(outputs, folders):
     outputs.close(first)
     second = outputs.open(claim("b"))
     assert inodes(second) == known
-    assert {path.name for path in folders.output.iterdir()} == {"b.7.out", "b.7.err"}
+    assert {path.name for path in folders.output.glob("[!.]*")} == {"b.7.out", "b.7.err"}
     os.write(second.stdout, b"out\n")
     os.write(second.stderr, b"err\n")
     assert (folders.output / "b.7.out").read_text() == "out\n"
@@ -91,7 +91,7 @@ def test_a_spare_that_somebody_removed_is_no_loss(outputs, folders):
     for path in folders.output.iterdir():
         path.unlink()
     files = outputs.open(claim("b"))
-    assert {path.name for path in folders.output.iterdir()} == {"b.7.out", "b.7.err"}
+    assert {path.name for path in folders.output.glob("[!.]*")} == {"b.7.out", "b.7.err"}
     outputs.close(files)
 
 
@@ -117,3 +117,51 @@ def test_a_folder_left_empty_serves_the_next_job_and_one_with_something_in_it_is
     assert (fourth / "quick").exists()
     working.close()
     assert not [path for path in folders.run.iterdir() if "spare" in path.name]
+
+
+# --- what is removed when it is old ----------------------------------------------------------------
+
+WEEK_SECONDS = 7 * 86400
+
+
+def leave_old(root: Path) -> list[Path]:
+    """What two jobs left, and what somebody else keeps there: untouched for long, all of it."""
+    for name in ("jobs/j1/x", "jobs/letters.d/x", "jobs/file", "output/j1.7.out", "output/photo.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x")
+    (root / "jobs/link").unlink(missing_ok=True)
+    (root / "jobs/link").symlink_to(root)
+    left = [path for name in ("jobs", "output") for path in (root / name).iterdir() if path.name != MARKER]
+    for path in left:
+        os.utime(path, (0, 0), follow_symlinks=False)
+    return left
+
+
+def prune(folders: Folders, fleet: str = "f1") -> int:
+    return folders.prune(fleet, WEEK_SECONDS, set)
+
+
+def test_what_jobs_left_is_pruned_and_nothing_else(folders):
+    left = leave_old(folders.root)
+    assert prune(folders) == 2
+    gone = {folders.jobs / "j1", folders.output / "j1.7.out"}
+    assert {path for path in left if not os.path.lexists(path)} == gone
+    leave_old(folders.root)
+    assert folders.prune("f1", WEEK_SECONDS, lambda ids: set(ids) - {"j1"}) == 0, "Redis keeps it"
+    os.utime(folders.jobs / "j1")
+    assert prune(folders) == 1
+
+
+def test_nothing_is_pruned_in_a_folder_that_was_there_before(tmp_path):
+    left = leave_old(tmp_path)
+    folders = Folders(str(tmp_path))
+    folders.create()
+    assert prune(folders) == 0
+    assert all(map(os.path.lexists, left))
+
+
+def test_nothing_is_pruned_where_two_fleets_are_at_work(folders):
+    assert (prune(folders, "f1"), prune(folders, "f2")) == (0, 0)
+    left = leave_old(folders.root)
+    assert (prune(folders, "f1"), prune(folders, "f2")) == (0, 0)
+    assert all(map(os.path.lexists, left))
