@@ -2,7 +2,7 @@
 
 Fixtures, in the order in which a newcomer meets them:
 
-`eventually(condition, timeout_seconds=10, message="")` polls until `condition()` is truthy and
+`eventually(condition, timeout_seconds=30, message="")` polls until `condition()` is truthy and
 returns what it returned. Tests wait with it and never sleep a fixed time.
 `redis_url`, `redis_client`: an empty database of a real server that lives as long as the session.
 `own_redis(*options)`: a server of the test's own, to be killed and started again.
@@ -61,7 +61,7 @@ _HELPERS_OF_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forks
 # --- waiting ---------------------------------------------------------------------------------------
 
 
-def wait_until(condition: Callable[[], Any], *, timeout_seconds: float = 10.0, message: str = "") -> Any:
+def wait_until(condition: Callable[[], Any], *, timeout_seconds: float = 30.0, message: str = "") -> Any:
     """What `condition()` returned when it was first truthy; fails the test after `timeout_seconds`."""
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -75,7 +75,7 @@ def wait_until(condition: Callable[[], Any], *, timeout_seconds: float = 10.0, m
 
 @pytest.fixture(scope="session")
 def eventually() -> Callable[..., Any]:
-    """`eventually(condition, timeout_seconds=10, message="")`: poll, with a limit."""
+    """`eventually(condition, timeout_seconds=30, message="")`: poll, with a limit."""
     return wait_until
 
 

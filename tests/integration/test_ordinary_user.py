@@ -26,7 +26,7 @@ from tests.conftest import REPOSITORY, SESSION_MARK, fleet_script, wait_until
 from tests.integration.fleets import FAST, pids, rows
 from tests.integration.sshd import PYTHON, SshdFarm
 
-pytestmark = [pytest.mark.root, pytest.mark.needs("sshd", "useradd")]
+pytestmark = [pytest.mark.root, pytest.mark.needs("sshd", "useradd"), pytest.mark.timeout(300)]
 
 
 #: Redis, by a name that is not that of loopback: behind a jump host that would be another machine's

@@ -361,7 +361,7 @@ def test_a_recycled_pid_is_never_taken_for_a_worker(farm, spawn, noted, carried)
     assert innocent.poll() is None
 
 
-def test_a_worker_that_ignores_sigterm_is_killed_with_its_children(farm, spawn, eventually):
+def test_a_worker_that_ignores_sigterm_is_killed_with_its_children(farm, spawn, eventually, is_alive):
     host = farm.add("host1")
     deaf = "trap '' TERM; sleep 100 & while :; do sleep 0.1; done"
     worker = spawn(["sh", "-c", deaf])
@@ -379,8 +379,7 @@ def test_a_worker_that_ignores_sigterm_is_killed_with_its_children(farm, spawn, 
     (stopped,) = at(farm, "host1", force)
     assert (stopped.how, stopped.pid) == ("killed", worker.pid)
     assert worker.wait() == -signal.SIGKILL
-    psutil.wait_procs(children, timeout=5)
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    eventually(lambda: not any(is_alive(child.pid) for child in children))
 
 
 def test_workers_of_another_host_in_a_shared_folder_are_left_alone(farm, spawn):
@@ -418,7 +417,7 @@ def test_two_hosts_with_one_folder_stop_at_the_same_time(farm, spawn, tmp_path):
     async def stop(name: str) -> str:
         launcher = await open_launcher(Address(name), SshOptions(config=farm.config))
         try:
-            (stopped,) = await launcher.stop(str(run.parent), name, grace_seconds=15)
+            (stopped,) = await launcher.stop(str(run.parent), name, grace_seconds=60)
         finally:
             await launcher.close()
         return stopped.how
@@ -428,7 +427,7 @@ def test_two_hosts_with_one_folder_stop_at_the_same_time(farm, spawn, tmp_path):
 
     began = time.monotonic()
     assert asyncio.run(both()) == ["stopped", "stopped"], "each ended only as the other was told to"
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
 
 
 def test_a_forced_stop_does_not_sit_out_the_grace_of_another_and_a_start_waits(farm, spawn, eventually):

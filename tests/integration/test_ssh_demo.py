@@ -32,7 +32,7 @@ def probe(hosts: DemoHosts, name: str) -> base.Probe:
 def ssh(hosts: DemoHosts, *words: str, **how: object) -> subprocess.CompletedProcess[str]:
     options = ["-F", str(hosts.ssh_config), "-o", "StrictHostKeyChecking=accept-new", "-o", "BatchMode=yes"]
     return subprocess.run(
-        ["ssh", *options, *words], capture_output=True, text=True, timeout=20, check=False, **how
+        ["ssh", *options, *words], capture_output=True, text=True, timeout=60, check=False, **how
     )  # type: ignore[call-overload,no-any-return]
 
 
@@ -90,7 +90,7 @@ def test_what_runs_in_a_session_ends_with_it(tmp_path, eventually):
         client = threading.Thread(target=ssh, args=(hosts, "demo1", "touch running; sleep 1000"))
         client.start()
         eventually((tmp_path / "demo/demo1/running").exists)
-    client.join(timeout=10)
+    client.join(timeout=30)
     eventually(lambda: fleet_processes(tmp_path) == [])
 
 
@@ -104,7 +104,7 @@ def test_as_a_process_of_its_own_it_ends_by_sigterm(tmp_path, spawn):
     ]
     assert all(listens(port) for port in ports)
     server.send_signal(signal.SIGTERM)
-    assert server.wait(timeout=10) == 0
+    assert server.wait(timeout=30) == 0
     assert not any(listens(port) for port in ports)
 
 

@@ -355,7 +355,7 @@ def test_an_interrupt_tells_who_was_started_and_who_was_not(
             up = spawn(argv, stdout=stdout, stderr=stderr)
             eventually(lambda: "host1: confirm ok" in err.read_text(), timeout_seconds=30)
             up.send_signal(signal.SIGINT)
-            assert up.wait(timeout=20) == 130
+            assert up.wait(timeout=60) == 130
     lines = out.read_text().splitlines()
     assert lines[0].startswith("host1   started: host1-0")
     assert lines[1].startswith("silent  untouched")

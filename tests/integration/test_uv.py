@@ -19,7 +19,7 @@ from fleet.launchers.ssh import SshLauncher
 from tests.integration.sshd import SshdFarm, at
 from tests.unit.test_bundle import tiny_bundle
 
-pytestmark = pytest.mark.needs("sshd")
+pytestmark = [pytest.mark.needs("sshd"), pytest.mark.timeout(300)]
 UV = uv.find_uv_bin()
 
 
