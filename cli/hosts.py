@@ -65,9 +65,8 @@ def remove(context: Context, names: tuple[str, ...]) -> None:
         chosen = kept_hosts.choose(client, names)
         kept_hosts.remove(client, names)
         folder = tunnel.folder_for(client)
-    for host in chosen:
-        if folder:
-            asyncio.run(tunnel.end(folder, host))
+    if folder:
+        asyncio.run(tunnel.end_all(folder, chosen))
     context.say(f"removed {', '.join(names)}")
 
 

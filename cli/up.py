@@ -91,8 +91,13 @@ def _bring_up(
 
     tunnels = None
     if any(host.is_tunnelled for host in hosts) and not orders.dry_run:
-        lease_seconds = context.settings.worker.lease_seconds
-        tunnels = tunnel.tunnels_for_up(client, orders.redis_url, ssh, lease_seconds=lease_seconds)
+        tunnels = tunnel.tunnels_for_up(
+            client,
+            orders.redis_url,
+            ssh,
+            lease_seconds=context.settings.worker.lease_seconds,
+            max_parallel=max_parallel(context, options),
+        )
     return lambda on_event: bootstrap.up(
         hosts,
         orders,

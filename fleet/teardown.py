@@ -12,7 +12,7 @@ from fleet.hosts import Host
 from fleet.journey import Journey, Opener, opened, report
 from fleet.launchers import base
 from fleet.results import HostResult, OnEvent, Report, WorkerResult
-from fleet.tunnel_folder import TunnelFolder
+from fleet.tunnel_folder import TunnelFolder, key_of
 
 
 async def down(
@@ -63,17 +63,25 @@ class _Down:
             done(note="its tunnel was being closed")  # only that can be cut short, or fail, from here on
             if any(worker.how == "remains" for worker in stopped):
                 return journey.failed(_remains(stopped))
-            return done(note="its tunnel is closed" if await self._untunnelled(journey.host) else "")
+            return done(
+                note="its tunnel is closed" if await self._untunnelled(journey.host, launcher) else ""
+            )
 
-    async def _untunnelled(self, host: Host) -> bool:
+    async def _untunnelled(self, host: Host, launcher: base.Launcher) -> bool:
         """Close the tunnel that leads there from here; false where there is none. Raises HostError."""
+        if self.tunnels is None:
+            return False
+        socket = self.tunnels.socket_path(key_of(host.key))
         try:
-            return self.tunnels is not None and await tunnel.end(self.tunnels, host)
+            was_there = await tunnel.end(self.tunnels, host)
         except OSError as exc:
             raise base.HostError(
                 f"its workers have ended, but its tunnel could not be closed: {exc}",
                 f"Mend that, then run 'fleet down {host.name}' again.",
             ) from exc
+        if was_there and socket:  # whoever held it may have died, or not have reached the host just now
+            await launcher.unlink((socket, f"{socket}.sshd"))
+        return was_there
 
     async def _reached(self, host: Host) -> base.Launcher:
         try:

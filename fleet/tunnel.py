@@ -10,8 +10,8 @@ import asyncio
 import hashlib
 import os
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: seconds for the tunnel process to answer, beyond those for the connection
 _ANSWER_SECONDS = 60.0
 #: seconds to let go of a host
-_END_SECONDS = 20.0
+_END_SECONDS = 45.0
 _LOOK_SECONDS = 0.05
 
 
@@ -62,9 +62,11 @@ class Tunnels:
             yield await self._brought(host, key, before)
         except BaseException as exc:
             if before is None and isinstance(exc, Exception):
-                await end(self.folder, host)
-            elif before is None:  # an interrupt: the process hears of it without us
+                with suppress(base.HostError):  # what failed before matters more
+                    await end(self.folder, host)
+            elif before is None:  # an interrupt: the process hears of it without us, if there is one yet
                 self.folder.remove_wish(key)
+                self.folder.sweep_unused()
             raise
 
     async def _brought(self, host: Host, key: str, before: Wish | None) -> Tunnel:
@@ -100,31 +102,56 @@ class Tunnels:
 
 
 async def end(folder: TunnelFolder, host: Host) -> bool:
-    """Let go of a host; whether it hung on a tunnel from here. The last one ends the process."""
+    """Let go of a host; whether it hung on a tunnel from here. The last one ends the process.
+
+    Raises HostError where the process does not let go of it.
+    """
     key = key_of(host.key)
-    if folder.wish(key) is None:
-        return False
-    folder.remove_wish(key)
+    was_there = folder.wish(key) is not None or _is_held(folder, key)
+    if was_there:
+        folder.remove_wish(key)
+        await _let_go(folder, key, host)
+    folder.sweep_unused()
+    return was_there
+
+
+async def end_all(folder: TunnelFolder, hosts: Sequence[Host]) -> None:
+    """Let go of hosts, of all at once. Raises HostError once each was tried."""
+    ended = await asyncio.gather(*(end(folder, host) for host in hosts), return_exceptions=True)
+    for outcome in ended:
+        if isinstance(outcome, BaseException):
+            raise outcome
+
+
+async def _let_go(folder: TunnelFolder, key: str, host: Host) -> None:
     deadline = clock.monotonic() + _END_SECONDS
-    while _is_at_it(folder, key) and clock.monotonic() < deadline:
+    while (_is_held(folder, key) or _is_ending(folder)) and clock.monotonic() < deadline:
         await asyncio.sleep(_LOOK_SECONDS)
-    if not folder.is_running() and not folder.wishes():
-        folder.sweep()
-    return True
+    if _is_held(folder, key):
+        raise base.HostError(f"the tunnel to {host.name} is still open", f"Log: {folder.log}. Run it again.")
+    if not folder.is_running():
+        folder.forget(key)
 
 
-def _is_at_it(folder: TunnelFolder, key: str) -> bool:
-    """Whether the process still has to let go of the host, or, where that was the last, to end."""
-    is_held = folder.state(key) is not None or not folder.wishes()
-    return is_held and folder.is_running()
+def _is_held(folder: TunnelFolder, key: str) -> bool:
+    """Whether the process still has to let go of the host."""
+    return folder.state(key) is not None and folder.is_running()
 
 
-def tunnels_for_up(client: redis.Redis, redis_url: str, ssh: SshOptions, *, lease_seconds: float) -> Tunnels:
+def _is_ending(folder: TunnelFolder) -> bool:
+    """Whether that was the last host, and the process is still there."""
+    return not folder.wishes() and folder.is_running()
+
+
+def tunnels_for_up(
+    client: redis.Redis, redis_url: str, ssh: SshOptions, *, lease_seconds: float, max_parallel: int
+) -> Tunnels:
     """The tunnels of this operator. Raises UsageError where that Redis cannot be handed on."""
     streams.check_can_be_handed_on(redis_url)
     with translated(address(client)):
         fleet = tunnels.fleet_id(client, make=True)
-    settings = Settings(streams.with_whole_paths(redis_url), lease_seconds, os.environ.get("SSH_AUTH_SOCK"))
+    url, auth_sock = streams.with_whole_paths(redis_url), os.environ.get("SSH_AUTH_SOCK")
+    settings = Settings(url, lease_seconds, max_parallel, auth_sock)
     return Tunnels(folder_of(str(fleet)), ssh, settings)
 
 

@@ -44,10 +44,14 @@ _TRUSTED_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Settings:
-    """tunnel.json. `auth_sock`: the ssh-agent of whoever ran `fleet up` last."""
+    """tunnel.json, as whoever ran `fleet up` last has it.
+
+    `max_parallel`: how many hosts are connected to at once; `auth_sock`: the ssh-agent's.
+    """
 
     redis_url: str = field(repr=False)
     lease_seconds: float
+    max_parallel: int = 10
     auth_sock: str | None = None
 
 
@@ -116,7 +120,6 @@ class TunnelFolder:
         with self._explained(), open(self._launch_lock, "ab", opener=_private) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not self.is_running():
-                self.forget_states()
                 self._write_settings(settings)
                 self._launch()
 
@@ -198,9 +201,14 @@ class TunnelFolder:
             self._file(key, kind).unlink(missing_ok=True)
 
     def forget_states(self) -> None:
-        """Whoever wrote them is no more."""
+        """Whoever wrote them is no more. For the supervisor alone: another's would be lost."""
         for path in self.path.glob("*.state"):
             path.unlink(missing_ok=True)
+
+    def sweep_unused(self) -> None:
+        """Sweep where no wish is left, and nobody lives here who would."""
+        if not self.is_running() and not self.wishes():
+            self.sweep()
 
     def sweep(self) -> None:
         """Remove what only a tunnel needs, the password above all. For when no wish is left."""

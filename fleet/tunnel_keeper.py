@@ -25,8 +25,6 @@ log = logging.getLogger("fleet.tunnel")
 
 #: seconds between two looks at the wishes
 _LOOK_SECONDS = 0.2
-#: hosts that are connected to at once
-_AT_ONCE = 50
 #: seconds before the first attempt to connect again, at most; doubled with each that fails
 _FIRST_PAUSE_SECONDS = 1.0
 #: seconds between two notes to the fleet, of which each is believed for thrice as long
@@ -60,9 +58,10 @@ class Keeper:
         self._folder = folder
         self._settings = _settings(folder)
         self._hosts: dict[str, HostKeeper] = {}
-        self._gate = asyncio.Semaphore(_AT_ONCE)
+        self._gate = asyncio.Semaphore(self._settings.max_parallel)
         self._teller = Teller(folder.path.name, self._settings.redis_url)
         self._ended = asyncio.Event()
+        self._supervisor = os.getppid()
 
     async def run(self) -> bool:
         """Until no host is left, or SIGTERM; false where the supervisor has died before."""
@@ -71,6 +70,7 @@ class Keeper:
         telling = asyncio.create_task(self._teller.run())
         try:
             while not self._ended.is_set() and not supervisor.at_eof():
+                self._raise_what_ended(telling)
                 await self._look()
                 if not self._hosts:
                     return True
@@ -80,14 +80,17 @@ class Keeper:
             await self._drop(list(self._hosts))
             telling.cancel()
 
+    def _raise_what_ended(self, telling: asyncio.Task[None]) -> None:
+        """Die of the error that ended a task, a full disk's say: whoever is started next begins anew."""
+        for task in (telling, *(host.task for host in self._hosts.values())):
+            if task.done():
+                task.result()
+
     async def _look(self) -> None:
         """Do what is wished by now."""
         if not self._folder.has_changed():
             return
-        self._settings = self._folder.settings() or self._settings
-        self._teller.redis_url = self._settings.redis_url
-        if self._settings.auth_sock:
-            os.environ["SSH_AUTH_SOCK"] = self._settings.auth_sock
+        self._heed(self._folder.settings() or self._settings)
         wishes = self._folder.wishes()
         gone = [key for key in self._hosts if key not in wishes]
         await self._drop([key for key, host in self._hosts.items() if wishes.get(key) != host.wish])
@@ -98,11 +101,20 @@ class Keeper:
                 self._hosts[key] = HostKeeper(self, key, wish)
             self._hosts[key].heed(wish)
 
+    def _heed(self, settings: Settings) -> None:
+        if settings.max_parallel != self._settings.max_parallel:
+            self._gate = asyncio.Semaphore(settings.max_parallel)
+        self._settings = settings
+        self._teller.redis_url = settings.redis_url
+        if settings.auth_sock:
+            os.environ["SSH_AUTH_SOCK"] = settings.auth_sock
+
     async def _drop(self, keys: Sequence[str]) -> None:
         """Let go of hosts."""
         hosts = [self._hosts.pop(key) for key in keys]
         await asyncio.gather(*(host.end() for host in hosts))
-        await self._teller.forget([host.wish.tunnel_id for host in hosts])
+        if not self._is_orphan:
+            await self._teller.forget([host.wish.tunnel_id for host in hosts])
 
     # --- what the hosts ask for ---
 
@@ -124,8 +136,16 @@ class Keeper:
                 dial=self.dial,
                 keepalive_seconds=rhythm.keepalive_seconds,
             )
-        self._folder.write_socket_path(key, forward.path)
+        try:
+            self._folder.write_socket_path(key, forward.path)
+        except OSError:
+            await forward.close()
+            raise
         return forward
+
+    def was_up(self, key: str) -> bool:
+        """Whether the host was held before, by a forwarder that died maybe."""
+        return self._folder.socket_path(key) is not None
 
     @property
     def rhythm(self) -> Rhythm:
@@ -133,8 +153,15 @@ class Keeper:
 
     def tell(self, key: str, wish: Wish, state: State) -> None:
         """Write down how a host is, here and in Redis."""
+        if self._is_orphan:
+            return
         self._folder.write_state(key, state)
         self._teller.tell(wish.tunnel_id, tunnels.Note(state.state, me(), state.error.get("message", "")))
+
+    @property
+    def _is_orphan(self) -> bool:
+        """Whether the supervisor is dead: another may be at work, whose word it is now."""
+        return os.getppid() != self._supervisor
 
 
 class HostKeeper:
@@ -146,7 +173,7 @@ class HostKeeper:
         self._key = key
         self._hurry = asyncio.Event()
         self._state: State | None = None
-        self._task = asyncio.create_task(self._keep())
+        self.task = asyncio.create_task(self._keep())
 
     def heed(self, wish: Wish) -> None:
         """Another `fleet up` waits to hear how it is: at once if it is up, else after another attempt."""
@@ -160,11 +187,13 @@ class HostKeeper:
 
     async def end(self) -> None:
         """Let go of the host."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
 
     async def _keep(self) -> None:
         failures, again = 0, False
+        if self._keeper.was_up(self._key):  # with many others, all of which a forwarder that died has left
+            await _within(self._keeper.rhythm.pause(0), self._hurry)
         while True:
             self._hurry.clear()
             try:

@@ -52,6 +52,7 @@ class _Supervisor:
 
     def run(self) -> int:
         pause = _FIRST_PAUSE_SECONDS
+        self._folder.forget_states()
         while self._folder.wishes() and not self._stopping.is_set():
             began = clock.monotonic()
             code = self._run_once()
@@ -88,7 +89,6 @@ def _forward(folder: TunnelFolder) -> int:
     if asyncio.run(Keeper(folder).run()):
         return 0
     log.warning("the supervisor died: another is started")
-    folder.forget_states()
     folder.start_detached()
     return 1
 

@@ -1,4 +1,4 @@
-"""What every launcher can do: the same seven verbs for SSH, this machine, Slurm, Kubernetes.
+"""What every launcher can do: the same eight verbs for SSH, this machine, Slurm, Kubernetes.
 
     probe    what is there: system, Python, resources, what of ours is installed
     install  bring the bundle; what is installed already costs nothing
@@ -6,6 +6,7 @@
     inspect  what of ours runs there, and the end of its log
     stop     end workers, and look whether they ended
     files    list, fetch and remove what workers and jobs left
+    unlink   remove files by their paths
     close    let go of whatever reaches the place
 
 A launcher stands for one place where workers can be started: a host, an allocation, a
@@ -184,6 +185,10 @@ class Launcher(Protocol):
 
     def files(self, output_dir: str | None, base: str) -> RemoteFolder:
         """What its workers and jobs left in `output_dir`; None: the default one."""
+        ...
+
+    async def unlink(self, paths: Sequence[str]) -> None:
+        """Remove these files, so far as they are there."""
         ...
 
     async def close(self) -> None:

@@ -260,6 +260,11 @@ class ShellLauncher(ABC):
     def files(self, output_dir: str | None, base_name: str) -> RemoteFolder:
         return RemoteFolder(self._stream, output_dir, base_name)
 
+    async def unlink(self, paths: Sequence[str]) -> None:
+        output = await self._execute("exec /bin/sh -s", f"rm -f {shlex.join(paths)}\n", self._limit)
+        if output.exit_status:
+            raise self._unreadable(output)
+
     async def _ask(self, request: agent.Json, limit_seconds: float | None = None) -> agent.Json:
         """Have the host do what `request` says. Raises HostError."""
         limit = limit_seconds or self._limit

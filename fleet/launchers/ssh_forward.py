@@ -29,29 +29,37 @@ _FOLDERS = '"${XDG_STATE_HOME:-$HOME/.local/state}/rq-fleet/tunnel" "/tmp/rq-fle
 #: what a unix socket's path may have (sockaddr_un holds 104 bytes on macOS, 108 on Linux)
 _LONGEST_PATH = 100
 _MARK = "rq-fleet-socket:"
-#: names the paths where we may listen. The session of sshd that listened there before is ended: workers
-#: would wait on its connections, which lead nowhere. It is known by its start time, not by its PID alone.
-_PREPARE = """\
+#: with what is done at each path after it, and "done"
+_EACH = """\
 umask 077
 session() {{ set -- $(cat "/proc/$1/stat" 2>/dev/null); case "$2" in "(sshd"*) echo "$1 ${{22}}";; esac; }}
 for folder in {folders}; do
   path="$folder/{name}"
-  [ ${{#path}} -le {longest} ] && mkdir -p "$folder" && [ -O "$folder" ] && [ ! -L "$folder" ] || continue
+"""
+#: names the paths where we may listen. The session of sshd that listened there before is ended: workers
+#: would wait on its connections, which lead nowhere. It is known by its start time, not by its PID alone.
+_PREPARE = f"""\
+  [ ${{#path}} -le {_LONGEST_PATH} ] && mkdir -p "$folder" || continue
+  [ -O "$folder" ] && [ ! -L "$folder" ] || continue
   chmod 700 "$folder"
   before=$(cat "$path.sshd" 2>/dev/null)
   [ -n "$before" ] && [ "$before" = "$(session "${{before%% *}}")" ] && kill "${{before%% *}}"
   rm -f "$path"
   session "$PPID" > "$path.sshd"
-  echo "{mark}$path"
+  echo "{_MARK}$path"
 done
 """
-_REMOVE = "rm -f {path} {path}.sshd\n"
+#: not what a later session has there by now, for this may arrive late
+_REMOVE = """\
+  case "$(cat "$path.sshd" 2>/dev/null)" in ""|"$(session "$PPID")") rm -f "$path" "$path.sshd";; esac
+done
+"""
 _FORBIDDEN = (
     "Its sshd_config must allow it: AllowStreamLocalForwarding yes (or remote), no DisableForwarding;"
     " nor may authorized_keys say restrict or no-port-forwarding for our key."
 )
 #: seconds that this may take: a host may be cut off when it is let go of
-_REMOVE_SECONDS = 3.0
+_REMOVE_SECONDS = 10.0
 _LARGEST_READ = 2**16
 
 
@@ -74,7 +82,7 @@ class Forward:
 
     async def close(self) -> None:
         """Remove the socket and let go of the host. Never raises."""
-        await _remove(self._connection, self.path)
+        await _remove(self._connection, _each_at(self.path))
         await self._connection.close()
 
 
@@ -93,33 +101,39 @@ async def open_forward(
     Raises ConnectError, ForwardRefused, HostError.
     """
     connection = await connect(address, options)
+    each = _each_at(path) if path else _EACH.format(folders=_FOLDERS, name=name)
     try:
         connection.ssh.set_keepalive(keepalive_seconds, 2)
-        found = await _listen(connection, options.command_timeout_seconds, name, path, dial)
+        found = await _listen(connection, options.command_timeout_seconds, each, dial)
         return Forward(found, connection)
     except BaseException:
-        await connection.close()
+        await asyncio.shield(asyncio.create_task(_abandon(connection, each)))
         raise
 
 
-async def _listen(
-    connection: Connection, limit_seconds: float, name: str, path: str | None, dial: Dial
-) -> str:
-    folders = _FOLDERS if path is None else shlex.quote(path.rpartition("/")[0])
-    script = _PREPARE.format(folders=folders, name=name, longest=_LONGEST_PATH, mark=_MARK)
-    paths = await _prepared(connection, script, limit_seconds)
+def _each_at(path: str) -> str:
+    folder, _, name = path.rpartition("/")
+    return _EACH.format(folders=shlex.quote(folder), name=name)
+
+
+async def _abandon(connection: Connection, each: str) -> None:
+    await _remove(connection, each)
+    await connection.close()
+
+
+async def _listen(connection: Connection, limit_seconds: float, each: str, dial: Dial) -> str:
+    paths = await _prepared(connection, each + _PREPARE, limit_seconds)
     for candidate in paths:
         try:
             async with asyncio.timeout(limit_seconds):
                 await connection.ssh.start_unix_server(lambda: _Relay(dial), candidate, encoding=None)
         except asyncssh.ChannelListenError:
-            await _remove(connection, candidate)
             continue
         except (TimeoutError, OSError, asyncssh.Error) as exc:
             raise base.Disconnected(f"the SSH connection broke: {exc}") from exc
         for other in paths:
             if other != candidate:
-                await _remove(connection, other)
+                await _remove(connection, _each_at(other))
         return candidate
     raise ForwardRefused(f"sshd there refuses to forward {' or '.join(paths)} to us", _FORBIDDEN)
 
@@ -148,8 +162,8 @@ async def _shell(connection: Connection, script: str, limit_seconds: float) -> a
         return await connection.ssh.run("exec /bin/sh -s", input=script, errors="replace")
 
 
-async def _remove(connection: Connection, path: str) -> None:
-    await _quietly(_shell(connection, _REMOVE.format(path=shlex.quote(path)), _REMOVE_SECONDS))
+async def _remove(connection: Connection, each: str) -> None:
+    await _quietly(_shell(connection, each + _REMOVE, _REMOVE_SECONDS))
 
 
 async def _quietly(work: Awaitable[Any]) -> None:

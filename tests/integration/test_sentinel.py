@@ -173,7 +173,7 @@ def test_functions_find_the_primary_too(watched, workers_of, eventually):
         workers.until(lambda: keep_meta(executor), "a job speaks to the primary")  # noqa: B023
 
 
-def test_commands_find_the_primary_and_say_no_password(watched, run_fleet, eventually):
+def test_commands_find_the_primary_and_say_no_password(watched, run_fleet, tmp_path):
     env = {"FLEET_REDIS_URL": watched.url}
 
     def fleet(*words: str, code: int = 0) -> str:
@@ -193,6 +193,8 @@ def test_commands_find_the_primary_and_say_no_password(watched, run_fleet, event
     said = fleet("doctor")
     assert "1 replica; a failover may forget what was acknowledged last" in said
     assert "min-replicas-to-write 0" in said
+    (tmp_path / "hosts.txt").write_text("host1\n")
+    assert "a tunnel leads to one Redis" in fleet("up", str(tmp_path / "hosts.txt"), "--tunnel", code=2)
     watched.primary.kill()
     watched.replica.kill()
     said = fleet("jobs", code=6)

@@ -20,6 +20,7 @@ from fleet.bundle import Bundle
 from fleet.hosts import Host, HostOptions
 from fleet.launchers import base
 from fleet.results import Event, Report, WorkerResult
+from fleet.tunnel_folder import TunnelFolder
 from fleet.worker_config import WorkerConfig
 
 PROBE = base.Probe(
@@ -376,17 +377,17 @@ def test_an_interrupt_while_a_host_is_being_kept_starts_nothing_and_tells_that_i
     assert (stub.started, stub.open) == ([], 0)
 
 
-def test_workers_that_ended_are_told_though_their_tunnel_could_not_be_closed(stub, monkeypatch):
+def test_workers_that_ended_are_told_though_their_tunnel_could_not_be_closed(stub, monkeypatch, tmp_path):
     async def end(*_: Any) -> bool:
         raise OSError("disk is away")
 
     monkeypatch.setattr("fleet.tunnel.end", end)
-    (result,) = asyncio.run(stub.down(["a"], tunnels=object())).hosts
+    (result,) = asyncio.run(stub.down(["a"], tunnels=TunnelFolder(tmp_path))).hosts
     assert (result.outcome, result.workers) == ("failed", (WorkerResult("a-0", "stopped", 100),))
     assert "its tunnel could not be closed: disk is away" in result.error.message
 
 
-def test_an_interrupt_while_a_tunnel_is_closed_does_not_forget_who_was_stopped(stub, monkeypatch):
+def test_an_interrupt_while_a_tunnel_is_closed_does_not_forget_who_was_stopped(stub, monkeypatch, tmp_path):
     async def down(ready: asyncio.Event) -> Report:
         async def end(*_: Any) -> bool:
             ready.set()
@@ -394,7 +395,7 @@ def test_an_interrupt_while_a_tunnel_is_closed_does_not_forget_who_was_stopped(s
             return True
 
         monkeypatch.setattr("fleet.tunnel.end", end)
-        return await stub.down(["a"], tunnels=object())
+        return await stub.down(["a"], tunnels=TunnelFolder(tmp_path))
 
     (result,) = interrupted(down).hosts
     assert (result.outcome, result.note) == ("stopped", "its tunnel was being closed")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
+from collections.abc import Iterator
+from pathlib import Path
 
 import fakeredis
 import pytest
@@ -10,8 +13,10 @@ import redis
 
 from broker import keys, streams, tunnels
 from broker.errors import UsageError
-from fleet import kept_hosts
+from fleet import kept_hosts, tunnel
 from fleet.hosts import Host, HostOptions, HostsFileError, parse
+from fleet.launchers.base import HostError
+from fleet.launchers.ssh_connect import SshOptions
 from fleet.tunnel_folder import Settings, State, TunnelFolder, Wish, key_of
 from fleet.tunnel_keeper import Rhythm
 
@@ -120,6 +125,60 @@ def test_the_files_are_their_owners_alone_and_a_damaged_one_is_none(tmp_path):
     folder.remove_wish(key)
     folder.sweep()
     assert b"pw" not in b"".join(path.read_bytes() for path in folder.path.iterdir())
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[TunnelFolder]:
+    """Two hosts that a process which never lets go of any holds: this one."""
+    folder = TunnelFolder(tmp_path / "fleet")
+    for name in ("a", "b"):
+        folder.ask(name, Wish(name, name), Settings("redis://:pw@h", 30.0))
+        folder.write_state(name, State("token", "up", "/s"))
+    with folder.lock() as is_ours:
+        assert is_ours
+        yield folder
+
+
+def test_a_tunnel_that_is_not_let_go_of_is_told_each_time_and_keeps_no_other_waiting(held, monkeypatch):
+    monkeypatch.setattr(tunnel, "_END_SECONDS", 0.1)
+    hosts = [host(name, True) for name in ("a", "b")]
+    for _ in range(2):
+        with pytest.raises(HostError, match="the tunnel to a is still open") as caught:
+            asyncio.run(tunnel.end_all(held, hosts))
+        assert "tunnel.log. Run it again" in caught.value.hint
+        assert held.wishes() == {}
+    held.forget("a")
+    held.forget("b")
+    assert not asyncio.run(tunnel.end(held, hosts[0]))
+
+
+def test_an_up_that_is_cut_before_a_process_is_there_leaves_no_password(tmp_path, monkeypatch):
+    monkeypatch.setattr(TunnelFolder, "launch", lambda *_: None)
+    settings = Settings("redis://:pw@h", 30.0)
+    folder = TunnelFolder(tmp_path / "fleet")
+    tunnels_here = tunnel.Tunnels(folder, SshOptions(), settings)
+
+    async def bring() -> None:
+        async with tunnels_here.brought(host("a", True)):
+            pass
+
+    async def cut() -> None:
+        bringing = asyncio.create_task(bring())
+        await asyncio.sleep(0)
+        assert folder.settings() == settings
+        bringing.cancel()
+        await asyncio.gather(bringing, return_exceptions=True)
+
+    asyncio.run(cut())
+    assert list(folder.path.iterdir()) == []
+
+
+def test_what_an_up_that_was_killed_left_goes_with_the_next_down(tmp_path):
+    folder = TunnelFolder(tmp_path / "fleet")
+    folder.ask("a", Wish("a", "id"), Settings("redis://:pw@h", 30.0))
+    folder.remove_wish("a")
+    assert not asyncio.run(tunnel.end(folder, host("b", None)))
+    assert folder.settings() is None
 
 
 def test_a_fleet_keeps_its_name_even_where_redis_was_emptied():
