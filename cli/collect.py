@@ -16,7 +16,7 @@ from broker.errors import UsageError
 from cli.context import Context, error_fields, pass_context, print_json
 from cli.progress import shown
 from cli.ssh import interruptible, max_parallel, ssh_from, ssh_options
-from cli.tables import size
+from cli.tables import printable, size
 
 if TYPE_CHECKING:
     from fleet.collection import Found, OnBytes
@@ -176,9 +176,9 @@ def _tell(report: Report, found: Sequence[Found], as_json: bool) -> int:
         return report.exit_code
     width = max((len(result.host) for result in report.hosts), default=0)
     for result, files in rows:
-        click.echo(f"{result.host:<{width}}  {_line(result, files)}")
+        click.echo(f"{result.host:<{width}}  {printable(_line(result, files))}")
         if result.error and result.error.hint:
-            click.echo(f"{'':<{width}}    {result.error.hint}")
+            click.echo(f"{'':<{width}}    {printable(result.error.hint)}")
     if report.interrupted:
         click.echo("Interrupted. What came is kept; run it again to continue.", err=True)
     return report.exit_code

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cli.context import Context
+from cli.tables import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,10 +35,15 @@ def shown(context: Context, hosts: Sequence[str]) -> Iterator[OnEvent]:
 def _say(say: Callable[[str], None], event: Event) -> None:
     """A line for each step that ended."""
     if event.state == "done":
-        detail = f": {event.detail}" if event.detail else ""
+        detail = f": {_printable(event.detail)}" if event.detail else ""
         say(f"{event.host}: {event.step} ok ({event.seconds:.1f} s){detail}")
     elif event.state == "failed":
-        say(f"[FAILED] {event.host}: {event.step}: {event.detail}")
+        say(f"[FAILED] {event.host}: {event.step}: {_printable(event.detail)}")
+
+
+def _printable(detail: str) -> str:
+    """What a host said, on as many lines."""
+    return "\n".join(map(printable, detail.split("\n")))
 
 
 @contextmanager
@@ -92,4 +98,4 @@ def _last_detail(events: dict[str, Event]) -> str:
     from rich.markup import escape
 
     details = [event.detail for event in events.values() if event.detail]
-    return escape(details[-1].splitlines()[0]) if details else ""
+    return escape(printable(details[-1].splitlines()[0])) if details else ""

@@ -200,6 +200,7 @@ class _Collection(_Work):
         copies.on_bytes(sum(file.size for file in listing.files) - sum(file.size for file in todo))
         for some in _batches(todo):
             await remote.fetch(await asyncio.to_thread(copies.wanted, some), copies)
+            await asyncio.to_thread(copies.make_safe)
 
     def _note(self, host: Host, listing: Listing, copies: Copies) -> None:
         self.note(
@@ -297,7 +298,7 @@ def _judge(found: Found) -> None:
     named = "; ".join(f"{problem.path}: {problem.reason}" for problem in found.problems[:_NAMED])
     more = f"; and {found.failed - _NAMED} more" if found.failed > _NAMED else ""
     raise base.HostError(
-        f"{found.failed} could not be read, or removed: {named}{more}",
+        f"{found.failed} could not be fetched, or removed: {named}{more}",
         "All others were dealt with; run it again once that is mended.",
     )
 

@@ -4,7 +4,7 @@ A copy lies at its own place from its first byte on, and is at all times the beg
 has: so what a cut leaves is continued by the next run, and a log that grew by its new end. It gets the
 time of the file there only when it is whole, so a copy of that size and time is not fetched again. What
 is no beginning of the host's file - a log of an earlier life, removed there since - is never overwritten,
-but put aside as NAME.~1~, NAME.~2~.
+but put aside as NAME.~1~, NAME.~2~. A file that cannot be had here, for its name or its size, is passed over.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ from fleet.launchers.remote_files import Problem, RemoteFile, Wanted
 
 _BLOCK_BYTES = 2**18
 _ZEROS = bytes(_BLOCK_BYTES)
+#: what this machine may have against one file; all else ends the collection of a host
+_OF_ONE_FILE = (
+    *(errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EFBIG, errno.EACCES, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO),
+)
 
 
 @dataclass
@@ -41,13 +46,13 @@ class _File:
 
 @dataclass
 class Copies:
-    """A `Receiver` that writes into `folder`. `durable`: what is whole is on the disk, too."""
+    """A `Receiver` that writes into `folder`. `durable`: what counts as whole is on the disk, too."""
 
     folder: Path
     durable: bool
     #: told of bytes that need not be fetched any more
     on_bytes: Callable[[int], None]
-    #: what is here, whole and verified, as the host had it
+    #: what is here, whole, verified and made safe, as the host had it
     whole: list[RemoteFile] = field(default_factory=list)
     fetched_bytes: int = 0
     fetched_files: int = 0
@@ -56,6 +61,12 @@ class Copies:
     #: the digests of what is here already, by path
     _digests: dict[str, hashlib._Hash] = field(default_factory=dict)
     _file: _File | None = None
+    #: what has come whole, and is not safe yet
+    _arrived: list[RemoteFile] = field(default_factory=list)
+    #: folders in which others were made
+    _grown: set[Path] = field(default_factory=set)
+    #: whether what comes now is of a file that cannot be had here
+    _is_passed_over: bool = False
     #: whether whoever waits for our hashes has gone
     _is_cut: bool = False
 
@@ -63,7 +74,7 @@ class Copies:
         """Whether a whole copy is here, as far as size and time tell."""
         try:
             found = (self.folder / file.path).lstat()
-        except OSError:
+        except (OSError, UnicodeEncodeError):
             return False
         same = (found.st_size, found.st_mtime_ns) == (file.size, file.mtime_ns)
         return same and stat.S_ISREG(found.st_mode)
@@ -81,56 +92,65 @@ class Copies:
                     while (data := os.read(descriptor, _BLOCK_BYTES)) and not self._is_cut:
                         digest.update(data)
                         length += len(data)
-        except OSError:  # none is here, or something that is put aside
+        except (OSError, UnicodeEncodeError):  # none is here, or something that is put aside
             pass
         self._digests[file.path] = digest
         return Wanted(file, length, digest.hexdigest())
 
     def begin(self, wanted: Wanted, offset: int, now: RemoteFile) -> None:
-        digest = self._digests.pop(wanted.file.path) if offset else hashlib.sha256()
+        self.close()
+        digest = self._digests.pop(wanted.file.path, None) if offset else hashlib.sha256()
+        if digest is None or offset not in (0, wanted.offset):
+            raise base.CommandFailed(f"the host sends a part of {now.path} that was not asked for")
         path = self.folder / now.path
-        with self._explained(path):
+        with self._explained(path), self._of_one_file(now):
             if not offset:
                 self._make_room(path)
             descriptor = _open(path, os.O_WRONLY | os.O_CREAT)
+            self._file = _File(path, now, offset, descriptor, digest, offset)
             os.lseek(descriptor, offset, os.SEEK_SET)
-        self._file = _File(path, now, offset, descriptor, digest, offset)
         self.on_bytes(offset)
 
     def data(self, data: bytes) -> None:
-        file = self._under_way()
+        file = self._under_way(len(data))
+        if file is None:
+            return
         file.digest.update(data)
-        with self._explained(file.path):
+        with self._explained(file.path), self._of_one_file(file.now):
             view = memoryview(data)
             while view:
                 view = view[os.write(file.descriptor, view) :]
-        self._came(file, len(data))
 
     def hole(self, length: int) -> None:
-        file = self._under_way()
+        file = self._under_way(length)
+        if file is None:
+            return
         for start in range(0, length, _BLOCK_BYTES):
             file.digest.update(_ZEROS[: length - start])
-        with self._explained(file.path):
+        with self._explained(file.path), self._of_one_file(file.now):
             os.lseek(file.descriptor, length, os.SEEK_CUR)
-        self._came(file, length)
 
     def end(self, size: int, sha256: str) -> None:
         file = self._under_way()
+        if file is None:
+            self.close()
+            return
         intact = (file.length, file.digest.hexdigest()) == (size, sha256)
-        with self._explained(file.path):
+        with self._explained(file.path), self._of_one_file(file.now):
             # the end of a hole; what came damaged goes, for it is no beginning of the file
             os.ftruncate(file.descriptor, size if intact else file.offset)
             if intact:
                 os.utime(file.descriptor, ns=(file.now.mtime_ns, file.now.mtime_ns))
-                if self.durable:
-                    os.fsync(file.descriptor)
+        is_passed_over = self._is_passed_over
         self.close()
+        if is_passed_over:
+            return
         if not intact:
             self.problems.append(Problem(file.now.path, "arrived damaged"))
             return
         self.fetched_files += file.length > file.offset or not size
         if size == file.now.size:  # else it was cut while it was sent
-            self.whole.append(file.now)
+            self._arrived.append(file.now)
 
     def missing(self, wanted: Wanted, reason: str, *, gone: bool) -> None:
         self.close()
@@ -139,14 +159,27 @@ class Copies:
 
     def close(self) -> None:
         """Let go of the file under way: what came of it stays, to be continued."""
+        self._is_passed_over = False
         if self._file:
             os.close(self._file.descriptor)
             self._file = None
+
+    def make_safe(self) -> None:
+        """What has come whole counts from now on. Blocks for as long as the disk takes. Raises HostError."""
+        if self.durable:
+            paths = [self.folder / file.path for file in self._arrived]
+            folders = {folder for path in paths for folder in path.parents} - {*self.folder.parent.parents}
+            for path in (*paths, *sorted(folders | self._grown)):
+                with self._explained(path), _opened(path, os.O_RDONLY) as descriptor:
+                    _sync(descriptor)
+        self.whole += self._arrived
+        self._arrived = []
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Nobody else writes into the folder. Raises Conflict, HostError."""
         with self._explained(self.folder):
+            self._grown |= {path.parent for path in (self.folder, *self.folder.parents) if not path.exists()}
             self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
             descriptor = _open(self.folder / ".lock", os.O_WRONLY | os.O_CREAT)
@@ -163,15 +196,16 @@ class Copies:
             self.close()
             os.close(descriptor)
 
-    def _under_way(self) -> _File:
-        if self._file is None:
-            raise base.CommandFailed("the host sent bytes of no file")
-        return self._file
-
-    def _came(self, file: _File, count: int) -> None:
-        file.length += count
-        self.fetched_bytes += count
+    def _under_way(self, count: int = 0) -> _File | None:
+        """The file of which `count` bytes have come; None: it cannot be had here. Raises CommandFailed."""
+        file = self._file
+        if not self._is_passed_over:
+            if file is None or file.length + count > file.now.size:
+                raise base.CommandFailed("the host sent bytes of no file")
+            file.length += count
+            self.fetched_bytes += count
         self.on_bytes(count)
+        return file
 
     def _make_room(self, path: Path) -> None:
         """Make the folders of a new file, and put aside whatever is in the way."""
@@ -191,6 +225,19 @@ class Copies:
             number += 1
         path.rename(aside)
         self.aside += 1
+
+    @contextmanager
+    def _of_one_file(self, now: RemoteFile) -> Iterator[None]:
+        """Only this file is passed over for what this machine has against it."""
+        try:
+            yield
+        except (OSError, UnicodeEncodeError) as exc:
+            if isinstance(exc, OSError) and exc.errno not in _OF_ONE_FILE:
+                raise
+            self.close()
+            self._is_passed_over = True
+            reason = exc.strerror if isinstance(exc, OSError) else exc.reason
+            self.problems.append(Problem(now.path, f"cannot be written here: {reason}"))
 
     @contextmanager
     def _explained(self, path: Path) -> Iterator[None]:
@@ -220,6 +267,14 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:  # how some file systems say that of folders they know none
+            raise
 
 
 def _is(path: Path, kind: Callable[[int], bool]) -> bool:

@@ -45,6 +45,8 @@ HOLE_BYTES = 2**26
 TICK_SECONDS = 1.0
 #: files named in one frame of a list
 LISTED_AT_ONCE = 500
+#: characters of paths in one frame of a list, before the last
+MOST_LISTED = 2**17
 #: files that could not be read or removed which are named
 MOST_NAMED = 20
 #: in a folder that a worker made: the fleets that use it, a line each
@@ -87,8 +89,8 @@ class Frames:
 
 def list_files(request: agent.Json) -> agent.Json:
     """Frames of [path, size, mtime in ns]; answers what was passed over, and what could not be read."""
-    frames, rows = Frames(), []
-    passed_over, problems = 0, Problems()
+    frames, rows, listed = Frames(), [], 0
+    passed_over, problems = 0, Problems(frames)
     for path, info in named_by_layout(agent.run_dir_of(request).parent, request["base"], problems):
         frames.tick()
         if not stat.S_ISREG(info.st_mode):
@@ -96,9 +98,10 @@ def list_files(request: agent.Json) -> agent.Json:
         # an empty one waits for the next silent job of its worker
         elif info.st_size or not path.startswith("output/"):
             rows.append([path, info.st_size, info.st_mtime_ns])
-        if len(rows) >= LISTED_AT_ONCE:
+            listed += len(path)
+        if len(rows) >= LISTED_AT_ONCE or listed >= MOST_LISTED:
             frames.document(rows)
-            rows = []
+            rows, listed = [], 0
     frames.document(rows)
     return {"passed_over": passed_over, **problems.answer()}
 
@@ -132,9 +135,10 @@ def all_traces(run_dir: Path) -> list[str]:
 
 
 class Problems:
-    """What went wrong with files: [path, reason], the first of them."""
+    """What went wrong with files: [path, reason], the first of them. `frames` tell that we still look."""
 
-    def __init__(self) -> None:
+    def __init__(self, frames: Frames) -> None:
+        self.frames = frames
         self.named: list[list[str]] = []
         self.count = 0
 
@@ -174,6 +178,7 @@ def entries(root: Path, folder: str, problems: Problems) -> list[tuple[str, os.s
     found = []
     try:
         for name in sorted(os.listdir(descriptor)):  # noqa: PTH208 - there is no path
+            problems.frames.tick()
             try:
                 found.append((f"{folder}/{name}", os.stat(name, dir_fd=descriptor, follow_symlinks=False)))
             except FileNotFoundError:
@@ -373,7 +378,7 @@ class Removal:
 
     def __init__(self, request: agent.Json) -> None:
         self.frames = Frames()
-        self.problems = Problems()
+        self.problems = Problems(self.frames)
         self.files = self.bytes = self.kept = 0
         root = agent.run_dir_of(request).parent
         self.not_ours = [folder for folder in MARKED_FOLDERS if fleets_of(root, folder) is None]
@@ -418,7 +423,7 @@ class Removal:
 
     def empty_folders(self, root: Path, job: str) -> None:
         """Remove the folders of a job in which nothing is left."""
-        for path, info in tree(root, job, Problems()):
+        for path, info in tree(root, job, Problems(self.frames)):
             if stat.S_ISDIR(info.st_mode):
                 self.folder(root, path)
 

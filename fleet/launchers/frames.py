@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from fleet.launchers import agent, base
@@ -17,6 +18,24 @@ _READ_BYTES = 2**18
 _BEGIN = f"\n{agent.MARK}{FRAMES}\n".encode()
 #: what a login shell may print before the frames
 _MOST_NOISE_BYTES = 2**20
+#: the most that a frame holds, and what follows the last one
+_MOST_BYTES = 2**22
+_KINDS = b"JDH."
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """What a host said is read inside. Raises CommandFailed where it makes no sense."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as exc:
+        raise nonsense() from exc
+
+
+def nonsense() -> base.CommandFailed:
+    return base.CommandFailed(
+        "the host answers nonsense", "Is its Python the one that it says, and does nothing print between?"
+    )
 
 
 class Source(Protocol):
@@ -41,6 +60,8 @@ class FrameReader:
             return
         while await self._has(5) and self._buffer[:1] != b"\n":
             kind, length = struct.unpack(">cI", self._taken(5))
+            if kind not in _KINDS or length > _MOST_BYTES:
+                raise nonsense()
             if not await self._has(length):
                 return
             yield kind, self._taken(length)
@@ -48,7 +69,8 @@ class FrameReader:
     async def rest(self) -> str:
         """What follows the last frame, or all there is where none came. Raises HostError."""
         while await self._more():
-            pass
+            if len(self._buffer) > _MOST_BYTES:
+                raise nonsense()
         return self._buffer.decode("utf-8", "replace")
 
     async def limited(self, work: Awaitable[Value]) -> Value:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from fleet.launchers import base
 from fleet.launchers.agent import Json
-from fleet.launchers.frames import Frame
+from fleet.launchers.agent_files import HOLE_BYTES
+from fleet.launchers.frames import Frame, nonsense, understood
 
 #: has the host do what a request says, and yields its frames, and its answer as b"A". Raises HostError.
 Streamer = Callable[[Json], AsyncGenerator[Frame, None]]
+#: where files of ours are; what lies elsewhere is no business of a host
+_FOLDERS = ("log", "output", "jobs")
+_MOST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -105,13 +111,17 @@ class RemoteFolder:
     async def listing(self) -> Listing:
         """The files there are."""
         rows, answer = await self._asked("list_files")
-        files = tuple(_file(*row) for row in rows)
-        return Listing(files, answer["passed_over"], answer["failed"], _problems(answer))
+        with understood():
+            files = tuple(_file(*row) for row in rows)
+            passed_over, failed = _count(answer["passed_over"]), _count(answer["failed"])
+            return Listing(files, passed_over, failed, _problems(answer))
 
     async def users(self) -> Users:
         """Who uses the folder."""
         _, answer = await self._asked("workers_there")
-        return Users(dict(answer["workers"]), frozenset(answer["fleets"]))
+        with understood():
+            lives = {str(name): bool(lives) for name, lives in answer["workers"]}
+            return Users(lives, frozenset(map(str, answer["fleets"])))
 
     async def fetch(self, wanted: Sequence[Wanted], receiver: Receiver) -> None:
         """Have these files sent to `receiver`."""
@@ -121,9 +131,10 @@ class RemoteFolder:
                 if kind == b"D":
                     receiver.data(data)
                 elif kind == b"H":
-                    receiver.hole(struct.unpack(">Q", data)[0])
+                    receiver.hole(_hole(data))
+                    await asyncio.sleep(0)  # it was hashed, and others wait
                 elif kind == b"J":
-                    _tell(receiver, wanted, json.loads(data))
+                    _told(receiver, wanted, data)()
 
     async def remove(self, files: Sequence[RemoteFile], alive: Sequence[str]) -> Removed:
         """Remove those that are unchanged. `alive`: the workers of which it is known that they live there."""
@@ -142,35 +153,55 @@ class RemoteFolder:
         answer: Json = {}
         async with aclosing(self._streamer({"verb": verb, **self._about, **more})) as frames:
             async for kind, data in frames:
-                if kind == b"J":
-                    rows += json.loads(data)
-                elif kind == b"A":
-                    answer = json.loads(data)
+                with understood():
+                    if kind == b"J":
+                        rows += json.loads(data)
+                    elif kind == b"A":
+                        answer = json.loads(data)
         return rows, answer
 
 
-def _tell(receiver: Receiver, wanted: Sequence[Wanted], document: Json) -> None:
-    want = wanted[document["index"]]
-    if "error" in document:
-        receiver.missing(want, document["error"], gone=document["gone"])
-    elif "sha256" in document:
-        receiver.end(document["size"], document["sha256"])
-    else:
-        now = RemoteFile(want.file.path, document["size"], document["mtime_ns"])
-        receiver.begin(want, document["offset"], now)
+def _told(receiver: Receiver, wanted: Sequence[Wanted], data: bytes) -> Callable[[], None]:
+    """What a document has to tell the receiver. Raises CommandFailed."""
+    with understood():
+        document = json.loads(data)
+        want = wanted[_count(document["index"])]
+        if "error" in document:
+            return partial(receiver.missing, want, str(document["error"]), gone=bool(document["gone"]))
+        size = _count(document["size"])
+        if "sha256" in document:
+            return partial(receiver.end, size, str(document["sha256"]))
+        now = _file(want.file.path, size, document["mtime_ns"])
+        return partial(receiver.begin, want, _count(document["offset"]), now)
 
 
 def _file(path: str, size: int, mtime_ns: int) -> RemoteFile:
-    """A host may say what it likes, but no path of it leads out of the folder. Raises CommandFailed."""
-    parts = path.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\0" in path:
+    """A host may say what it likes, but no path of it leads out of our folders. Raises CommandFailed."""
+    top, *parts = path.split("/")
+    if top not in _FOLDERS or not parts or any(p in ("", ".", "..") for p in parts) or "\0" in path:
         raise base.CommandFailed(f"the host names a file {path!r}, which may not be")
-    return RemoteFile(path, size, mtime_ns)
+    return RemoteFile(path, _count(size), _count(mtime_ns, least=-_MOST))
+
+
+def _hole(data: bytes) -> int:
+    with understood():
+        (length,) = struct.unpack(">Q", data)
+    if length > HOLE_BYTES:
+        raise nonsense()
+    return int(length)
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= _MOST:
+        raise ValueError(value)
+    return value
 
 
 def _removed(answer: Json) -> Removed:
-    return Removed(answer["files"], answer["bytes"], answer["kept"], answer["failed"], _problems(answer))
+    with understood():
+        files, size, kept, failed = (_count(answer[name]) for name in ("files", "bytes", "kept", "failed"))
+        return Removed(files, size, kept, failed, _problems(answer))
 
 
 def _problems(answer: Json) -> tuple[Problem, ...]:
-    return tuple(Problem(*problem) for problem in answer["problems"])
+    return tuple(Problem(str(path), str(reason)) for path, reason in answer["problems"])

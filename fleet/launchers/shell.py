@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from fleet import resources
 from fleet.bundle import Bundle
 from fleet.launchers import agent, base
-from fleet.launchers.frames import Frame, FrameReader, Source
+from fleet.launchers.frames import Frame, FrameReader, Source, understood
 from fleet.launchers.remote_files import RemoteFolder
 from fleet.worker_config import WorkerConfig
 
@@ -294,12 +294,13 @@ class ShellLauncher(ABC):
 
     def _answer(self, output: Output) -> agent.Json:
         """The answer in what a command printed. Raises HostError."""
-        answer = agent.answer_in(output.stdout)
-        if answer is None:
-            raise self._unreadable(output)
-        if "error" in answer:
-            raise _explained(answer["error"])
-        return answer
+        with understood():
+            answer = agent.answer_in(output.stdout)
+            if answer is None:
+                raise self._unreadable(output)
+            if "error" in answer:
+                raise _explained(answer["error"])
+            return answer
 
     def _unreadable(self, output: Output) -> base.HostError:
         """Why there is no answer in `output`."""

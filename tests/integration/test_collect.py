@@ -257,6 +257,36 @@ def test_a_host_that_hangs_ends_as_an_error(kept, collect, farm):
     assert "nothing came from there for 2 s" in row["error"]["message"]
 
 
+NONSENSE = {
+    "huge": b"J\xff\xff\xff\xff",
+    "unknown": b"Z\0\0\0\1x",
+    "undecodable": b"J\0\0\0\1{",
+    "shapeless": b"J\0\0\0\3[7]\n\nrq-fleet: {}\n",
+    "answer": b"\nrq-fleet: nonsense\n",
+    "empty": b"\nrq-fleet: {}\n",
+    "elsewhere": b'J\0\0\0\x11[[".lock", 1, 1]]'
+    b'\n\nrq-fleet: {"passed_over": 0, "failed": 0, "problems": []}\n',
+}
+
+
+def test_a_host_that_answers_nonsense_fails_alone(kept, collect, farm):
+    ours(kept("good").output_dir)
+    for name, data in {**NONSENSE, "endless": b"\n"}.items():
+        (farm.folder / f"{name}.data").write_bytes(b"\nrq-fleet: frames\n" + data)
+        liar = farm.folder / f"{name}.python"
+        liar.write_text(
+            f'#!/bin/sh\n[ "$3" = -c ] && exec {sys.executable} "$@"\n'
+            f"cat > /dev/null; cat {farm.folder}/{name}.data\n" + "exec yes\n" * (name == "endless")
+        )
+        liar.chmod(0o755)
+        kept(name, f"python={liar}")
+    found = collect(code=3)
+    assert found.pop("good")["files"] == 4
+    assert {row["error"]["code"] for row in found.values()} == {"command_failed"}
+    assert ".lock" in found.pop("elsewhere")["error"]["message"]
+    assert {row["error"]["message"] for row in found.values()} == {"the host answers nonsense"}
+
+
 def test_each_host_fails_alone(kept, collect, farm, run_fleet, free_port, here):
     host = kept("host1")
     ours(host.output_dir)
@@ -440,6 +470,26 @@ def test_what_may_not_be_read_or_removed_is_told_and_the_rest_goes_on(kept, coll
     finally:
         for name in ("locked", "stuck"):
             (host.output_dir / "jobs" / name).chmod(0o700)
+
+
+def test_a_file_that_cannot_be_had_here_is_told_and_the_rest_comes(kept, collect, fleet, here):
+    host = kept("host1")
+    name = os.fsdecode(b"\x1b[31m\xff" + b"x" * 249)  # too long for NAME.~1~
+    ours(host.output_dir)
+    write(host.output_dir, **{f"jobs__j1__{name}": "one"})
+    collect()
+    write(host.output_dir, **{f"jobs__j1__{name}": "two, which is another", "jobs__j1__z": "z"})
+    row = collect("--delete", code=1)["host1"]
+    assert (row["failed"], row["removed_files"], row["problems"][0]["reason"]) == (
+        1,
+        6,
+        "cannot be written here: File name too long",
+    )
+    assert (here / f"host1/jobs/j1/{name}").read_text() == "one"
+    assert content(host.output_dir) == {f"jobs/j1/{name}": b"two, which is another"}
+    done = fleet("collect-logs", options=("-l", str(here)), env={"PYTHONIOENCODING": "utf-8:strict"})
+    assert (done.returncode, "jobs/j1/\\x1b[31m\\xffxxx" in done.stdout) == (1, True), done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
 
 
 @pytest.fixture

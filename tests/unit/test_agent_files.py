@@ -7,7 +7,8 @@ import asyncio
 import hashlib
 import json
 import os
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from fleet.copies import Copies
-from fleet.launchers import agent, base
+from fleet.launchers import agent, agent_files, base
 from fleet.launchers.local import LocalLauncher
 from fleet.launchers.remote_files import RemoteFile, RemoteFolder, Removed, Users, Wanted, _file
 from fleet.outputs import Folders
@@ -118,6 +119,8 @@ def test_what_begins_otherwise_is_sent_from_its_start(root, tmp_path):
     at(root, lambda files: files.fetch(wanted, copies))
     assert (tmp_path / "here/jobs/j/x").read_text() == "hello world"
     assert (tmp_path / "here/jobs/j/x.~1~").read_text() == "HELLO"
+    assert copies.whole == [], "it may not be on the disk yet"
+    copies.make_safe()
     assert [file.path for file in copies.whole] == ["jobs/j/x"]
 
 
@@ -129,6 +132,7 @@ def test_what_arrives_damaged_is_no_copy(tmp_path):
     copies.begin(want, 5, want.file)
     copies.data(b" world")
     copies.end(11, hashlib.sha256(b"hello w0rld").hexdigest())
+    copies.make_safe()
     assert (tmp_path / "jobs/j/x").read_text() == "hello", "what had come before is kept"
     assert (copies.whole, copies.problems[0].reason) == ([], "arrived damaged")
 
@@ -149,7 +153,98 @@ def test_whatever_is_in_the_way_here_is_put_aside(tmp_path, root):
     assert copies.aside == 1
 
 
-@pytest.mark.parametrize("path", ["../x", "jobs/../../x", "/etc/passwd", "jobs//x", "jobs/./x", "", "a\0b"])
+@pytest.mark.parametrize(
+    "path",
+    ["../x", "jobs/../../x", "/etc/passwd", "jobs//x", "jobs/./x", "", "jobs/a\0b", ".lock", "jobs", "run/x"],
+)
 def test_a_path_that_leads_out_of_the_folder_is_refused(path):
     with pytest.raises(base.CommandFailed):
         _file(path, 1, 1)
+
+
+# --- what a host may say ---------------------------------------------------------------------------
+
+
+def frame(**document: object) -> tuple[bytes, bytes]:
+    return b"J", json.dumps({"index": 0, **document}).encode()
+
+
+BEGIN = frame(offset=0, size=4, mtime_ns=1)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [frame(offset=3, size=11, mtime_ns=1)],
+        [frame(offset=2**70, size=11, mtime_ns=1)],
+        [frame(offset=0, size=-1, mtime_ns=1)],
+        [frame(offset=0, size=4, mtime_ns="now")],
+        [frame(index=-1, offset=0, size=4, mtime_ns=1)],
+        [frame(index=1, offset=0, size=4, mtime_ns=1)],
+        [(b"J", b"[" * 100000)],
+        [(b"D", b"x")],
+        [BEGIN, (b"D", b"xxxxx")],
+        [BEGIN, (b"H", (2**62).to_bytes(8, "big"))],
+        [frame(offset=0, size=2**62, mtime_ns=1), (b"H", (2**62).to_bytes(8, "big"))],
+        [BEGIN, (b"H", b"x")],
+        [BEGIN, (b"J", b'{"index": 0, "sha256": ""}')],
+    ],
+)
+def test_a_host_that_lies_destroys_nothing_that_came_earlier(tmp_path, said):
+    (tmp_path / "jobs/j").mkdir(parents=True)
+    (tmp_path / "jobs/j/x").write_text("hello")
+
+    async def lie(_: Any) -> AsyncGenerator[tuple[bytes, bytes], None]:
+        for one in said:
+            yield one
+
+    copies = Copies(tmp_path, durable=True, on_bytes=lambda _: None)
+    wanted = copies.wanted([RemoteFile("jobs/j/x", 11, 1)])
+    with pytest.raises(base.CommandFailed):
+        asyncio.run(RemoteFolder(lie, None, "host1").fetch(wanted, copies))
+    copies.close()
+    assert "hello" in [path.read_text() for path in (tmp_path / "jobs/j").glob("x*")]
+
+
+def test_what_counts_as_safe_is_on_the_disk_with_its_folders(root, tmp_path, monkeypatch):
+    """And not by the loop, which others wait for."""
+    synced: list[tuple[str, bool]] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        loops = threading.current_thread() is threading.main_thread()
+        synced.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), loops))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (root / "jobs/j/deep").mkdir()
+    for name in ("x", "deep/y"):
+        (root / "jobs/j" / name).write_text(name)
+    top = tmp_path / "new/logs"
+    copies = Copies(top / "host1", durable=True, on_bytes=lambda _: None)
+
+    async def run() -> None:
+        remote = LocalLauncher().files(str(root), "host1")
+        listing = await remote.listing()
+        with copies.alone():
+            await remote.fetch(copies.wanted(listing.files), copies)
+            assert (synced, copies.whole) == ([], [])
+            await asyncio.to_thread(copies.make_safe)
+
+    asyncio.run(run())
+    assert len(copies.whole) == 2
+    folders = ["", "host1", "host1/jobs", "host1/jobs/j", "host1/jobs/j/deep"]
+    files = ["host1/jobs/j/x", "host1/jobs/j/deep/y"]
+    wanted = {*(str(top / name) for name in (*folders, *files)), str(tmp_path), str(tmp_path / "new")}
+    assert {path for path, _ in synced} == wanted
+    assert len(synced) == len(wanted), "each once"
+    assert not any(by_the_loop for _, by_the_loop in synced)
+
+
+def test_a_long_list_gives_signs_of_life_before_it_says_anything(root, monkeypatch, capfdbinary):
+    for number in range(50):
+        (root / f"jobs/j/{number}").write_text("x")
+    monkeypatch.setattr(agent_files, "TICK_SECONDS", -1.0)
+    agent_files.list_files({"output_dir": str(root), "base": "host1"})
+    before, _, _ = capfdbinary.readouterr().out.partition(b"J")
+    assert before.count(b".\0\0\0\0") >= 50 + len(["j", ".rq-fleet"])
