@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlunsplit
 
 import redis
 from redis import exceptions
@@ -105,7 +105,7 @@ def with_password(url: str, password: str | None) -> str:
     from urllib.parse import quote
 
     check_url(url)
-    parts = urlsplit(url)
+    parts = sentinel.split(url)
     if password is None or parts.password is not None or parts.scheme == "unix":
         return url
     user = parts.username or ""
@@ -116,7 +116,7 @@ def with_password(url: str, password: str | None) -> str:
 def check_url(url: str) -> None:
     """Raise UsageError unless `url` has the shape of a Redis URL."""
     try:
-        parts = urlsplit(url)
+        parts = sentinel.split(url)
         _ = sentinel.parse(url) if sentinel.is_sentinel(url) else parts.port
     except ValueError as exc:
         raise UsageError(f"cannot read the Redis URL {redacted(url)!r}: {exc}", _SHAPE) from exc

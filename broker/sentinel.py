@@ -9,10 +9,11 @@ User and password are those of Redis itself; the sentinels' own, where they ask 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 import redis
 from redis import connection, exceptions
@@ -119,9 +120,18 @@ def is_sentinel(url: str) -> bool:
     return url.partition("://")[0] in SCHEMES
 
 
+def split(url: str) -> SplitResult:
+    """As `urllib.parse.urlsplit`, which, of newer Pythons, refuses an IPv6 address among several."""
+    if not is_sentinel(url):
+        return urlsplit(url)
+    scheme, _, rest = url.partition("://")
+    netloc = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    return urlsplit("//host" + rest.removeprefix(netloc))._replace(scheme=scheme, netloc=netloc)
+
+
 def parse(url: str) -> Service:
     """Read such a URL. Raises ValueError, whose text names no secret."""
-    parts = urlsplit(url)
+    parts = split(url)
     login, _, hosts = parts.netloc.rpartition("@")
     name, _, number = parts.path.strip("/").partition("/")
     if not name:

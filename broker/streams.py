@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlunsplit
 
 from redis import connection
 from redis.asyncio.connection import SSLConnection
@@ -40,7 +40,7 @@ def url_at_socket(url: str, path: str) -> str:
 
 def with_whole_paths(url: str) -> str:
     """`url` with the files that it names for TLS spelled from the root: it will be used elsewhere."""
-    parts = urlsplit(url)
+    parts = sentinel.split(url)
     if not any(f"{name}=" in parts.query for name in _FILES):
         return url
     words = [

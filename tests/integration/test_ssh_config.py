@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import getpass
 import logging
 import os
 import re
@@ -55,11 +56,11 @@ def lock(key: Path, passphrase: str = "hush") -> None:
 
 
 def test_what_ssh_config_says_is_done(farm, tmp_path):
-    host = farm.add("host1")
+    host, user = farm.add("host1"), getpass.getuser()
     more = tmp_path / "more"
     more.mkdir()
     (more / "keys.conf").write_text(
-        f"Match host 127.0.0.1 user root\n  IdentityFile {farm.folder}/id\n  IdentitiesOnly yes\n"
+        f"Match host 127.0.0.1 user {user}\n  IdentityFile {farm.folder}/id\n  IdentitiesOnly yes\n"
     )
     farm.config.write_text(
         f"""\
@@ -68,7 +69,7 @@ Host web-* !web-9
   HostName=127.0.0.1
   Port {host.port}
 Host *
-  User "root"
+  User "{user}"
   IdentityAgent none
   UserKnownHostsFile {farm.known_hosts}
   ControlMaster auto
@@ -77,7 +78,7 @@ Include {more}/*.conf
 """
     )
     assert probe(farm, "web-1").home == str(host.home)
-    with pytest.raises(base.NameNotResolved, match=r"^web-9 \(root@web-9:22\)|^root@web-9:22"):
+    with pytest.raises(base.NameNotResolved, match=rf"^web-9 \({user}@web-9:22\)|^{user}@web-9:22"):
         probe(farm, "web-9")
 
 
