@@ -150,6 +150,7 @@ class WorkingFolders:
         self._serial = 0
         #: when an empty one was last changed, as far as it tells: whatever is put into it changes that
         self._untouched_ns = int(time.time() - _UNTOUCHED_SECONDS) * 10**9
+        self._mode = _as_our_umask_has_it(0o777)
 
     def enter(self, job_id: str) -> str:
         """The directory of a job: that of its last attempt here, or an empty one. Raises CannotStart."""
@@ -163,7 +164,7 @@ class WorkingFolders:
     def leave(self, path: str) -> None:
         """The attempt in it ended."""
         try:
-            if not self._is_empty(path):
+            if not self._is_as_made(path):
                 return
             self._serial += 1
             spare = f"{self._aside}{self._serial}"
@@ -177,8 +178,12 @@ class WorkingFolders:
         while self._spare:
             _rmdir(self._spare.pop())
 
-    def _is_empty(self, path: str) -> bool:
-        if os.stat(path, follow_symlinks=False).st_mtime_ns == self._untouched_ns:  # noqa: PTH116  # as below
+    def _is_as_made(self, path: str) -> bool:
+        """Whether it is empty, and the next job may do with it what this one might."""
+        found = os.stat(path, follow_symlinks=False)  # noqa: PTH116  # as below
+        if found.st_mode & 0o777 != self._mode:
+            return False
+        if found.st_mtime_ns == self._untouched_ns:
             return True
         with os.scandir(path) as entries:
             if next(entries, None) is not None:
@@ -211,6 +216,12 @@ def _rmdir(path: str) -> None:
         return
 
 
+def _as_our_umask_has_it(mode: int) -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mode & ~mask
+
+
 class Outputs:
     """The output files of commands, one without content kept for the next: most jobs are silent, and making
     and removing a file costs more than to give it another name.
@@ -223,9 +234,7 @@ class Outputs:
         self._folders = folders
         self._spare: list[tuple[int, str]] = []
         self._has_leases = hasattr(fcntl, "F_SETLEASE")
-        mask = os.umask(0o077)
-        os.umask(mask)
-        self._mode = 0o644 & ~mask
+        self._mode = _as_our_umask_has_it(0o644)
 
     def open(self, claim: Claim) -> OutputFiles:
         """Both files of an attempt. Raises CannotStart."""

@@ -95,6 +95,19 @@ def test_a_spare_that_somebody_removed_is_no_loss(outputs, folders):
     outputs.close(files)
 
 
+@pytest.mark.parametrize("mode", [0o000, 0o555])
+def test_a_folder_whose_rights_the_job_took_is_not_given_to_the_next(folders, mode):
+    working = WorkingFolders(folders, "w-0")
+    first = Path(working.enter("a"))
+    first.chmod(mode)
+    working.leave(str(first))
+    second = Path(working.enter("b"))
+    assert first.exists()
+    assert second.stat().st_mode & 0o777 != mode
+    (second / "result").touch()
+    first.chmod(0o755)
+
+
 def test_a_folder_left_empty_serves_the_next_job_and_one_with_something_in_it_is_kept(folders):
     working = WorkingFolders(folders, "w-0")
     first = Path(working.enter("a"))
