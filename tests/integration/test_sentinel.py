@@ -141,8 +141,9 @@ def test_a_primary_that_comes_back_demoted_harms_nothing(watched, workers_of, ev
 def test_replies_that_a_primary_is_read_only_now_make_a_worker_connect_anew(watched, workers_of):
     workers = workers_of(watched.url)
     worker = workers.start("w0", settings=_LONGER)
-    job = workers.submit("sh", "-c", f"until [ -e {workers.folder}/go ]; do sleep 0.05; done")
-    workers.until(lambda: workers.state(job) == "started")
+    runs = workers.folder / "runs"
+    job = workers.submit("sh", "-c", f"touch {runs}; until [ -e {workers.folder}/go ]; do sleep 0.05; done")
+    workers.until(runs.exists, "it runs")
     with watched.client_of(watched.primary) as client:
         client.execute_command("REPLICAOF", "127.0.0.1", "1")  # and nobody is disconnected
         (workers.folder / "go").touch()
@@ -212,8 +213,10 @@ def test_a_service_that_nobody_watches_is_told(watched, run_fleet):
 def test_leases_and_jobs_are_there_after_a_failover(watched, workers_of, eventually):
     workers = workers_of(watched.url)
     workers.start("w0", settings=_LONGER)
-    job = workers.submit("sleep", "600")
-    workers.until(lambda: workers.state(job) == "started")
+    runs = workers.folder / "runs"
+    job = workers.submit("sh", "-c", f"touch {runs}; exec sleep 600")
+    # before that the reply to the claim may be lost with the primary, and the job handed back
+    workers.until(runs.exists, "it runs")
     watched.lose_primary(eventually)
     eventually(watched.promoted, timeout_seconds=20)
     first = workers.until(lambda: workers.client.zscore(keys.LEASES, job), "a primary answers")
