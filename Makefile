@@ -56,7 +56,7 @@ pins: .venv/.ready-run  ## write both constraints.txt anew: make pins PYTHONS="p
 	$(BIN)/python tools/pin.py $(PYTHONS)
 
 clean:  ## remove the environment and every cache
-	rm -rf .venv .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 .venv/.ready-run: $(SETUP)
 	@sh tools/set-up run

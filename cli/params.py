@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from broker import names
+from broker import amounts, names
 from broker.errors import UsageError
 from cli.context import Context
 
@@ -21,10 +19,6 @@ if TYPE_CHECKING:
 else:
     _ParamType = click.ParamType  # generic since click 8.4 alone
 
-_DURATION = re.compile(r"(-?\d+(?:\.\d*)?|\.\d+)\s*(ms|s|m|h|d)?", re.ASCII)
-_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-#: about what a Redis hash field of RQ's can hold, and longer than anyone waits: a hundred years
-_LONGEST_SECONDS = 100 * 365 * 86400
 #: seconds Tab waits for Redis
 _PATIENCE_SECONDS = 1.0
 #: jobs offered by Tab
@@ -42,15 +36,10 @@ class Duration(_ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, int | float):
             return float(value)
-        found = _DURATION.fullmatch(value.strip())
-        if not found:
-            self.fail(f"{value!r} is no duration: use seconds, or 90s, 5m, 2h, 1d.", param, ctx)
-        seconds = float(found[1]) * _UNITS[found[2] or "s"]
-        if seconds < 0 or (seconds == 0 and not self._zero):
-            self.fail(f"{value!r}: must be {'0 or ' * self._zero}more than 0.", param, ctx)
-        if not math.isfinite(seconds) or seconds > _LONGEST_SECONDS:
-            self.fail(f"{value!r} is longer than a hundred years.", param, ctx)
-        return seconds
+        try:
+            return amounts.duration(value, zero=self._zero)
+        except UsageError as exc:
+            self.fail(exc.message, param, ctx)
 
 
 class Gibibytes(_ParamType):

@@ -40,8 +40,16 @@ from typing import Any
 import psutil
 import pytest
 import redis
+from hypothesis import HealthCheck
+from hypothesis import settings as property_settings
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+
+# how long an example takes says nothing on a machine that others use
+property_settings.register_profile(
+    "fleet", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+property_settings.load_profile("fleet")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 #: programs a test may need -> the Debian package that has them

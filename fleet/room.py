@@ -1,0 +1,189 @@
+"""What one worker still has for jobs: its slots, CPUs, memory and GPUs, never promised twice.
+
+For one thread. CPUs and shares of GPUs are counted in thousandths, memory in MiB, as the scripts
+do that give out jobs, so that both come to the same answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from broker.requirements import MEBIBYTE, Requirements
+from fleet.resources import Resources
+
+_MILLI = 1000
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What a job was given. GPUs by index; `gpu_share`: how much of each, below 1 where others share it.
+
+    `cpu_ids` are the job's alone; none where it asked for no whole number of CPUs, or the worker knows none.
+    `cpus`, `memory_bytes`: None where it asked for none, so that nothing limits it.
+    """
+
+    cpus: float | None = None
+    cpu_ids: tuple[int, ...] = ()
+    memory_bytes: int | None = None
+    gpu_ids: tuple[int, ...] = ()
+    gpu_share: float = 1
+
+
+@dataclass(frozen=True)
+class Free:
+    """What is left. `gpus`: of each GPU the share that is left, 0 to 1."""
+
+    slots: int
+    cpus: float
+    memory_bytes: int
+    gpus: tuple[float, ...]
+
+    @property
+    def milli_cpus(self) -> int:
+        return round(self.cpus * _MILLI)
+
+    @property
+    def mebibytes(self) -> int:
+        return self.memory_bytes // MEBIBYTE
+
+
+@dataclass(frozen=True)
+class _Holding:
+    milli_cpus: int
+    mebibytes: int
+    milli_gpu: int
+    exclusive: bool
+    grant: Grant = field(default_factory=Grant)
+
+
+class Room:
+    """The packing of one worker.
+
+    `cpu_ids`: the CPUs that it may pin jobs to, at least `total.cpus` of them, or none.
+    """
+
+    def __init__(self, total: Resources, slots: int, cpu_ids: Sequence[int] = ()) -> None:
+        self._gpus = total.gpus
+        self._slots = slots
+        self._milli_cpus = round(total.cpus * _MILLI)
+        self._mebibytes = total.memory_bytes // MEBIBYTE
+        self._cpu_ids = tuple(cpu_ids)[: math.floor(total.cpus)] if len(cpu_ids) >= total.cpus else ()
+        self._held: dict[str, _Holding] = {}
+        #: what a job counts that asks for no CPUs
+        self.plain_milli_cpus = min(_MILLI, self._milli_cpus // slots)
+
+    def __contains__(self, lease: str) -> bool:
+        return lease in self._held
+
+    # --- what is left ----------------------------------------------------------------------------
+
+    def free(self) -> Free:
+        """What is left, nothing at all beside an exclusive job."""
+        if self._is_closed():
+            return Free(0, 0, 0, (0,) * len(self._gpus))
+        return Free(
+            self._slots - len(self._held),
+            (self._milli_cpus - sum(held.milli_cpus for held in self._held.values())) / _MILLI,
+            (self._mebibytes - sum(held.mebibytes for held in self._held.values())) * MEBIBYTE,
+            tuple(milli / _MILLI for milli in self._free_gpus()),
+        )
+
+    def fits(self, need: Requirements) -> bool:
+        """Whether such a job can start now."""
+        free = self.free()
+        return (
+            free.slots > 0
+            and not (need.exclusive and self._held)
+            and self._cost_in_cpus(need) <= free.milli_cpus
+            and _mebibytes(need) <= free.mebibytes
+            and self._choose_gpus(need) is not None
+        )
+
+    def gpus_fit(self, need: Requirements) -> bool:
+        """Whether its GPUs alone are free."""
+        return self._choose_gpus(need) is not None
+
+    # --- taking and giving back ------------------------------------------------------------------
+
+    def take(self, lease: str, need: Requirements) -> Grant:
+        """Give `lease` what it needs. Raises ValueError where that does not fit, or it holds some."""
+        if lease in self._held or not self.fits(need):
+            raise ValueError(f"no room for {lease}: {need.readable() or 'a plain job'}")
+        grant = self._whole_worker(need) if need.exclusive else self._grant(need)
+        share = _milli_gpus(need) if 0 < need.gpus < 1 else _MILLI
+        held = _Holding(self._cost_in_cpus(need), _mebibytes(need), share, need.exclusive, grant)
+        self._held[lease] = held
+        return grant
+
+    def give_back(self, lease: str) -> None:
+        """The job ended; one that holds nothing changes nothing."""
+        self._held.pop(lease, None)
+
+    def _grant(self, need: Requirements) -> Grant:
+        return Grant(
+            need.cpus,
+            self._choose_cpus(need),
+            need.memory_bytes,
+            self._choose_gpus(need) or (),
+            need.gpus if 0 < need.gpus < 1 else 1,
+        )
+
+    def _whole_worker(self, need: Requirements) -> Grant:
+        """An exclusive job has all CPUs and GPUs, but where it asked for fewer."""
+        asked = self._grant(need)
+        return Grant(
+            asked.cpus or self._milli_cpus / _MILLI,
+            self._cpu_ids if need.cpus is None else asked.cpu_ids,
+            asked.memory_bytes,
+            asked.gpu_ids or tuple(range(len(self._gpus))),
+            asked.gpu_share,
+        )
+
+    # --- choosing --------------------------------------------------------------------------------
+
+    def _cost_in_cpus(self, need: Requirements) -> int:
+        return self.plain_milli_cpus if need.cpus is None else round(need.cpus * _MILLI)
+
+    def _choose_cpus(self, need: Requirements) -> tuple[int, ...]:
+        """Whole CPUs are the job's own: all of them together are never more than there are."""
+        if need.cpus is None or need.cpus != int(need.cpus):
+            return ()
+        taken = {cpu for held in self._held.values() for cpu in held.grant.cpu_ids}
+        return tuple(cpu for cpu in self._cpu_ids if cpu not in taken)[: int(need.cpus)]
+
+    def _choose_gpus(self, need: Requirements) -> tuple[int, ...] | None:
+        """The GPUs for it, None where they are not free.
+
+        Best fit: of those that will do the ones with the least left, then with the least memory, so that
+        whole GPUs, and large ones, are kept for those who need them.
+        """
+        share, count = _milli_gpus(need), math.ceil(need.gpus)
+        left = self._free_gpus()
+        fit = [
+            index
+            for index, gpu in enumerate(self._gpus)
+            if left[index] >= share and need.gpu_is_enough(gpu.memory_bytes)
+        ]
+        fit.sort(key=lambda index: (left[index], self._gpus[index].memory_bytes, index))
+        return tuple(sorted(fit[:count])) if len(fit) >= count else None
+
+    def _free_gpus(self) -> list[int]:
+        left = [_MILLI] * len(self._gpus)
+        for held in self._held.values():
+            for index in held.grant.gpu_ids:
+                left[index] -= held.milli_gpu
+        return left
+
+    def _is_closed(self) -> bool:
+        return any(held.exclusive for held in self._held.values())
+
+
+def _mebibytes(need: Requirements) -> int:
+    return (need.memory_bytes or 0) // MEBIBYTE
+
+
+def _milli_gpus(need: Requirements) -> int:
+    """What it needs of each GPU it gets."""
+    return round(min(need.gpus, 1) * _MILLI)
