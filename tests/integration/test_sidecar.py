@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 import uuid
 from pathlib import Path
@@ -39,6 +40,10 @@ def job(script, name, marked=True):
 
 def unread():
     return any(fcntl.ioctl(sidecar._commands, termios.FIONREAD, bytes(4)))
+
+def busy():
+    # sleeps: what was read is also taken in
+    return unread() or open(f"/proc/{sidecar.pid}/stat").read().rpartition(")")[2].split()[0] != "S"
 
 def tell(**facts):
     with open(folder + "/facts.new", "w") as file:
@@ -120,6 +125,10 @@ def lives(pid: int) -> bool:
         return False
 
 
+def is_unread(sidecar: Sidecar) -> bool:
+    return any(fcntl.ioctl(sidecar._commands, termios.FIONREAD, bytes(4)))
+
+
 def is_written(path: Path):
     return lambda: path.exists() and path.read_text().strip()
 
@@ -134,15 +143,15 @@ def test_jobs_die_with_their_worker(small_worker, eventually, number):
     )
     assert all(lives(pid) for pid in worker.facts["p"])
     os.kill(worker.process.pid, number)
-    eventually(lambda: not any(map(lives, worker.facts["p"])), timeout_seconds=2)
-    eventually(lambda: not lives(worker.facts["sidecar"]), timeout_seconds=2)
+    eventually(lambda: not any(map(lives, worker.facts["p"])))
+    eventually(lambda: not lives(worker.facts["sidecar"]))
 
 
 def test_what_a_job_started_dies_too(small_worker, eventually, tmp_path):
     worker = small_worker("p = job('sleep 100 & echo $! > child; wait', 1); sidecar.add(p); tell()")
     eventually(is_written(tmp_path / "child"))
     worker.kill()
-    eventually(lambda: not lives(worker.pid_told_by("child")), timeout_seconds=2)
+    eventually(lambda: not lives(worker.pid_told_by("child")))
 
 
 @pytest.mark.skipif(not sidecar_main.look_up(os.getpid()), reason="needs /proc")
@@ -150,7 +159,7 @@ def test_a_child_that_left_its_group_dies_too(small_worker, eventually, tmp_path
     worker = small_worker("p = job('setsid sleep 100 & echo $! > child; wait', 1); sidecar.add(p); tell()")
     eventually(is_written(tmp_path / "child"))
     worker.kill()
-    eventually(lambda: not lives(worker.pid_told_by("child")), timeout_seconds=2)
+    eventually(lambda: not lives(worker.pid_told_by("child")))
 
 
 def test_a_group_dies_though_its_processes_cleared_their_environment(small_worker, eventually):
@@ -158,11 +167,11 @@ def test_a_group_dies_though_its_processes_cleared_their_environment(small_worke
         """
 p = job('exec env -i sleep 100', 1)
 sidecar.add(p)
-while b'FLEET' in open(f'/proc/{p}/environ', 'rb').read() or unread(): time.sleep(0.01)
+while b'FLEET' in open(f'/proc/{p}/environ', 'rb').read() or busy(): time.sleep(0.01)
 tell(p=p)"""
     )
     worker.kill()
-    eventually(lambda: not lives(worker.facts["p"]), timeout_seconds=2)
+    eventually(lambda: not lives(worker.facts["p"]))
 
 
 def test_a_group_dies_though_its_leader_ended_before(small_worker, eventually, tmp_path):
@@ -170,13 +179,13 @@ def test_a_group_dies_though_its_leader_ended_before(small_worker, eventually, t
     eventually(is_written(tmp_path / "child"))
     eventually(lambda: not lives(worker.facts["p"]))
     worker.kill()
-    eventually(lambda: not lives(worker.pid_told_by("child")), timeout_seconds=2)
+    eventually(lambda: not lives(worker.pid_told_by("child")))
 
 
 def test_a_child_that_was_never_added_dies_by_its_token(small_worker, eventually):
     worker = small_worker("tell(p=job('sleep 100', 1))")
     worker.kill()
-    eventually(lambda: not lives(worker.facts["p"]), timeout_seconds=2)
+    eventually(lambda: not lives(worker.facts["p"]))
 
 
 def test_a_removed_group_and_strangers_live_on(small_worker, eventually):
@@ -213,7 +222,7 @@ def test_the_lock_is_held_until_the_last_process_is_dead(small_worker, eventuall
     assert not worker.lock_is_free()
     assert lives(worker.facts["p"])
     os.kill(worker.facts["sidecar"], signal.SIGCONT)
-    eventually(worker.lock_is_free, timeout_seconds=2)
+    eventually(worker.lock_is_free)
     assert not lives(worker.facts["p"])
 
 
@@ -223,7 +232,7 @@ def test_signals_meant_for_the_worker_do_not_end_the_sidecar(small_worker, event
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(worker.facts["sidecar"], number)
     worker.kill()
-    eventually(lambda: not lives(worker.facts["p"]), timeout_seconds=2)
+    eventually(lambda: not lives(worker.facts["p"]))
 
 
 def _ignores(pid: int, number: int) -> bool:
@@ -238,13 +247,13 @@ def test_a_worker_killed_while_its_sidecar_starts_leaves_nothing(small_worker, e
     )
     worker.kill()
     os.kill(worker.facts["sidecar"], signal.SIGCONT)
-    eventually(lambda: not lives(worker.facts["p"]), timeout_seconds=2)
+    eventually(lambda: not lives(worker.facts["p"]))
 
 
 def test_an_orderly_end_leaves_nothing_either(sidecar, job):
     stray = job("sleep 100")
     sidecar.close()
-    assert stray.wait(5) == -signal.SIGKILL
+    assert stray.wait(30) == -signal.SIGKILL
 
 
 # --- the worker stops, or is cut off ---------------------------------------------------------------
@@ -253,9 +262,9 @@ def test_an_orderly_end_leaves_nothing_either(sidecar, job):
 def test_a_deadline_renewed_kills_nothing(sidecar, job, eventually):
     process = job("sleep 100")
     sidecar.add(process.pid)
-    sidecar.renew(clock.boottime() + 0.3)
+    sidecar.renew(clock.boottime() + 1.0)
     sidecar.renew(clock.boottime() + HOUR)
-    over = time.monotonic() + 0.6
+    over = time.monotonic() + 1.3
     eventually(lambda: time.monotonic() > over)
     assert process.poll() is None
     assert sidecar.killed() == set()
@@ -267,7 +276,7 @@ def test_a_missed_deadline_kills_and_tells(sidecar, job, eventually):
     for process in processes:
         sidecar.add(process.pid)
     sidecar.renew(clock.boottime() + 0.2)
-    assert [process.wait(5) for process in processes] == [-signal.SIGKILL] * 2
+    assert [process.wait(30) for process in processes] == [-signal.SIGKILL] * 2
     assert eventually(sidecar.killed) == {process.pid for process in processes}
     assert sidecar.killed() == set()
     assert sidecar.is_late()
@@ -278,14 +287,14 @@ def test_a_sidecar_lives_on_after_a_missed_deadline(sidecar, job, eventually):
     sidecar.renew(clock.boottime() - 1)
     first = job("sleep 100")
     sidecar.add(first.pid)
-    assert first.wait(5) == -signal.SIGKILL
+    assert first.wait(30) == -signal.SIGKILL
     eventually(lambda: first.pid in sidecar.killed())
     sidecar.remove(first.pid)
     sidecar.renew(clock.boottime() + HOUR)
     second = job("sleep 100")
     sidecar.add(second.pid)
     sidecar.renew(clock.boottime() + 0.2)
-    assert second.wait(5) == -signal.SIGKILL
+    assert second.wait(30) == -signal.SIGKILL
     eventually(lambda: second.pid in sidecar.killed())
 
 
@@ -293,20 +302,20 @@ def test_what_is_added_after_a_missed_deadline_is_killed_at_once(sidecar, job, e
     early = job("sleep 100")
     sidecar.add(early.pid)
     sidecar.renew(clock.boottime() + 0.1)
-    early.wait(5)
+    early.wait(30)
     eventually(sidecar.killed)
     late = job("sleep 100")
     sidecar.add(late.pid)
-    assert late.wait(5) == -signal.SIGKILL
+    assert late.wait(30) == -signal.SIGKILL
     eventually(lambda: late.pid in sidecar.killed())
 
 
 def test_an_infinite_deadline_is_none(sidecar, job, eventually):
     process = job("sleep 100")
     sidecar.add(process.pid)
-    sidecar.renew(clock.boottime() + 0.3)
+    sidecar.renew(clock.boottime() + 1.0)
     sidecar.renew(float("inf"))
-    over = time.monotonic() + 0.6
+    over = time.monotonic() + 1.3
     eventually(lambda: time.monotonic() > over)
     assert process.poll() is None
 
@@ -319,6 +328,7 @@ sidecar.add(p)
 q = job('sleep 100', 2)
 sidecar.renew(clock.boottime() + 0.5)
 tell(p=p, q=q)
+os.kill(os.getpid(), signal.SIGSTOP)
 killed = set()
 while len(killed) < 2:  # told of what was added, and then of what was found
     killed |= sidecar.killed()
@@ -326,10 +336,10 @@ while len(killed) < 2:  # told of what was added, and then of what was found
 os.rename(folder + '/facts', folder + '/old')
 tell(killed=sorted(killed))"""
     )
-    os.kill(worker.process.pid, signal.SIGSTOP)
     # q was started and not yet added: the worker had no time to
     eventually(lambda: not lives(worker.facts["p"]) and not lives(worker.facts["q"]))
-    assert worker.process.poll() is None
+    stopped = psutil.STATUS_STOPPED
+    eventually(lambda: psutil.Process(worker.process.pid).status() == stopped, message="it is stopped")
     os.kill(worker.process.pid, signal.SIGCONT)
     eventually((tmp_path / "old").exists)
     eventually((tmp_path / "facts").exists)
@@ -357,7 +367,7 @@ def test_a_dead_sidecar_is_noticed_and_replaced(sidecar, job, eventually):
     try:
         assert (other.groups, other.deadline) == ({process.pid}, sidecar.deadline)
         other.renew(clock.boottime() + 0.2)
-        assert process.wait(5) == -signal.SIGKILL
+        assert process.wait(30) == -signal.SIGKILL
     finally:
         other.close()
 
@@ -365,7 +375,7 @@ def test_a_dead_sidecar_is_noticed_and_replaced(sidecar, job, eventually):
 def test_a_sidecar_that_died_makes_its_descriptor_readable(sidecar, eventually):
     assert not select.select([sidecar], [], [], 0)[0]
     os.kill(sidecar.pid, signal.SIGKILL)
-    assert select.select([sidecar], [], [], 5)[0]
+    assert select.select([sidecar], [], [], 30)[0]
     assert sidecar.killed() == set()
     assert not sidecar.alive()
 
@@ -414,7 +424,7 @@ def test_thousands_of_short_jobs_leave_no_group_behind(sidecar, job, eventually)
         sidecar.remove(pgid)
         if pgid % 500 == 0:
             sidecar.killed()
-            time.sleep(0.02)  # as real jobs would, leave it time to read
+            eventually(lambda: not is_unread(sidecar))  # as real jobs would, leave it time to read
     assert sidecar.groups == set()
     assert sidecar.alive()
     sidecar.close()
