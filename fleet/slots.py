@@ -138,19 +138,24 @@ class Slots:
                 self._end(never_started(claim, f"DamagedJob: {exc}"))
 
     def start_waiting(self) -> None:
-        """Start what waits, if a slot is free; hand back what waited too long, or until we were late."""
-        if self._held and (clock.monotonic() > self._patient_until() or self._guard.is_late()):
-            self._pace.forget()
-            self.hand_back_waiting()
+        """Start what waits, if a slot is free; hand back what waits too long, or all if we were late."""
+        if self._held and self._guard.is_late():
+            self._give_back()
         if self._lined_up and len(self._attempts) < self._count:  # a slot is free: no need to be in line
             self._withdraw()
         while self._waiting and len(self._attempts) < self._count:
             waiting = self._waiting.popleft()
             self._pace.waited(waiting.waited(), waiting.before)
             self._start(waiting)
+        if self._held and clock.monotonic() > self._patient_until():
+            self._give_back()
         while self._waiting and self._line_up(self._waiting[0]):
             self._waiting.popleft()
         self._pool.send()
+
+    def _give_back(self) -> None:
+        self._pace.forget()
+        self.hand_back_waiting()
 
     def _patient_until(self) -> float:
         """Until when all that is not begun may wait."""

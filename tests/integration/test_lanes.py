@@ -345,6 +345,16 @@ def test_a_line_is_handed_back_in_order_when_the_leases_may_be_gone(
     assert eventually(lambda: desk.turn().get(ids[0])) == "finished"
 
 
+def test_a_free_slot_begins_a_job_however_late_the_worker_gets_to_it(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eventually
+) -> None:
+    monkeypatch.setattr("fleet.slots.AHEAD_SECONDS", -1.0)  # as if it had waited for a processor
+    first, *others = desk.take(("wait_for", tmp_path / "go"), ("add", 1), ("add", 2))
+    assert desk.turn() == dict.fromkeys(others, "handed-back")
+    (tmp_path / "go").touch()
+    assert eventually(lambda: desk.turn().get(first)) == "finished"
+
+
 def test_time_in_line_is_no_time_of_the_job(desk: Desk, tmp_path: Path, eventually) -> None:
     start = time.monotonic()
     first, second = desk.take(("wait_for", tmp_path / "one"), ("wait_for", tmp_path / "two"))
@@ -354,7 +364,7 @@ def test_time_in_line_is_no_time_of_the_job(desk: Desk, tmp_path: Path, eventual
     (running,) = list(desk.slots)
     assert running.claim.job_id == second
     assert finished.duration_seconds is not None
-    assert running.duration() < finished.duration_seconds + 1
+    assert running.duration() <= time.monotonic() - start - finished.duration_seconds + 0.01
     assert running.started > start + finished.duration_seconds - 0.01
     (tmp_path / "two").touch()
     eventually(lambda: desk.turn().get(second))
@@ -402,11 +412,13 @@ def test_a_free_slot_takes_from_the_line_of_another(
 # --- with whole workers ----------------------------------------------------------------------------
 
 
-def enqueue_notes(client: redis.Redis, path: Path, count: int) -> list[str]:
+def enqueue_notes(client: redis.Redis, path: Path, first: int, end: int) -> list[str]:
     """Jobs that write their number into a file, a line each."""
     queue = rq.Queue("default", connection=client)
     make = rq.Queue.prepare_data
-    rows = [make("rq_jobs.note", args=(str(path), str(number)), result_ttl=500) for number in range(count)]
+    rows = [
+        make("rq_jobs.note", args=(str(path), str(number)), result_ttl=500) for number in range(first, end)
+    ]
     return [job.id for job in queue.enqueue_many(rows)]
 
 
@@ -416,13 +428,13 @@ def noted(path: Path) -> list[int]:
 
 def test_sigterm_with_full_lines_runs_nothing_twice_and_keeps_the_order(workers, tmp_path: Path) -> None:
     path = tmp_path / "notes"
-    ids = enqueue_notes(workers.client, path, 4000)
+    ids = enqueue_notes(workers.client, path, 0, 300)
+    rq.Queue("default", connection=workers.client).enqueue("rq_jobs.end_worker")
+    ids += enqueue_notes(workers.client, path, 300, 4000)
     worker = workers.start("w0", slots=2)
-    workers.until(lambda: len(noted(path)) > 300)
-    worker.terminate()
-    assert worker.wait(20) == 0
+    assert worker.wait(60) == 0
     done = noted(path)
-    assert len(done) == len(set(done)) < 4000
+    assert 300 <= len(done) == len(set(done)) < 4000
     states = jobs.states(workers.client, ids)
     assert {number for number, job_id in enumerate(ids) if states[job_id] == "finished"} == set(done)
     left = [one.decode() for one in workers.client.lrange(keys.queue("default"), 0, -1)]
@@ -432,7 +444,7 @@ def test_sigterm_with_full_lines_runs_nothing_twice_and_keeps_the_order(workers,
 
 def test_executors_that_die_with_full_lines_cost_what_they_ran_and_no_more(workers, tmp_path: Path) -> None:
     path = tmp_path / "notes"
-    ids = enqueue_notes(workers.client, path, 3000)
+    ids = enqueue_notes(workers.client, path, 0, 3000)
     worker = workers.start("w0", slots=2)
     kills = 0
     for goal in range(300, 2100, 300):
