@@ -18,8 +18,9 @@ _MILLI = 1000
 
 @dataclass(frozen=True)
 class Grant:
-    """What a job was given. GPUs by index; `gpu_share`: how much of each, below 1 where others share it.
+    """What a job was given.
 
+    GPUs by their index on the host; `gpu_share`: how much of each, below 1 where others share it.
     `cpu_ids` are the job's alone; none where it asked for no whole number of CPUs, or the worker knows none.
     `cpus`, `memory_bytes`: None where it asked for none, so that nothing limits it.
     """
@@ -62,10 +63,14 @@ class Room:
     """The packing of one worker.
 
     `cpu_ids`: the CPUs that it may pin jobs to, at least `total.cpus` of them, or none.
+    `gpu_ids`: the indices on the host of `total.gpus`; none: from 0 on.
     """
 
-    def __init__(self, total: Resources, slots: int, cpu_ids: Sequence[int] = ()) -> None:
-        self._gpus = total.gpus
+    def __init__(
+        self, total: Resources, slots: int, cpu_ids: Sequence[int] = (), gpu_ids: Sequence[int] = ()
+    ) -> None:
+        #: index on the host -> GPU
+        self._gpus = dict(zip(gpu_ids or range(len(total.gpus)), total.gpus, strict=True))
         self._slots = slots
         self._milli_cpus = round(total.cpus * _MILLI)
         self._mebibytes = total.memory_bytes // MEBIBYTE
@@ -87,7 +92,7 @@ class Room:
             self._slots - len(self._held),
             (self._milli_cpus - sum(held.milli_cpus for held in self._held.values())) / _MILLI,
             (self._mebibytes - sum(held.mebibytes for held in self._held.values())) * MEBIBYTE,
-            tuple(milli / _MILLI for milli in self._free_gpus()),
+            tuple(milli / _MILLI for milli in self._free_gpus().values()),
         )
 
     def fits(self, need: Requirements) -> bool:
@@ -137,7 +142,7 @@ class Room:
             asked.cpus or self._milli_cpus / _MILLI,
             self._cpu_ids if need.cpus is None else asked.cpu_ids,
             asked.memory_bytes,
-            asked.gpu_ids or tuple(range(len(self._gpus))),
+            asked.gpu_ids or tuple(self._gpus),
             asked.gpu_share,
         )
 
@@ -163,14 +168,14 @@ class Room:
         left = self._free_gpus()
         fit = [
             index
-            for index, gpu in enumerate(self._gpus)
+            for index, gpu in self._gpus.items()
             if left[index] >= share and need.gpu_is_enough(gpu.memory_bytes)
         ]
         fit.sort(key=lambda index: (left[index], self._gpus[index].memory_bytes, index))
         return tuple(sorted(fit[:count])) if len(fit) >= count else None
 
-    def _free_gpus(self) -> list[int]:
-        left = [_MILLI] * len(self._gpus)
+    def _free_gpus(self) -> dict[int, int]:
+        left = dict.fromkeys(self._gpus, _MILLI)
         for held in self._held.values():
             for index in held.grant.gpu_ids:
                 left[index] -= held.milli_gpu

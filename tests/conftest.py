@@ -45,7 +45,7 @@ from hypothesis import settings as property_settings
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-# how long an example takes says nothing on a machine that others use; in CI the examples are the same each time
+# how long an example takes says nothing on a machine that others use; in CI they are the same each time
 property_settings.register_profile(
     "fleet",
     deadline=None,

@@ -141,6 +141,13 @@ def test_small_gpus_go_first_and_large_ones_stay_for_those_who_need_them():
     assert room.take("c", Requirements(gpus=1, gpu_memory_bytes=60 * G)).gpu_ids == (0,)
 
 
+def test_gpus_go_by_their_index_on_the_host():
+    room = Room(Resources(4, 8 * G, (Gpu("x", G), Gpu("x", G))), 4, gpu_ids=(5, 7))
+    assert room.take("a", Requirements(gpus=1)).gpu_ids == (5,)
+    assert room.take("b", Requirements(gpus=0.5)).gpu_ids == (7,)
+    assert room.free().gpus == (0, 0.5)
+
+
 def test_thirds_of_a_gpu_are_three():
     room = room_of(gpus=(G,), slots=8)
     for lease in "abc":
