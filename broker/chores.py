@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import redis
 
-from broker import failures, keys, names, scripts
+from broker import dependents, failures, keys, names, scripts
 from broker.errors import UsageError
 from broker.worker_settings import WorkerSettings
 
@@ -35,6 +36,8 @@ _LOOKED_AT = 500
 #: due jobs of one queue moved by one call, and calls in a row before the other chores have their turn
 _DUE_OF_ONE_QUEUE = 25
 _MOST_CALLS = 100
+#: jobs that wait for others looked at by one call
+_DEFERRED_AT_ONCE = 200
 
 
 T = TypeVar("T")
@@ -174,6 +177,46 @@ class Due:
 
 
 @dataclass(frozen=True)
+class Settle:
+    """The dependents of jobs that ended are looked at, where these are more than one call looks at."""
+
+    interval_seconds: float = 0.25
+
+    def run(self, client: redis.Redis) -> int:
+        for _ in range(_MOST_CALLS):
+            if not dependents.settle_some(client):
+                break
+        return 0
+
+
+@dataclass
+class Deferred:
+    """Jobs of ours no longer wait for what another client canceled or deleted."""
+
+    interval_seconds: float = 10.0
+    #: queues still to be looked at in this pass, and from which rank of their deferred jobs on
+    _left: list[tuple[str, int]] = field(default_factory=list)
+
+    def run(self, client: redis.Redis) -> int:
+        self._left = self._left or [(queue, 0) for queue in known_queues(client)]
+        done = 0
+        for queue, rank in islice(iter(self._next, None), _MOST_CALLS):
+            seen, moved = scripts.DEFERRED(
+                client, [keys.of("deferred", queue), keys.SETTLING], [rank, _DEFERRED_AT_ONCE]
+            )
+            done += moved
+            if seen < 0:
+                dependents.settle_some(client)
+                self._left.append((queue, rank))
+            if seen == _DEFERRED_AT_ONCE:
+                self._left.append((queue, rank + seen - moved))
+        return done
+
+    def _next(self) -> tuple[str, int] | None:
+        return self._left.pop() if self._left else None
+
+
+@dataclass(frozen=True)
 class Ring:
     """Wake workers for queues that have jobs and no token: a crash or a plain producer left them so."""
 
@@ -257,4 +300,4 @@ def _batches(items: list[T], size: int) -> Iterator[list[T]]:
 
 def table(settings: WorkerSettings) -> list[Chore]:
     """All chores with their intervals."""
-    return [Recovery(settings), Due(), Ring(), Sweep(), Tidy(), PruneGroups()]
+    return [Recovery(settings), Due(), Settle(), Deferred(), Ring(), Sweep(), Tidy(), PruneGroups()]

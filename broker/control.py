@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from broker import clock, jobs, keys, scripts
+from broker import clock, dependents, jobs, keys, scripts
 from broker.connection import replies
 from broker.errors import WaitTimeout
 from broker.session import EPHEMERAL_RECORD_TTL
@@ -40,6 +40,8 @@ def cancel(client: redis.Redis, job_id: str) -> str:
     reply: bytes = scripts.CANCEL(client, [keys.job(job_id)], [job_id, CANCELED_TTL])
     if not reply:
         raise jobs.not_found(job_id)
+    if reply == b"canceled":
+        dependents.settle(client)  # those that waited for it
     return reply.decode("utf-8", "replace")
 
 
@@ -48,8 +50,9 @@ def retry(
 ) -> Iterator[tuple[str, str]]:
     """Run jobs again that ended in one of `states`, as if submitted anew; gives (id, outcome) of each.
 
-    'retried'; 'not_found'; 'stopping' and 'taken' where it is in other hands at this moment; or the
-    state that forbids it. Jobs go in batches, each in one step.
+    'retried'; 'not_found'; 'stopping' and 'taken' where it is in other hands at this moment; 'dependency'
+    where it would fail at once for a job that it waits for; or the state that forbids it. Jobs that failed
+    for one that is retried wait for it again. Jobs go in batches, each in one step.
     """
     waiting = list(ids)
     for start in range(0, len(waiting), _JOBS_AT_ONCE):
@@ -58,6 +61,7 @@ def retry(
         outcomes: list[bytes] = scripts.RETRY(client, [keys.job(job_id) for job_id in some], arguments)
         for job_id, outcome in zip(some, outcomes, strict=True):
             yield job_id, outcome.decode("utf-8", "replace") or "not_found"
+    dependents.settle(client)
 
 
 # --- queues ----------------------------------------------------------------------------------------

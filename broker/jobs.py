@@ -8,7 +8,7 @@ import json
 import pickle
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,6 +35,8 @@ _REGISTRY = {
 }
 #: jobs looked at in each registry when a name is searched for
 _SEARCHED = 10_000
+#: dependents of a job that are told
+_DEPENDENTS = 1000
 #: jobs asked about in one round trip
 _AT_ONCE = 1000
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
@@ -50,6 +52,14 @@ class AttemptView:
     ended_at: datetime | None
     outcome: str | None
     reason: str | None
+
+
+@dataclass(frozen=True)
+class Related:
+    """A job that another waits for, or that waits for it; `state` None: it is gone."""
+
+    id: str
+    state: str | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,8 @@ class JobView:
     worker: str | None
     attempts: tuple[AttemptView, ...] = ()
     result: Any = None
+    dependencies: tuple[Related, ...] = ()
+    dependents: tuple[Related, ...] = ()
 
 
 def show(client: redis.Redis, job_id: str) -> JobView:
@@ -78,10 +90,28 @@ def show(client: redis.Redis, job_id: str) -> JobView:
     with client.pipeline(transaction=False) as pipe:
         pipe.hgetall(keys.job(job_id))
         pipe.xrevrange(keys.of("results", job_id), count=1)
-        fields, results = replies(pipe)
+        pipe.srandmember(keys.of("dependents", job_id), _DEPENDENTS)
+        fields, results, waiting = replies(pipe)
     if isinstance(fields, Exception) or not fields:
         raise not_found(job_id, damaged=isinstance(fields, Exception))
-    return _view(job_id, fields, _result(results, fields.get(b"data", b"")))
+    view = _view(job_id, fields, _result(results, fields.get(b"data", b"")))
+    after = _ids(fields.get(b"dependency_ids"))
+    before = [] if isinstance(waiting, Exception) else sorted(map(_text, waiting))
+    if not after and not before:
+        return view
+    found = states(client, [*after, *before])
+    return replace(view, dependencies=_related(after, found), dependents=_related(before, found))
+
+
+def _ids(text: bytes | None) -> list[str]:
+    try:
+        return [str(job_id) for job_id in json.loads(text or b"[]")]
+    except (ValueError, TypeError):
+        return []
+
+
+def _related(ids: Iterable[str], found: Mapping[str, str | None]) -> tuple[Related, ...]:
+    return tuple(Related(job_id, found[job_id]) for job_id in dict.fromkeys(ids))
 
 
 def not_found(job_id: str, *, damaged: bool = False) -> NotFound:

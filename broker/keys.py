@@ -8,7 +8,8 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     rq:queue:Q                    list    producers push right; claims pop left; lost jobs return left
     rq:job:ID                     hash    producers; our scripts move its state (fields below)
     rq:job:ID:dependents          set     producers of dependents
-    rq:job::ID:dependencies       set     producers of dependents
+    rq:job::ID:dependencies       set     producers of dependents; of jobs of ours, what they still wait for
+    rq:job:gate:HEX               hash    ours: the state of a submission in parts; its TTL an hour
     rq:results:ID                 stream  the end of an attempt, at most 10
     rq:wip:Q                      zset    JOB:EXECUTION, mirror of our leases for RQ's tools
     rq:execution:JOB:EXECUTION    hash    the same
@@ -39,6 +40,7 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:recovery:not-before     string  lease x 4  the same: recovery pauses until then, ms of Redis's clock
     fleet:losses:not-before       string  lease x 4  the same: leases that ran out before count as no loss
     fleet:alive                   string  -          chores: how many workers beat
+    fleet:settling                list    -          scripts: dependents to look at: JSON [job, other, end]
     fleet:output:JOB              hash    as result  tails of stdout and stderr and how far they reach
     fleet:counters                hash    -          totals: claims, lost, stale, handed_back ...
     fleet:hosts                   hash    -          operators: hosts kept for `up`, name -> JSON
@@ -52,6 +54,9 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet_retries    how many retries were asked for, known once one is used up; for `fleet retry`
     fleet_attempts   one JSON object a line for each attempt that ended, the last 20
     fleet_exit_code, fleet_reason   how a command ended; why a job failed
+    fleet_on_failed_dependency   fail or wait: what it does where a job that it waits for does not finish
+    fleet_after_any  ids, with blanks between, of what may end in whatever way for it
+    fleet_dependency the job for which it failed without being run
 """
 
 from __future__ import annotations
@@ -72,6 +77,7 @@ RECOVERY_NOT_BEFORE = "fleet:recovery:not-before"
 LOSSES_NOT_BEFORE = "fleet:losses:not-before"
 ALIVE = "fleet:alive"
 COUNTERS = "fleet:counters"
+SETTLING = "fleet:settling"
 HOSTS = "fleet:hosts"
 FLEET_ID = "fleet:id"
 

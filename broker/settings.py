@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import (
@@ -40,6 +40,13 @@ class SshSettings(_Frozen):
     command_timeout_seconds: Seconds = 30.0
 
 
+class JobSettings(_Frozen):
+    """How jobs are treated that are submitted here."""
+
+    #: what becomes of a job where one that it waits for does not finish
+    on_failed_dependency: Literal["fail", "wait"] = "fail"
+
+
 class Settings(BaseSettings):
     """Everything that can be set. Frozen; see the field comments for units."""
 
@@ -53,6 +60,7 @@ class Settings(BaseSettings):
     redis_password_file: Path | None = None
     worker: WorkerSettings = WorkerSettings()
     ssh: SshSettings = SshSettings()
+    jobs: JobSettings = JobSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -76,7 +84,7 @@ def user_config_file(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 #: variables that would set a whole group of fields at once
-_GROUPS = ("fleet_worker", "fleet_ssh")
+_GROUPS = ("fleet_worker", "fleet_ssh", "fleet_jobs")
 
 
 class _FleetEnvironment(EnvSettingsSource):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,10 @@ from cli.tables import Cell, Column, age, duration, printable, state
 from cli.tables import show as show_table
 
 if TYPE_CHECKING:
-    from broker.jobs import AttemptView, JobView
+    from broker.jobs import AttemptView, JobView, Related
 
+#: jobs named of those that one waits for
+_RELATED = 10
 _STATES = ("queued", "started", "finished", "failed", "deferred", "scheduled", "stopped", "canceled")
 _JOB_COLUMNS = (
     Column("JOB"),
@@ -80,7 +82,8 @@ def _seconds(since: datetime | None, until: datetime | None) -> float | None:
 
 def _job_fields(job: JobView) -> dict[str, Any]:
     """A job in a list: as in `fleet show`, less what only a close look gives."""
-    return {name: value for name, value in _fields(job).items() if name not in ("attempts", "result")}
+    close = ("attempts", "result", "dependencies", "dependents")
+    return {name: value for name, value in _fields(job).items() if name not in close}
 
 
 def _fields(job: JobView) -> dict[str, Any]:
@@ -99,6 +102,8 @@ def _fields(job: JobView) -> dict[str, Any]:
         "ended_at": job.ended_at,
         "attempts": [asdict(attempt) for attempt in job.attempts],
         "result": json_value(job.result),
+        "dependencies": [asdict(other) for other in job.dependencies],
+        "dependents": [asdict(other) for other in job.dependents],
     }
 
 
@@ -148,8 +153,17 @@ def _lines(job: JobView) -> Iterator[tuple[str, Cell]]:
         "Timeout": duration(job.timeout_seconds) if job.timeout_seconds else None,
         "Worker": job.worker,
         "Result": _result(job),
+        "After": _related(job.dependencies),
+        "Needed by": _related([other for other in job.dependents if other.state != "finished"]),
     }
     return ((title, cell) for title, cell in known.items() if cell)
+
+
+def _related(others: Sequence[Related]) -> str | None:
+    """Some of them, each with its state."""
+    told = [f"{other.id} ({other.state or 'gone'})" for other in others[:_RELATED]]
+    more = [f"{len(others) - _RELATED} more"] if len(others) > _RELATED else []
+    return ", ".join(told + more) or None
 
 
 def _result(job: JobView) -> str | None:

@@ -21,6 +21,7 @@ _WORDS = {
     NOT_FOUND: "no such job",
     "stopping": "not retried: its worker is still ending it; try again in a few seconds",
     "taken": "not retried: somebody else is about to run it again; 'fleet show {0}' tells",
+    "dependency": "not retried: it would fail at once, for what it waits for did not finish; retry that one",
     "finished": "not retried: it has finished; 'fleet submit' runs it anew",
     "started": "not retried: it runs; 'fleet cancel {0}' first",
 }
@@ -36,6 +37,8 @@ def retry(
     context: Context, /, job_ids: tuple[str, ...], failed: bool, queue: str | None, as_json: bool
 ) -> int:
     """Run jobs again that failed, were stopped or canceled: under their ids, with all their retries.
+
+    Jobs that failed because one of these did wait for it again.
 
     A line for each. Exit code 0: all; 3: some; 1: none, for they run, wait or have finished; 4: there are
     none. --failed: 0, also where nothing has failed.

@@ -16,7 +16,7 @@ from cli.params import Duration, JobId, QueueName, files, json_option, pairs
 if TYPE_CHECKING:
     import redis
 
-    from broker.submit import Options
+    from broker.submit import Options, Submitted
 
 Given = dict[str, Any]
 
@@ -37,6 +37,17 @@ Given = dict[str, Any]
 @click.option("--env", "env", multiple=True, metavar="K=V", help="A variable for it; may be repeated.")
 @click.option("--cwd", metavar="DIR", help="Run it there, not in a folder of its own; relative: from here.")
 @click.option("--id", "job_id", type=JobId(), help="Its id; refused where a job has it. Default: a new one.")
+@click.option(
+    "--after", metavar="ID", multiple=True, type=JobId(), help="Not before that job has finished; repeatable."
+)
+@click.option(
+    "--after-any", metavar="ID", multiple=True, type=JobId(), help="Not before that one has ended, somehow."
+)
+@click.option(
+    "--on-failed-dependency",
+    type=click.Choice(["fail", "wait"]),
+    help="Where a job of --after does not finish: fail at once, or wait for its retry; default fail.",
+)
 @click.option("--wait", is_flag=True, help="Wait until it has ended; exit code 1 if it did not finish.")
 @click.option("--follow", is_flag=True, help="Wait, and print what it prints while it runs.")
 @json_option
@@ -51,20 +62,20 @@ def submit(context: Context, /, argv: tuple[str, ...], **given: Any) -> int:
     fleet submit --timeout 1h -- ./simulate --seed 42
     """
     from broker.command import Command
-    from broker.submit import submit_commands
+    from broker.submit import Submission, submit_all
 
     if given["follow"] and given["as_json"]:
         raise UsageError(
             "--follow and --json exclude each other", "'fleet submit --wait --json' says how it ended."
         )
     command = Command(argv, pairs("--env", given["env"]), _folder(given["cwd"])).checked()
-    options = _options(given).checked()
+    options = _options(context, given)
+    submission = Submission(command, options, given["queue"], given["job_id"]).checked()
     with context.redis(start=True) as client:
-        job_id = submit_commands(client, given["queue"], [(given["job_id"], command)], options)[0]
-        return _told(context, client, job_id, given)
+        return _told(context, client, submit_all(client, [submission])[0], given)
 
 
-def _options(given: Given) -> Options:
+def _options(context: Context, given: Given) -> Options:
     from broker.submit import Options
 
     if given["name"] == "":
@@ -76,6 +87,9 @@ def _options(given: Given) -> Options:
         timeout_seconds=None if timeout is None else math.ceil(timeout),
         retries=given["retries"],
         retry_delay_seconds=given["retry_delay"],
+        after=given["after"],
+        after_any=given["after_any"],
+        on_failed_dependency=given["on_failed_dependency"] or context.settings.jobs.on_failed_dependency,
     )
 
 
@@ -86,10 +100,11 @@ def _folder(cwd: str | None) -> str | None:
     return None if cwd is None else str(Path.cwd() / cwd)
 
 
-def _told(context: Context, client: redis.Redis, job_id: str, given: Given) -> int:
+def _told(context: Context, client: redis.Redis, job: Submitted, given: Given) -> int:
     """Say the id, wait where asked to; returns the exit code."""
     from broker import keys
 
+    job_id = job.id
     waits = given["wait"] or given["follow"]
     if given["follow"]:
         context.say(f"Job {job_id}")  # stdout is the job's
@@ -97,9 +112,11 @@ def _told(context: Context, client: redis.Redis, job_id: str, given: Given) -> i
         click.echo(job_id)
         sys.stdout.flush()
     elif not waits:
-        print_json({"id": job_id, "state": "queued", "queue": given["queue"]})
+        print_json({"id": job_id, "state": job.state, "queue": given["queue"]})
     if waits:
         return _wait(context, client, job_id, given)
+    if job.state == "failed":
+        context.say(f"Job {job_id} failed at once, for one that it was to wait for did not finish.")
     if not client.scard(keys.of("queue_workers", given["queue"])):
         _say_nobody_listens(context, given["queue"])
     return 0

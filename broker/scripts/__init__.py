@@ -17,7 +17,17 @@ from redis.exceptions import NoScriptError
 
 from broker import keys
 
-_CONSTANTS = ("QUEUES", "WORKERS", "SUSPENDED", "FENCE", "LEASES", "FLEET_WORKERS", "PAUSED", "COUNTERS")
+_CONSTANTS = (
+    "QUEUES",
+    "WORKERS",
+    "SUSPENDED",
+    "FENCE",
+    "LEASES",
+    "FLEET_WORKERS",
+    "PAUSED",
+    "COUNTERS",
+    "SETTLING",
+)
 
 
 class Script:
@@ -80,6 +90,8 @@ SWEEP = Script("sweep")
 TIDY = Script("tidy")
 PRUNE_GROUPS = Script("prune_groups")
 SUBMIT = Script("submit")
+SETTLE = Script("settle")
+DEFERRED = Script("deferred")
 CANCEL = Script("cancel")
 RETRY = Script("retry")
 OUTPUT = Script("output")

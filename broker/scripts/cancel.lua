@@ -23,5 +23,6 @@ try('ZREM', key('scheduled', f.origin), id)
 try('ZREM', key('deferred', f.origin), id)
 redis.call('HSET', KEYS[1], 'status', 'canceled', 'ended_at', NOW)
 try('ZADD', key('canceled', f.origin), math.floor(NOW_MS / 1000), id)
+enqueue_dependents(id, 'canceled')
 keep(id, f, ttl)
 return 'canceled'

@@ -3,11 +3,13 @@
 -- KEYS  for each job: rq:job:ID
 -- ARGV  1 number of states that may be left so, then these  then for each job: id
 -- Returns for each job: 'retried'; '' for no such job; 'stopping': a worker still ends it; 'taken': it is
--- in no registry, so somebody else (`rq requeue`) is about to queue it; else the state that forbids it.
+-- in no registry, so somebody else (`rq requeue`) is about to queue it; 'dependency': it would fail at once
+-- for a job that it waits for; else the state that forbids it.
 --
 -- It goes to the end of its queue, or back to the deferred ones where what it depends on has not ended as
--- it must. Who takes it out of its registry is the one who may queue it: RQ does the same. Attempts stay
--- on record; losses, stop, exit code and times begin anew, retries at the number that was submitted.
+-- it must, and with it go those that failed for it. Who takes it out of its registry is the one who may
+-- queue it: RQ does the same. Attempts stay on record; losses, stop, exit code and times begin anew, retries
+-- at the number that was submitted.
 local state_count = tonumber(ARGV[1])
 local allowed = {}
 for i = 2, 1 + state_count do
@@ -26,16 +28,35 @@ local function is_still_run(id, f)
   return held and string.match(held, '^(%S+)') == f.fleet_lease
 end
 
--- Whether it may be queued; where not, those that it waits for will find it.
-local function depends_on_nothing(id)
-  local allow_failure = redis.call('HGET', key('job', id), 'allow_dependency_failures') == '1'
-  if is_met(id, nil, 'finished', allow_failure) then
-    return true
+-- Whether a job of ours may be queued, as `judge` has it. All that it was to wait for counts anew, but for
+-- what is gone by now.
+local function judge_anew(id, on_failed)
+  local job, dependencies = key('job', id), key('dependencies', id)
+  local f = redis.call('HMGET', job, 'dependency_ids', 'fleet_after_any')
+  local ok, parents = pcall(cjson.decode, f[1] or '[]')
+  redis.call('DEL', dependencies)
+  for _, parent in ipairs(ok and type(parents) == 'table' and parents or {}) do
+    if status_of(parent) then
+      redis.call('SADD', dependencies, parent)
+    end
   end
-  for _, parent in ipairs(redis.pcall('SMEMBERS', key('dependencies', id))) do
-    try('SADD', key('dependents', parent), id)
+  local ttl = redis.call('TTL', job)
+  if ttl > 0 then
+    redis.call('EXPIRE', dependencies, ttl)
   end
-  return false
+  return (judge({id = id, on_failed = on_failed, any = words(f[2])}))
+end
+
+-- 'met': it may be queued; 'wait': those that it waits for will find it; 'fail': it would fail for these at once.
+local function prospect(id)
+  local f = redis.call('HMGET', key('job', id), 'fleet_on_failed_dependency', 'allow_dependency_failures')
+  local verdict = f[1] and judge_anew(id, f[1]) or is_met(id, nil, 'finished', f[2] == '1') and 'met' or 'wait'
+  if verdict == 'wait' then
+    for _, parent in ipairs(redis.pcall('SMEMBERS', key('dependencies', id))) do
+      await(id, parent)
+    end
+  end
+  return verdict
 end
 
 local function begin_anew(id)
@@ -48,14 +69,17 @@ local function begin_anew(id)
   end
   redis.call('HSET', job, unpack(fields))
   redis.call('HDEL', job, 'fleet_losses', 'fleet_stop', 'fleet_exit_code', 'fleet_reason',
-    'fleet_retries', 'number_of_retries')
+    'fleet_retries', 'number_of_retries', 'fleet_dependency')
   for _, kind in ipairs({'job', 'dependents', 'dependencies', 'results'}) do
     redis.call('PERSIST', key(kind, id))
   end
 end
 
 local function retry_one(id, f)
-  local queue = f.origin or ''
+  local queue, verdict = f.origin or '', prospect(id)
+  if verdict == 'fail' then
+    return 'dependency'
+  end
   if try('ZREM', key(REGISTRIES[f.status], queue), id) ~= 1 then
     return 'taken'
   end
@@ -63,12 +87,12 @@ local function retry_one(id, f)
     release(id, f)
   end
   begin_anew(id)
-  if depends_on_nothing(id) then
+  if verdict == 'met' then
     enqueue(id, queue, false, f.ttl)
   else
-    redis.call('HSET', key('job', id), 'status', 'deferred')
-    try('ZADD', key('deferred', queue), NOW_SECONDS, id)
+    defer(id, queue)
   end
+  enqueue_dependents(id, 'queued') -- those that failed for it wait again
   return 'retried'
 end
 
@@ -84,6 +108,11 @@ for index = 1, #KEYS do
     outcomes[index] = 'stopping'
   else
     outcomes[index] = retry_one(id, f)
+  end
+end
+for index = 1, #KEYS do -- what it waits for may have come after it
+  if outcomes[index] == 'dependency' and status_of(ARGV[1 + state_count + index]) == 'deferred' then
+    outcomes[index] = 'retried'
   end
 end
 return outcomes

@@ -15,7 +15,7 @@ from broker.submit import Options, submit_commands
 
 _SHOW = {
     *("schema", "id", "name", "state", "queue", "argv", "exit_code", "reason", "submitted_at"),
-    *("started_at", "ended_at", "attempts", "result"),
+    *("started_at", "ended_at", "attempts", "result", "dependencies", "dependents"),
 }
 
 
@@ -62,7 +62,7 @@ def test_jobs_are_chosen_by_state_queue_and_name(read, make, submit, burst):
 def test_a_list_and_a_close_look_use_the_same_words(read, make):
     make("a")
     (listed,) = read("jobs")["jobs"]
-    assert listed.keys() == _SHOW - {"schema", "attempts", "result"}
+    assert listed.keys() == _SHOW - {"schema", "attempts", "result", "dependencies", "dependents"}
     shown = read("show", "a")
     assert {name: shown[name] for name in listed} == listed
 
