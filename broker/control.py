@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from broker import clock, dependents, jobs, keys, scripts
+from broker import clock, dependents, jobs, keys, labels, scripts
 from broker.connection import replies
 from broker.errors import WaitTimeout
 from broker.session import EPHEMERAL_RECORD_TTL
@@ -198,14 +198,43 @@ def _tell(
     return told
 
 
+def label(
+    client: redis.Redis, workers: Iterable[str], given: Mapping[str, str], taken: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """Give workers labels, and take away such as were given so; they hear of it at once.
+
+    Returns what each has of that kind then. It holds across restarts, until `forget`; what is said of
+    an ephemeral worker goes with its record.
+    """
+    wanted = list(workers)
+    ephemeral = _ephemeral(client, wanted)
+    found: dict[str, dict[str, str]] = {}
+    for start in range(0, len(wanted), _WORKERS_AT_ONCE):
+        some = wanted[start : start + _WORKERS_AT_ONCE]
+        with client.pipeline(transaction=True) as pipe:
+            for name in some:
+                ttl = EPHEMERAL_RECORD_TTL if name in ephemeral else None
+                labels.change(pipe, name, given, taken, ttl)
+                pipe.rpush(keys.worker_signals(name), json.dumps({"labels": True}))
+                pipe.expire(keys.worker_signals(name), _SIGNAL_TTL)
+            rows = replies(pipe)
+        found |= {name: _labels(hash_) for name, hash_ in zip(some, rows[3::6], strict=True)}
+    return found
+
+
+def _labels(fields: Any) -> dict[str, str]:
+    return (labels.told(fields) if isinstance(fields, dict) else None) or {}
+
+
 def forget(client: redis.Redis, worker: str) -> tuple[str, int]:
     """Remove the record of a worker that is offline. Returns what came of it, and how many jobs it holds.
 
     'forgotten'; 'alive': it still beats; 'leases': others have not taken over its jobs yet; 'not_found'.
-    A wish to drain the name stays.
+    The labels that operators gave it go with the record; a wish to drain the name stays.
     """
     names = [keys.worker_beat(worker), keys.worker_record(worker), keys.rq_worker(worker)]
     names += [keys.worker_signals(worker), keys.worker_leases(worker), keys.worker_ended(worker)]
+    names.append(keys.worker_labels(worker))
     outcome, held = scripts.FORGET(client, names, [worker])
     return outcome.decode(), held
 

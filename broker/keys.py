@@ -31,6 +31,7 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:worker:NAME:signals     list    lease      messages that wake it
     fleet:worker:NAME:left        string  5 min      the worker: its incarnation, where it left by itself
     fleet:worker:NAME:drain       string  -/hour     operators: take nothing new; JSON, see broker/control.py
+    fleet:worker:NAME:labels      hash    -/hour     operators: labels of it, see broker/control.py
     fleet:workers                 set     -          names of all workers with a record
     fleet:drained                 set     -          operators: the names that have a key `drain`
     fleet:wake:Q                  list    -          producers and claims: tokens, at most one is needed
@@ -107,6 +108,7 @@ LUA_TEMPLATES = {
     "worker_signals": "fleet:worker:%s:signals",
     "worker_left": "fleet:worker:%s:left",
     "worker_drain": "fleet:worker:%s:drain",
+    "worker_labels": "fleet:worker:%s:labels",
     "wake": "fleet:wake:%s",
     "output": "fleet:output:%s",
     "tunnel": "fleet:tunnel:%s",
@@ -174,6 +176,10 @@ def worker_left(name: str) -> str:
 
 def worker_drain(name: str) -> str:
     return of("worker_drain", name)
+
+
+def worker_labels(name: str) -> str:
+    return of("worker_labels", name)
 
 
 def tunnel(tunnel_id: str) -> str:

@@ -10,6 +10,8 @@ from broker.errors import UsageError
 _WORKER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,127}")
 _JOB = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_LONGEST_LABEL_VALUE = 256
 #: the ids that `new_job_id` and `new_uuid` make
 _RUNG = re.compile(rb"[0-9a-f]{16}|[0-9a-f]{8}-[0-9a-f]{4}-8[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
@@ -33,6 +35,25 @@ def queue_name(name: str) -> str:
 def job_id(name: str) -> str:
     """Return `name`: what RQ accepts as the id of a job. Raises UsageError."""
     return _checked(_JOB, name, "job id", "letters, digits, '_' and '-'")
+
+
+def label_name(name: str) -> str:
+    """Return `name`, the key of a worker's label. Raises UsageError."""
+    if _LABEL.fullmatch(name):
+        return name
+    raise UsageError(
+        f"{name!r} is no name of a label", "Use letters, digits, '_', '.' and '-', at most 63 of them."
+    )
+
+
+def label_value(value: str) -> str:
+    """Return `value`, a worker's label. Raises UsageError."""
+    if value.isprintable() and len(value) <= _LONGEST_LABEL_VALUE:
+        return value
+    raise UsageError(
+        f"{value[:50]!r} is no value of a label",
+        f"Use at most {_LONGEST_LABEL_VALUE} characters, none of them a control character.",
+    )
 
 
 def new_job_id() -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import redis
 
-from broker import __version__, failures, keys, scripts
+from broker import __version__, failures, keys, labels, scripts
 from broker.line import Line
 from broker.work import Beat, Claim, End, Exchange, Round, Tails
 from broker.worker_settings import WorkerSettings
@@ -171,7 +171,7 @@ class Session:
         """
         who = self.identity
         flat = [part for lease, job in leases.items() for part in (job, lease)]
-        state, lost, stop, foreign, draining, suspended, workers = scripts.BEAT(
+        state, lost, stop, foreign, draining, suspended, workers, labelled = scripts.BEAT(
             client,
             [
                 keys.worker_beat(who.name),
@@ -179,6 +179,7 @@ class Session:
                 keys.rq_worker(who.name),
                 keys.worker_leases(who.name),
                 keys.worker_drain(who.name),
+                keys.worker_labels(who.name),
             ],
             [who.name, who.incarnation, self.lease_ms, record, who.record_ttl, settled, *flat],
         )
@@ -190,7 +191,13 @@ class Session:
             draining == 1,
             suspended == 1,
             workers,
+            labels.told(_pairs(labelled)),
         )
+
+    def restore_labels(self, client: redis.Redis, known: Mapping[str, str]) -> None:
+        """Write back the labels that operators gave this worker, which Redis has lost."""
+        ttl = EPHEMERAL_RECORD_TTL if self.identity.ephemeral else None
+        labels.restore(client, self.identity.name, known, ttl)
 
     def lose_foreign(self, client: redis.Redis, leases: Iterable[tuple[str, str]]) -> int:
         """Count as lost what an earlier life of this worker held; its processes must be gone."""

@@ -43,6 +43,8 @@ class WorkerStatus:
     finished: int
     failed: int
     notice: str = ""
+    #: when it has to be gone; None: it stays
+    ends_at: datetime | None = None
     #: the tunnel through which it finds Redis, how that is, and by whom it is held, or why it is down
     tunnel_id: str = ""
     tunnel: Literal["up", "down"] | None = None
@@ -220,6 +222,7 @@ def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus
         finished=int(counts[1] or fields.get("finished", 0)),
         failed=int(counts[2] or fields.get("failed", 0)),
         notice=str(fields.get("notice", "")),
+        ends_at=from_iso(fields.get("ends_at")),
         tunnel_id=str(fields.get("tunnel") or ""),
     )
 

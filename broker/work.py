@@ -134,7 +134,7 @@ class Beat:
 
     `lost`: leases that are no longer ours; `stop`: leases of jobs that an operator wants stopped;
     `foreign`: (job, lease) that an earlier life of this name left behind; `workers`: how many
-    there are in the fleet.
+    there are in the fleet; `labels`: those that operators gave it, None where Redis has no word of them.
     """
 
     state: Literal["ok", "gone", "taken"]
@@ -144,3 +144,4 @@ class Beat:
     draining: bool = False
     suspended: bool = False
     workers: int = 1
+    labels: Mapping[str, str] | None = None

@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "status": ("cli.status", "status", "Workers, what they run, and the queues."),
     "drain": ("cli.workers", "drain", "Let workers finish what runs and take nothing new."),
     "undrain": ("cli.workers", "undrain", "Let drained workers take jobs again."),
+    "label": ("cli.workers", "label", "Give a worker labels, or take some away."),
     "forget": ("cli.workers", "forget", "Remove the record of a worker that is offline."),
     "collect-logs": ("cli.collect", "collect_logs", "Fetch logs and what jobs wrote from the hosts."),
     "delete-logs": ("cli.collect", "delete_logs", "Remove logs and what jobs wrote at the hosts."),

@@ -154,6 +154,15 @@ def pairs(option: str, words: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def labels(option: str, words: tuple[str, ...]) -> dict[str, str]:
+    """As `pairs`, of labels of workers. Raises UsageError."""
+    found = pairs(option, words)
+    for name, value in found.items():
+        names.label_name(name)
+        names.label_value(value)
+    return found
+
+
 def resource_options(command: Any) -> Any:
     """What a machine is said to have, for a verb that starts workers; `resources` reads them."""
     count = click.IntRange(min=0)

@@ -49,7 +49,7 @@ _COLUMNS = (
 _WORKER_FIELDS = (
     *("name", "host", "pid", "state", "probe", "queues", "slots", "running", "labels", "version"),
     *("cpus", "memory_bytes", "gpus", "started_at", "last_heartbeat", "heartbeat_age_seconds"),
-    *("finished", "failed", "tunnel"),
+    *("finished", "failed", "tunnel", "ends_at"),
 )
 _QUEUE_FIELDS = ("name", "queued", "running", "finished", "failed", "oldest_age_seconds", "paused")
 #: workers that a terminal is shown, and in --watch the fewest of them and the lines that are no workers:

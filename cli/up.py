@@ -48,6 +48,7 @@ Options = dict[str, Any]
 @click.option("--ephemeral", is_flag=True, help="Workers have one slot, and leave after one job.")
 @click.option("--until-done", is_flag=True, help="Workers leave when no work remains.")
 @resource_options
+@click.option("--time-limit", type=Duration(), help="Workers have ended after so long (90, 5m, 2h).")
 @click.option(
     "--startup-delay-seconds",
     type=Duration(zero=True),
@@ -163,7 +164,7 @@ def _named_hosts(hosts_file: str | None, options: Options) -> tuple[Host, ...]:
 def _orders(context: Context, options: Options) -> Orders:
     """What to start. Raises UsageError for what no host could do."""
     from broker import names
-    from cli.params import pairs, resources
+    from cli.params import labels, resources
     from fleet.bootstrap import Orders
 
     queues = tuple(names.queue_name(part.strip()) for part in options["queues"].split(","))
@@ -180,7 +181,7 @@ def _orders(context: Context, options: Options) -> Orders:
         workers_per_host=options["workers_per_host"],
         slots=options["slots"],
         queues=queues,
-        labels=pairs("--label", options["labels"]),
+        labels=labels("--label", options["labels"]),
         output_dir=output_dir,
         install=not options["no_install"],
         offline=options["offline"],
@@ -194,6 +195,7 @@ def _orders(context: Context, options: Options) -> Orders:
         ephemeral=options["ephemeral"],
         until_done=options["until_done"],
         startup_delay_seconds=options["startup_delay_seconds"],
+        time_limit_seconds=options["time_limit"],
         dry_run=options["dry_run"],
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.context import Context, pass_context
-from cli.params import Duration, pairs, resource_options, resources
+from cli.params import Duration, labels, resource_options, resources
 
 if TYPE_CHECKING:
     from fleet.worker_config import WorkerConfig
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 @click.option("--path", "paths", multiple=True, metavar="DIR", help="First on the path of Python functions.")
 @click.option("--output-dir", type=click.Path(path_type=Path), help="Where jobs run and write.")
 @resource_options
+@click.option("--time-limit", type=Duration(), help="It has ended after so long (90, 5m, 2h).")
 @pass_context
 def worker(context: Context, /, **options: Any) -> int:
     """Run one worker here until it is told to stop (Ctrl-C twice hurries it)."""
@@ -62,7 +63,7 @@ def _config(options: dict[str, Any], redis_url: str) -> WorkerConfig:
         output_dir=str(options["output_dir"] or default_output_dir()),
         queues=tuple(part.strip() for part in options["queues"].split(",")),
         slots=options["slots"] or 1,
-        labels=pairs("--label", options["labels"]),
+        labels=labels("--label", options["labels"]),
         executor=options["executor"],
         executor_python=options["executor_python"] or sys.executable,
         # as `rq worker` does: the folder it is started in
@@ -74,4 +75,5 @@ def _config(options: dict[str, Any], redis_url: str) -> WorkerConfig:
         startup_delay_seconds=options["startup_delay_seconds"],
         ephemeral=ephemeral,
         resources=resources(options),
+        time_limit_seconds=options["time_limit"],
     )

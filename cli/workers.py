@@ -1,4 +1,4 @@
-"""`fleet drain`, `undrain` and `forget`: what operators do to workers by their names."""
+"""`fleet drain`, `undrain`, `label` and `forget`: what operators do to workers by their names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from broker import names
 from broker.errors import NotFound, UsageError
+from cli import params
 from cli.context import Context, pass_context, print_json
 from cli.outcomes import NOT_FOUND, exit_code
 from cli.params import WorkerName, json_option
@@ -116,6 +118,40 @@ def _running(told: Told) -> str:
     if told.outcome != "draining" or not count:
         return ""
     return f"; {count} job{'s' * (count != 1)} still run{'s' * (count == 1)}"
+
+
+@click.command()
+@click.argument("name", metavar="WORKER", type=WorkerName())
+@click.argument("words", metavar="K=V|K-...", nargs=-1, required=True)
+@json_option
+@pass_context
+def label(context: Context, /, name: str, words: tuple[str, ...], as_json: bool) -> None:
+    """Give a worker labels (K=V), or take away such as were given so (K-); it is told at once.
+
+    They outrank those it was started with, and are kept across its restarts until 'fleet forget'.
+    """
+    from broker import control
+
+    given, taken = _told_apart(words)
+    with context.redis() as client:
+        if name not in control.hosts_of_workers(client):
+            raise NotFound(f"no worker {name}", "'fleet status' lists workers.")
+        labels = control.label(client, [name], given, taken)[name]
+    if as_json:
+        print_json({"worker": name, "labels": labels})
+    else:
+        click.echo(f"{name}  " + (",".join(f"{k}={v}" for k, v in labels.items()) or "no labels given so"))
+
+
+def _told_apart(words: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """The labels to give, and the names of those to take away. Raises UsageError."""
+    taken = [word[:-1] for word in words if "=" not in word and word.endswith("-")]
+    given = params.labels("label", tuple(word for word in words if "=" in word or not word.endswith("-")))
+    for name in taken:
+        names.label_name(name)
+        if name in given:
+            raise UsageError(f"{name} is given and taken away at once")
+    return given, taken
 
 
 @click.command()

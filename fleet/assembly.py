@@ -15,8 +15,9 @@ import platform
 import selectors
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from broker.connection import address, connect, translated
 from broker.errors import FleetError, UsageError
 from broker.session import Identity, Session
 from broker.worker_settings import WorkerSettings
-from fleet import jitter, lifecycle, resources
+from fleet import jitter, ledger, lifecycle, offer
 from fleet.attempt import CommandContext
 from fleet.beater import Beater, patience
 from fleet.chores import AllDone, ChoreThread
@@ -38,10 +39,11 @@ from fleet.links import Links
 from fleet.loop import Parts, WorkerLoop
 from fleet.mailbox import Mailbox
 from fleet.memory import Memory
+from fleet.offer import Offering
 from fleet.outputs import Folders, Outputs, WorkingFolders
 from fleet.signals import StopSignals, kept_from_threads
 from fleet.slots import Slots
-from fleet.worker_config import WorkerConfig
+from fleet.worker_config import WorkerConfig, state_dir
 
 log = logging.getLogger("fleet.worker")
 
@@ -62,6 +64,7 @@ def run(config: WorkerConfig, settings: WorkerSettings, signals: StopSignals) ->
     it is told to stop before it has.
     """
     config.checked()
+    ends_at = offer.ends_at(config.time_limit_seconds)
     _wait_its_turn(config)
     folders = Folders(config.output_dir)
     lifecycle.prepare(folders)
@@ -69,9 +72,22 @@ def run(config: WorkerConfig, settings: WorkerSettings, signals: StopSignals) ->
     lock = lifecycle.NameLock(folders, config.name)
     try:
         lock.acquire()
-        return _run_locked(config, settings, folders, lock, signals)
+        with _offering(config, ends_at) as offering:
+            return _run_locked(config, settings, folders, lock, signals, offering)
     finally:
         lock.release()
+
+
+@contextmanager
+def _offering(config: WorkerConfig, ends_at: float | None) -> Iterator[Offering]:
+    """What it offers; what it has of its host is its own until the block is left."""
+    file = ledger.path(state_dir())
+    said = {"cpus": None, "memory_bytes": None, "num_gpus": None, **config.resources}
+    share = ledger.promise(file, config.name, ledger.Wish(**said, number=config.sibling, of=config.siblings))
+    try:
+        yield Offering(config, share, ends_at)
+    finally:
+        ledger.release(file)
 
 
 def _wait_its_turn(config: WorkerConfig) -> None:
@@ -88,6 +104,7 @@ def _run_locked(
     folders: Folders,
     lock: lifecycle.NameLock,
     signals: StopSignals,
+    offering: Offering,
 ) -> int:
     who = Identity(
         config.name,
@@ -99,7 +116,7 @@ def _run_locked(
     )
     session = Session(who, settings)
     client = _connect(config, settings)
-    describe = _Description(config, session, lock.identity())
+    describe = _Description(config, session, lock.identity(), offering)
     with translated(address(client)):
         client.connection_pool.release(client.connection_pool.get_connection())  # what takes time comes first
         signals.hold()
@@ -107,7 +124,7 @@ def _run_locked(
     log.info("worker %s registered at Redis %s", config.name, address(client))
     try:
         with translated(address(client)):
-            lifecycle.inherit(session, client, describe())
+            offering.heard(lifecycle.inherit(session, client, describe()).labels or {})
         return _work(config, session, client, folders, lock, describe, signals)
     finally:
         _leave(session, client, known_seconds=_KNOWN_SECONDS if config.ephemeral or config.until_done else 0)
@@ -128,7 +145,7 @@ def _work(
         stack.callback(partial(note.unlink, missing_ok=True))
         guard = Guard(session.identity.incarnation, lock.fd)
         stack.callback(guard.close)
-        parts = _parts(stack, config, session, client, folders, guard)
+        parts = _parts(stack, config, session, client, folders, guard, describe.offering)
         loop = WorkerLoop(config, parts)
         describe.loop = loop
         signals.hand_to(loop.request_stop, parts.mail.wake_fd)
@@ -172,6 +189,7 @@ def _parts(
     client: redis.Redis,
     folders: Folders,
     guard: Guard,
+    offering: Offering,
 ) -> Parts:
     settings = session.settings
     environ = job_environ(os.environ, config, session.identity.incarnation)
@@ -191,7 +209,7 @@ def _parts(
         folders, outputs, working, encoded, null, home, Memory(), settings.max_result_bytes
     )
     slots = Slots(config.slots, settings, context, pool, guard)
-    return Parts(session, selector, links, slots, pool, guard, Mailbox(), folders)
+    return Parts(session, selector, links, slots, pool, guard, Mailbox(), folders, offering)
 
 
 def _executor_config(
@@ -239,8 +257,8 @@ def _is_retired(session: Session, client: redis.Redis, known_seconds: int) -> bo
 class _Description:
     """The record of a worker that `fleet status` reads: JSON, made anew with each beat."""
 
-    def __init__(self, config: WorkerConfig, session: Session, lock: str) -> None:
-        found, who = resources.detect(**config.resources), session.identity
+    def __init__(self, config: WorkerConfig, session: Session, lock: str, offering: Offering) -> None:
+        who, ends_at = session.identity, offering.ends_at
         self._fixed = {
             "name": who.name,
             "host": who.host,
@@ -249,20 +267,22 @@ class _Description:
             "lock": lock,
             "queues": list(who.queues),
             "slots": config.slots,
-            "labels": dict(config.labels),
             "version": __version__,
-            **dataclasses.asdict(found),
+            **dataclasses.asdict(offering.share.total),
+            "ends_at": None if ends_at is None else datetime.fromtimestamp(ends_at, UTC).isoformat(),
             "ephemeral": who.ephemeral,
             "tunnel": config.tunnel,
             "heartbeat_seconds": session.settings.heartbeat_seconds,
             "started_at": clock.wall().isoformat(),
         }
         self._session = session
+        self.offering = offering
         self.loop: WorkerLoop | None = None
 
     def __call__(self) -> str:
         now = {
             "at": clock.wall().isoformat(),
+            "labels": dict(self.offering.labels),
             "finished": self._session.finished,
             "failed": self._session.failed,
             "notice": self.loop.notice if self.loop else "",

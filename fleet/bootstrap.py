@@ -26,6 +26,7 @@ from fleet.fan_out import FanOut
 from fleet.hosts import Host
 from fleet.journey import Journey, Opener, opened, report
 from fleet.launchers import base
+from fleet.ledger import part
 from fleet.results import HostResult, OnEvent, Report, WorkerResult
 from fleet.tunnel import Tunnels
 from fleet.worker_config import WorkerConfig
@@ -69,12 +70,14 @@ class Orders:
     paths: tuple[str, ...] = ()
     ephemeral: bool = False
     until_done: bool = False
-    #: what each host is said to have, by the arguments of `fleet.resources.detect`; the rest is detected
+    #: what each host is said to have, by the arguments of `fleet.resources.detect`; its workers divide it
     resources: Mapping[str, int] = field(default_factory=dict)
     #: those of broker.worker_settings.WorkerSettings
     settings: Mapping[str, Any] = field(default_factory=dict)
     #: the window within which workers begin, each at its own moment; None: as their number demands
     startup_delay_seconds: float | None = None
+    #: after so long they have ended
+    time_limit_seconds: float | None = None
     dry_run: bool = False
     #: the addresses that the embedded broker listens on; none: it is another Redis
     bound_to: tuple[str, ...] = ()
@@ -301,12 +304,18 @@ def workers_for(host: Host, orders: Orders, probe: base.Probe, python: str) -> t
         labels={**orders.labels, **options.labels},
         executor_python=_absolute(orders.executor_python or python, probe),
         paths=tuple(_absolute(path, probe) for path in orders.paths),
-        resources=orders.resources,
+        siblings=count,
+        time_limit_seconds=orders.time_limit_seconds,
         settings=orders.settings,
         until_done=orders.until_done,
     )
     first = (first.as_ephemeral() if orders.ephemeral else first).checked()
-    return tuple(replace(first, name=host.worker_name(number)) for number in range(count))
+    return tuple(_sibling(first, host, orders, number) for number in range(count))
+
+
+def _sibling(first: WorkerConfig, host: Host, orders: Orders, number: int) -> WorkerConfig:
+    said = {kind: part(total, number, first.siblings) for kind, total in orders.resources.items()}
+    return replace(first, name=host.worker_name(number), sibling=number, resources=said)
 
 
 def _count(host: Host, orders: Orders) -> int:

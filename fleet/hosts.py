@@ -18,7 +18,6 @@ from typing import Any
 from broker import names
 from broker.errors import UsageError
 
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 #: a comment opens the line, follows a blank, or follows the address at once
 _COMMENT = re.compile(r"((?:^|[ \t])|^[ \t]*[^ \t#]+)#.*")
@@ -263,7 +262,8 @@ def _option(word: str) -> tuple[str, Any]:
     if not equals:
         raise UsageError(f"unexpected {word!r}: what follows a host is key=value")
     if name.startswith("label."):
-        return _label(name), _printable(name, value)
+        names.label_name(name.removeprefix("label."))
+        return name, names.label_value(value)
     if name not in _READERS:
         raise UsageError(f"unknown {name}=" + _nearest(name))
     return name, _READERS[name](name, value)
@@ -277,12 +277,6 @@ def _nearest(name: str) -> str:
         if close
         else f"; known are {known}"
     )
-
-
-def _label(name: str) -> str:
-    if not _LABEL.fullmatch(name.removeprefix("label.")):
-        raise UsageError(f"{name!r} is no label: use letters, digits, '_', '.' and '-'")
-    return name
 
 
 def _printable(name: str, value: str) -> str:

@@ -25,6 +25,8 @@ import redis
 from broker import __version__, clock, keys
 from broker.errors import Conflict, UsageError
 from broker.session import Session
+from broker.work import Beat
+from fleet import process
 from fleet.launchers.agent import TOKEN_VARIABLE
 from fleet.outputs import Folders
 
@@ -59,7 +61,7 @@ class NameLock:
     def identity(self) -> str:
         """What two processes share only if they would contend for this very file."""
         status = os.fstat(self.fd)
-        return f"{_boot_id()}:{status.st_dev}:{status.st_ino}"
+        return f"{process.boot_id()}:{status.st_dev}:{status.st_ino}"
 
     def release(self) -> None:
         """Let go; a sidecar at work still holds it."""
@@ -77,16 +79,9 @@ def _is_live(note: Path) -> bool:
     """Whether the process that wrote this note is still that process."""
     try:
         fields = json.loads(note.read_text())
-        return bool(psutil.Process(fields["pid"]).create_time() == fields["start_time"])
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return process.is_running(fields["pid"], fields["start_time"])
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return str(int(psutil.boot_time()))
 
 
 def prepare(folders: Folders) -> None:
@@ -200,8 +195,8 @@ def _outwait(
         sleep(min(0.5, max(ttl, 50) / 1000))
 
 
-def inherit(session: Session, client: redis.Redis, record: str) -> None:
-    """The first heartbeat: what earlier lives of this name held is lost, and goes on at once.
+def inherit(session: Session, client: redis.Redis, record: str) -> Beat:
+    """The first heartbeat, and what it brought: what earlier lives held is lost, and goes on at once.
 
     They are over: `enter` has seen to it, and their jobs were killed with them or before their leases
     ran out. It must be done before the first look at the queues, which would seem empty without those jobs.
@@ -209,6 +204,7 @@ def inherit(session: Session, client: redis.Redis, record: str) -> None:
     beat = session.beat(client, record, {}, session.claims_settled)
     if beat.foreign:
         session.lose_foreign(client, beat.foreign)
+    return beat
 
 
 def _fields(record: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import selectors
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from broker import clock
 from broker.connection import is_denied
 from broker.session import Session
 from broker.work import Beat, End, Exchange, Round
+from broker.worker_settings import WorkerSettings
 from fleet.asides import Asides
 from fleet.beater import Beater, Denied
 from fleet.chores import AllDone
@@ -26,6 +27,7 @@ from fleet.executors import ExecutorPool
 from fleet.guard import Guard
 from fleet.links import Links
 from fleet.mailbox import Mailbox
+from fleet.offer import Offering
 from fleet.outputs import Folders
 from fleet.rounds import Rounds
 from fleet.slots import Slots
@@ -53,6 +55,27 @@ class Parts:
     guard: Guard
     mail: Mailbox
     folders: Folders
+    offering: Offering
+
+
+@dataclass(frozen=True)
+class _LastCall:
+    """From when a worker with a time limit takes no more jobs, and until when those that run may end.
+
+    Monotonic seconds; without a limit both never come.
+    """
+
+    at: float
+    until: float
+
+
+def _last_call(offering: Offering, settings: WorkerSettings) -> _LastCall:
+    """Jobs get the grace that they get at any stop, but no more than half of what is left."""
+    if offering.ends_at is None:
+        return _LastCall(float("inf"), float("inf"))
+    left = max(0.0, offering.ends_at - clock.wall().timestamp())
+    until = clock.monotonic() + left
+    return _LastCall(until - min(settings.stop_grace_seconds, left / 2), until)
 
 
 class WorkerLoop:
@@ -69,6 +92,7 @@ class WorkerLoop:
         self._guard = parts.guard
         self._mail = parts.mail
         self._folders = parts.folders
+        self._offering = parts.offering
         self._rounds = Rounds(parts.session, parts.links.line, parts.slots)
         self._shown: dict[str, tuple[int, int]] = {}
         self._asides = Asides(parts.pool)
@@ -84,6 +108,7 @@ class WorkerLoop:
         self._disk_at = 0.0
         self._disk = ""
         self._stop_at: float | None = None
+        self._last_call = _last_call(self._offering, self._settings)
         self._said_stopping = False
         self._exit_code = 0
         self._fleet_size = 1
@@ -147,7 +172,9 @@ class WorkerLoop:
             if len(self._slots):
                 times.append(self._outputs_at)
         # what is over and has been acted upon is nothing to wait for
-        if self._stop_at is not None and self._stop_at > now:
+        if self._stop_at is None:
+            times.append(self._last_call.at)
+        elif self._stop_at > now:
             times.append(self._stop_at)
         if self._config.idle_timeout_seconds is not None and not self._is_working():
             times.append(self._slots.busy_at + self._config.idle_timeout_seconds)
@@ -180,6 +207,9 @@ class WorkerLoop:
         return limit is not None and clock.monotonic() - self._slots.busy_at >= limit
 
     def _enforce_stop(self) -> None:
+        if self._stop_at is None and clock.monotonic() >= self._last_call.at:
+            log.info("the time limit is near: no more jobs are taken")
+            self._stop_at = self._last_call.until
         if self._stop_at is None:
             return
         if not self._said_stopping:
@@ -301,6 +331,17 @@ class WorkerLoop:
             log.info("no longer draining")
         self._draining = draining
 
+    def _heed_labels(self, labels: Mapping[str, str] | None) -> None:
+        """What operators say of this worker, which Redis may have lost: then we know it."""
+        if labels is None and self._offering.operators:
+            if self._links.up:
+                with self._linked():
+                    self._session.restore_labels(self._links.client, self._offering.operators)
+        elif self._offering.heard(labels or {}):
+            log.info("labels: %s", ",".join(f"{k}={v}" for k, v in self._offering.labels.items()))
+            if self.beater:  # whoever looks shall see it
+                self.beater.beat_now()
+
     def _is_fit(self) -> bool:
         """Whether this host can run jobs: one must not fail because of us, another host may be fit."""
         if self._guard.is_late():
@@ -363,7 +404,7 @@ class WorkerLoop:
             news = self._links.waiter.receive()
             if isinstance(news, dict):
                 self._slots.stop_job(news.get("stop"))
-                if "drain" in news and self.beater:
+                if ("drain" in news or "labels" in news) and self.beater:
                     self.beater.beat_now()
             elif news and self._room()[0]:
                 self._claim_again()
@@ -405,6 +446,7 @@ class WorkerLoop:
         self._claim_again()  # once a beat for safety: a token may have been lost
         if beat.state == "ok":
             self._heed_drain(beat.draining)
+            self._heed_labels(beat.labels)
         self._pool.reap()
         self._fleet_size = max(1, beat.workers)
         for lease in beat.lost | beat.stop:

@@ -133,6 +133,22 @@ def _explained(program: str, exc: OSError) -> CannotStart:
     return host_error(exc, program)
 
 
+def is_running(pid: int, start_time: float) -> bool:
+    """Whether the process of that number is the one that started then, as psutil counts."""
+    try:
+        return bool(psutil.Process(pid).create_time() == start_time)
+    except psutil.Error:
+        return False
+
+
+def boot_id() -> str:
+    """What two hosts, and two runs of one, do not have in common."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return str(int(psutil.boot_time()))
+
+
 def has_exited(pid: int) -> bool:
     """Whether the child `pid` ended; it stays a zombie, so its number cannot be another's yet."""
     if hasattr(os, "waitid"):

@@ -6,6 +6,7 @@ to hosts where nothing of ours is yet. ASCII only, for the same reason.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -22,10 +23,14 @@ _SMI_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; its memory is 0 where it has none of its own, or that is not known."""
+    """One GPU; its memory is 0 where it has none of its own, or that is not known.
+
+    `index`: its number on this machine, as NVML, nvidia-smi and CUDA_DEVICE_ORDER=PCI_BUS_ID count.
+    """
 
     name: str
     memory_bytes: int
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,14 @@ def detect(
 
 
 def _so_many_gpus(number: int) -> tuple[Gpu, ...]:
-    found = find_gpus() if number else ()
-    return (found + (Gpu("unknown", 0),) * number)[:number]
+    return so_many(find_gpus() if number else (), number)
+
+
+def so_many(found: tuple[Gpu, ...], number: int) -> tuple[Gpu, ...]:
+    """The first `number` of them, and such as nothing is known of where there are not so many."""
+    used = {gpu.index for gpu in found}
+    unused = (index for index in range(number + len(used)) if index not in used)
+    return found[:number] + tuple(Gpu("unknown", 0, next(unused)) for _ in range(number - len(found)))
 
 
 # --- CPUs ------------------------------------------------------------------------------------------
@@ -58,14 +69,22 @@ def _so_many_gpus(number: int) -> tuple[Gpu, ...]:
 
 def find_cpus(root: Path = _ROOT) -> int:
     """CPUs that this process may run on, no more than its cgroups' quotas pay for; at least 1."""
-    quotas = [quota for folder, version in _with_parents("cpu", root) for quota in _quota(folder, version)]
-    return max(1, int(min([_affinity(), *quotas])))
+    return max(1, int(min([_affinity(), *cpu_quotas(root).values()])))
+
+
+def cpu_ids() -> tuple[int, ...]:
+    """The numbers of the CPUs that this process may run on; none where the system does not tell."""
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+
+
+def cpu_quotas(root: Path = _ROOT) -> dict[str, float]:
+    """Cgroup, ours or one above it -> how many CPUs' time all that is in it may take."""
+    rows = _with_parents("cpu", root)
+    return {str(folder): quota for folder, version in rows for quota in _quota(folder, version)}
 
 
 def _affinity() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(cpu_ids()) or os.cpu_count() or 1
 
 
 def _quota(folder: Path, version: int) -> Iterator[float]:
@@ -85,9 +104,14 @@ def _quota(folder: Path, version: int) -> Iterator[float]:
 
 def find_memory(root: Path = _ROOT) -> int:
     """The machine's memory, no more than the limits of our cgroups leave of it; bytes."""
+    return min(memory_limits(root).values())
+
+
+def memory_limits(root: Path = _ROOT) -> dict[str, int]:
+    """Cgroup, ours or one above it -> bytes that all in it may have together; '' is the machine."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [limit for folder, version in _with_parents("memory", root) for limit in _limit(folder, version)]
-    return min([total, *limits])
+    rows = _with_parents("memory", root)
+    return {"": total} | {str(folder): limit for folder, version in rows for limit in _limit(folder, version)}
 
 
 def _limit(folder: Path, version: int) -> Iterator[int]:
@@ -153,9 +177,20 @@ def _lines(path: Path) -> list[str]:
 
 
 def find_gpus() -> tuple[Gpu, ...]:
-    """NVIDIA's GPUs: by NVML where the package nvidia-ml-py is installed and works, else by nvidia-smi."""
+    """NVIDIA's GPUs: by NVML where the package nvidia-ml-py is installed and works, else by nvidia-smi.
+
+    Those alone that CUDA_VISIBLE_DEVICES leaves to this process, as Slurm sets it for a job.
+    """
     found = _gpus_by_nvml()
-    return _gpus_by_smi() if found is None else found
+    found = _gpus_by_smi() if found is None else found
+    left = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if left is None else tuple(gpu for gpu in found if str(gpu.index) in _until_odd(left))
+
+
+def _until_odd(text: str) -> list[str]:
+    """The numbers of a list like `0,2`, up to the first word that is none: so CUDA reads it."""
+    words = [word.strip() for word in text.split(",")]
+    return list(itertools.takewhile(str.isdigit, words))
 
 
 def _gpus_by_nvml() -> tuple[Gpu, ...] | None:
@@ -184,7 +219,7 @@ def _gpu(nvml: Any, index: int) -> Gpu:
     handle, memory_bytes = nvml.nvmlDeviceGetHandleByIndex(index), 0
     with suppress(nvml.NVMLError_NotSupported):  # one that shares the machine's memory
         memory_bytes = nvml.nvmlDeviceGetMemoryInfo(handle).total
-    return Gpu(str(nvml.nvmlDeviceGetName(handle)), memory_bytes)
+    return Gpu(str(nvml.nvmlDeviceGetName(handle)), memory_bytes, index)
 
 
 def _mebibytes(size: str) -> int:
@@ -200,6 +235,6 @@ def _gpus_by_smi() -> tuple[Gpu, ...]:
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True)
         rows = [line.rsplit(",", 1) for line in done.stdout.splitlines()]
-        return tuple(Gpu(name.strip(), _mebibytes(size)) for name, size in rows)
+        return tuple(Gpu(name.strip(), _mebibytes(size), i) for i, (name, size) in enumerate(rows))
     except (OSError, ValueError, subprocess.SubprocessError):
         return ()

@@ -52,8 +52,13 @@ class WorkerConfig:
     ephemeral: bool = False
     #: the tunnel that `redis_url` leads into, for the worker's record
     tunnel: str | None = None
-    #: what it says that its host has, by the arguments of `fleet.resources.detect`; the rest is detected
+    #: what it is said to have of its host, by the arguments of `fleet.resources.detect`
     resources: Mapping[str, int] = field(default_factory=dict)
+    #: it is the one of this number, from 0, of so many that divide their host; one alone takes what is left
+    sibling: int = 0
+    siblings: int = 1
+    #: after so long it has ended; jobs that cannot end before that are handed back
+    time_limit_seconds: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def checked(self) -> WorkerConfig:
@@ -70,6 +75,9 @@ class WorkerConfig:
                 "an --ephemeral worker has one slot and leaves after one job",
                 "Leave out --slots and --max-jobs, or --ephemeral.",
             )
+        for name, value in self.labels.items():
+            names.label_name(name)
+            names.label_value(value)
         if self.executor not in ("warm", "fork"):
             raise UsageError(f"--executor must be warm or fork, got {self.executor!r}")
         return self
@@ -93,10 +101,15 @@ class WorkerConfig:
             raise UsageError(f"cannot read the worker's configuration: {exc}") from exc
 
 
-def default_output_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where workers of this user write: $XDG_STATE_HOME or ~/.local/state, rq-fleet/work."""
+def state_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """What workers of this user keep at a host: $XDG_STATE_HOME or ~/.local/state, rq-fleet."""
     home = environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(home).expanduser() / "rq-fleet" / "work"
+    return Path(home).expanduser() / "rq-fleet"
+
+
+def default_output_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where workers of this user write."""
+    return state_dir(environ) / "work"
 
 
 def this_host() -> str:

@@ -1,13 +1,13 @@
 -- A heartbeat: the worker lives, these leases go on, and what the server thinks otherwise.
 --
 -- KEYS  1 fleet:worker:W:beat  2 fleet:worker:W:record  3 rq:worker:W  4 fleet:worker:W:leases
---       5 fleet:worker:W:drain
+--       5 fleet:worker:W:drain  6 fleet:worker:W:labels
 -- ARGV  1 worker  2 incarnation  3 lease ms  4 record as JSON  5 ttl of the record s
 --       6 number of the last claim whose reply arrived or will never arrive
 --       then for each lease it knows: job, lease
 -- Returns {'ok' | 'gone' | 'taken', {leases that are no longer ours}, {leases to be stopped},
 --          {{job, lease} held under this name by an earlier life}, 1 if draining,
---          1 if suspended, workers registered}
+--          1 if suspended, workers registered, flat hash of the operators' labels}
 --
 -- 'gone': the keys lapsed (a pause, a flushed Redis): register again. 'taken': another life has
 -- the name: stop. Both renew nothing. A lease that the server holds and the worker does not know,
@@ -15,7 +15,7 @@
 local incarnation, settled = ARGV[2], tonumber(ARGV[6])
 local current = redis.call('GET', KEYS[1])
 if current ~= incarnation then
-  return {current and 'taken' or 'gone', {}, {}, {}, 0, 0, 0}
+  return {current and 'taken' or 'gone', {}, {}, {}, 0, 0, 0, {}}
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5])
@@ -61,10 +61,14 @@ for i = 1, #held, 2 do
   end
 end
 
--- A wish about an ephemeral worker goes with its record, as long after the last beat.
+-- What operators say of an ephemeral worker goes with its record, as long after the last beat.
 local drain_ttl = redis.call('TTL', KEYS[5])
 if drain_ttl >= 0 then
   redis.call('EXPIRE', KEYS[5], ARGV[5])
 end
+local labels = try('HGETALL', KEYS[6]) or {}
+if #labels > 0 and redis.call('TTL', KEYS[6]) >= 0 then
+  redis.call('EXPIRE', KEYS[6], ARGV[5])
+end
 return {'ok', lost, stopped, foreign, drain_ttl ~= -2 and 1 or 0, redis.call('EXISTS', K.SUSPENDED),
-  redis.call('SCARD', K.FLEET_WORKERS)}
+  redis.call('SCARD', K.FLEET_WORKERS), labels}

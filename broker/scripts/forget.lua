@@ -1,7 +1,7 @@
--- An operator removes the record of a worker that is offline.
+-- An operator removes the record of a worker that is offline, and the labels that operators gave it.
 --
 -- KEYS  1 fleet:worker:W:beat  2 fleet:worker:W:record  3 rq:worker:W  4 fleet:worker:W:signals
---       5 fleet:worker:W:leases  6 fleet:worker:W:ended
+--       5 fleet:worker:W:leases  6 fleet:worker:W:ended  7 fleet:worker:W:labels
 -- ARGV  1 worker
 -- Returns {'forgotten' | 'not_found' | 'alive' | 'leases', jobs it holds that others must take first}.
 --
@@ -26,7 +26,7 @@ if left > 0 then
   return {'leases', left}
 end
 local known = redis.call('SREM', K.FLEET_WORKERS, worker)
-if not record and known == 0 then
+if not record and known == 0 and redis.call('EXISTS', KEYS[7]) == 0 then
   return {'not_found', 0}
 end
 redis.call('DEL', unpack(KEYS))

@@ -209,7 +209,7 @@ def test_gpus_are_counted(farm, tmp_path):
     smi.write_text("#!/bin/sh\nprintf 'NVIDIA A100, 40960\\nNVIDIA A100, 40960\\n'\n")
     smi.chmod(0o755)
     farm.add("host1", PATH=f"{smi.parent}:{os.environ['PATH']}")
-    assert probe(farm, "host1").gpus == (Gpu("NVIDIA A100", 40960 * 2**20),) * 2
+    assert probe(farm, "host1").gpus == tuple(Gpu("NVIDIA A100", 40960 * 2**20, index) for index in range(2))
 
 
 def test_what_a_login_shell_prints_does_no_harm(farm):

@@ -147,9 +147,10 @@ def test_what_is_started_is_what_was_asked_for(farm, fleet, redis_client, option
     assert beating(redis_client) == ["host1-0", "host1-1"]
     record = json.loads(redis_client.get(keys.worker_record("host1-1")))
     assert (record["host"], record["queues"]) == ("host1", ["high", "low"])
-    assert record["labels"] == {"kind": "test", "own": "yes"}
-    assert record["slots"] == (3 if "--slots" in options else max(1, record["cpus"] // 2))
-    assert (record["cpus"], record["memory_bytes"], record["gpus"]) == (find_cpus(), find_memory(), [])
+    assert record["labels"].items() >= {"kind": "test", "own": "yes"}.items()
+    assert record["slots"] == (3 if "--slots" in options else max(1, find_cpus() // 2))
+    half = (find_cpus() // 2, find_memory() // 2, [])
+    assert (record["cpus"], record["memory_bytes"], record["gpus"]) == half
     assert (farm.hosts["host1"].home / "out/log/host1-1.log").exists()
     note = json.loads((farm.hosts["host1"].home / "out/run/host1-1.json").read_text())
     assert psutil.Process(record["pid"]).environ()[TOKEN_VARIABLE] == note["token"]

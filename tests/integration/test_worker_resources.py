@@ -87,12 +87,12 @@ def test_gpus_are_found_by_nvml(worker, tmp_path, monkeypatch):
     build_nvml(tmp_path)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     assert worker()["gpus"] == [
-        {"name": "GPU 1", "memory_bytes": 2**30},
-        {"name": "GPU 2", "memory_bytes": 2**31},
+        {"name": "GPU 1", "memory_bytes": 2**30, "index": 0},
+        {"name": "GPU 2", "memory_bytes": 2**31, "index": 1},
     ]
 
 
 def test_what_it_is_told_outranks_what_it_finds(worker):
     found = worker("--num-cpus", "64", "--memory-gb", "0.5", "--num-gpus", "1")
     assert (found["cpus"], found["memory_bytes"]) == (64, 2**29)
-    assert found["gpus"] == [{"name": "unknown", "memory_bytes": 0}]
+    assert found["gpus"] == [{"name": "unknown", "memory_bytes": 0, "index": 0}]

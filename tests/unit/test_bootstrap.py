@@ -572,6 +572,15 @@ def test_slots_are_the_cpus_shared_among_the_workers():
     assert (said.slots, said.resources) == (3, {"cpus": 3})
 
 
+def test_workers_divide_what_their_host_has_or_is_said_to_have():
+    first, second = workers_for(Host("h"), Orders(URL, 2), PROBE, "p")
+    assert [(one.sibling, one.siblings, one.resources) for one in (first, second)] == [(0, 2, {}), (1, 2, {})]
+    orders = Orders(URL, 2, resources={"cpus": 7, "memory_bytes": 2**31, "num_gpus": 1})
+    first, second = workers_for(Host("h"), orders, PROBE, "p")
+    assert first.resources == {"cpus": 4, "memory_bytes": 2**30, "num_gpus": 1}
+    assert second.resources == {"cpus": 3, "memory_bytes": 2**30, "num_gpus": 0}
+
+
 def test_an_ephemeral_worker_has_one_slot_whatever_its_host_says():
     host = Host("h", options=HostOptions(slots=4))
     (one,) = workers_for(host, Orders(URL, ephemeral=True, until_done=True), PROBE, "p")

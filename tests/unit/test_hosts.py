@@ -104,7 +104,7 @@ def test_an_entry_is_read(line, expected):
         ("h slots=x", "slots=x: must be"),
         ("h slots=1 slots=2", "slots is set twice"),
         ("h queues=a,,b", "is no queue name"),
-        ("h label.=x", "is no label"),
+        ("h label.=x", "is no name of a label"),
         ("h python=", "python= is empty"),
         ("h output_dir=relative", "must begin with / or ~/"),
     ],

@@ -153,15 +153,18 @@ int nvmlDeviceGetMemoryInfo(void *gpu, struct memory *found) {
 }
 """
 _SMI = "#!/bin/sh\nprintf 'NVIDIA A100, 40960\\n'\n"
-_BY_NVML = [{"name": "GPU 1", "memory_bytes": 2**30}, {"name": "GPU 2", "memory_bytes": 2**31}]
-_BY_SMI = [{"name": "NVIDIA A100", "memory_bytes": 40960 * _MIB}]
+_BY_NVML = [
+    {"name": "GPU 1", "memory_bytes": 2**30, "index": 0},
+    {"name": "GPU 2", "memory_bytes": 2**31, "index": 1},
+]
+_BY_SMI = [{"name": "NVIDIA A100", "memory_bytes": 40960 * _MIB, "index": 0}]
 
 
 @pytest.fixture
 def gpus(tmp_path):
     """`gpus(nvml=0, smi=_SMI)`: what is found where NVML starts with that status, and nvidia-smi is that."""
 
-    def find(nvml: int | None, smi: str | None) -> list[dict[str, object]]:
+    def find(nvml: int | None, smi: str | None, **more: str) -> list[dict[str, object]]:
         if nvml is not None:
             build_nvml(tmp_path, nvml)
         if smi is not None:
@@ -169,7 +172,7 @@ def gpus(tmp_path):
             (tmp_path / "nvidia-smi").chmod(0o755)
         script = "import dataclasses, json; from fleet import resources\n"
         script += "print(json.dumps([dataclasses.asdict(gpu) for gpu in resources.find_gpus()]))"
-        environ = {"LD_LIBRARY_PATH": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+        environ = {"LD_LIBRARY_PATH": str(tmp_path), "PATH": f"{tmp_path}:/usr/bin:/bin", **more}
         found: list[dict[str, object]] = json.loads(
             subprocess.check_output([sys.executable, "-c", script], env=environ)
         )
@@ -215,16 +218,30 @@ def test_gpus_are_found_by_nvml_else_by_nvidia_smi(gpus, nvml, smi, expected):
 @pytest.mark.needs("cc")
 def test_a_gpu_without_memory_of_its_own_is_one(gpus, tmp_path):
     build_nvml(tmp_path, memory=3)  # NVML_ERROR_NOT_SUPPORTED
-    assert gpus(None, None) == [{"name": f"GPU {number}", "memory_bytes": 0} for number in (1, 2)]
+    assert gpus(None, None) == [
+        {"name": f"GPU {index + 1}", "memory_bytes": 0, "index": index} for index in (0, 1)
+    ]
     build_nvml(tmp_path, status=9)
     found = gpus(None, "#!/bin/sh\nprintf 'NVIDIA GB10, [N/A]\\n'\n")
-    assert found == [{"name": "NVIDIA GB10", "memory_bytes": 0}]
+    assert found == [{"name": "NVIDIA GB10", "memory_bytes": 0, "index": 0}]
+
+
+_THREE = "#!/bin/sh\nprintf 'A100, 40960\\nL4, 23034\\nL4, 23034\\n'\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "left"),
+    [("0,2", [0, 2]), (" 1 , 0", [0, 1]), ("", []), ("-1", []), ("1,-1,0", [1]), ("7", []), ("GPU-abc", [])],
+)
+def test_gpus_that_are_hidden_from_us_are_not_ours(gpus, variable, left):
+    found = gpus(None, _THREE, CUDA_VISIBLE_DEVICES=variable)
+    assert [gpu["index"] for gpu in found] == left
 
 
 def test_what_is_said_is_not_asked_for(monkeypatch):
     monkeypatch.setattr(resources, "find_gpus", lambda: (Gpu("A100", 7),))
     found = resources.detect(cpus=3, memory_bytes=5, num_gpus=2)
-    assert found == resources.Resources(3, 5, (Gpu("A100", 7), Gpu("unknown", 0)))
+    assert found == resources.Resources(3, 5, (Gpu("A100", 7), Gpu("unknown", 0, 1)))
     assert resources.detect(num_gpus=1).gpus == (Gpu("A100", 7),)
     monkeypatch.setattr(resources, "find_gpus", lambda: pytest.fail("asked for"))
     assert resources.detect(num_gpus=0).gpus == ()

@@ -19,6 +19,7 @@ _WORKER = {
     *("name", "host", "pid", "state", "probe", "queues", "slots", "running", "labels", "version", "cpus"),
     *("memory_bytes", "gpus", "started_at", "last_heartbeat", "heartbeat_age_seconds", "finished", "failed"),
     "tunnel",
+    "ends_at",
 }
 _QUEUE = {"name", "queued", "running", "finished", "failed", "oldest_age_seconds", "paused"}
 
@@ -39,7 +40,7 @@ def test_json_has_the_promised_fields(read, workers, submit, eventually, redis_u
         "busy",
     )
     assert (worker["queues"], worker["slots"], worker["running"]) == (["a", "b"], 3, [job])
-    assert (worker["labels"], worker["version"], worker["probe"]) == ({"gpu": "yes"}, __version__, None)
+    assert (worker["labels"]["gpu"], worker["version"], worker["probe"]) == ("yes", __version__, None)
     assert worker["cpus"] == psutil.cpu_count() or worker["cpus"] >= 1
     assert datetime.fromisoformat(worker["started_at"]) <= datetime.fromisoformat(worker["last_heartbeat"])
     assert 0 <= worker["heartbeat_age_seconds"] < 30

@@ -1,0 +1,218 @@
+"""What the workers of this user have promised of this host, so that none of it is promised twice.
+
+One file for each host and user, below the state folder, which hosts may share: so its name holds what
+two hosts, or two containers, do not have in common. It is changed under a lock, and holds a row for
+each worker; the row of one that died counts no more, for its process is gone.
+
+A cgroup's limit holds for all that is in it together, the machine's for everybody. So each row names
+the cgroups in which its worker is: what two allocations of a batch system have of their own, neither
+takes from the other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from fleet import resources
+from fleet.process import boot_id, is_running
+from fleet.resources import Gpu, Resources
+
+log = logging.getLogger("fleet.worker")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker has of its host for jobs; its GPUs by their numbers there.
+
+    `cpu_ids`: the CPUs that jobs may be bound to; none where they are not its own.
+    """
+
+    total: Resources
+    cpu_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a worker wants: what it is said to have (None: what can be had), as one of so many equals."""
+
+    cpus: int | None = None
+    memory_bytes: int | None = None
+    num_gpus: int | None = None
+    #: it is the one of this number (from 0), of so many that divide the host; of 1: it takes what is left
+    number: int = 0
+    of: int = 1
+
+
+@dataclass(frozen=True)
+class _Host:
+    """What this process may use, whoever else does, and the cgroups that limit it."""
+
+    cpu_ids: tuple[int, ...]
+    cpus: int
+    cpu_quotas: Mapping[str, float]
+    memory_limits: Mapping[str, int]
+    gpus: tuple[Gpu, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One worker's promises. `cpu_pools` and `memory_pools`: the cgroups in which it is."""
+
+    worker: str
+    pid: int
+    start_time: float
+    cpus: int
+    cpu_ids: Sequence[int]
+    cpu_pools: Sequence[str]
+    memory_bytes: int
+    memory_pools: Sequence[str]
+    gpus: Sequence[int]
+
+
+def path(state: Path) -> Path:
+    """The ledger of this host, in the user's state folder (rq-fleet)."""
+    return state / "ledger" / f"{boot_id()}-{_namespace()}.json"
+
+
+def _namespace() -> int:
+    """Numbers of processes mean the same where this is the same."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
+
+
+def promise(file: Path, worker: str, wish: Wish) -> Share:
+    """Enter this process for what it wants and others were not promised; what it is said to have it gets.
+
+    Where there can be no ledger it gets what it would have alone, and a warning is logged.
+    """
+    host = _look(wish)
+    try:
+        with _opened(file) as rows:
+            share = _share(host, wish, rows)
+            rows.append(_row(worker, share, host))
+    except OSError as exc:
+        log.warning("no ledger of this host's resources: %s; other workers here may promise the same", exc)
+        share = _share(host, wish, [])
+    return share
+
+
+def release(file: Path) -> None:
+    """Strike this process's row. Never raises: the row of a process that is gone counts for nothing."""
+    with suppress(OSError), _opened(file) as rows:
+        rows[:] = [row for row in rows if row.pid != os.getpid()]
+
+
+# --- the file ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[list[_Row]]:
+    """The rows of workers that live, to be changed; written when the block is left. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(file.with_suffix(".lock"), "a") as lock:  # replaced is the other one
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = [row for row in _read(file) if is_running(row.pid, row.start_time) and row.pid != os.getpid()]
+        yield rows
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps([asdict(row) for row in rows]))
+        temporary.replace(file)
+
+
+def _read(file: Path) -> list[_Row]:
+    try:
+        return [_Row(**row) for row in json.loads(file.read_text())]
+    except (OSError, ValueError, TypeError):  # none yet, or somebody's damage
+        return []
+
+
+def _row(worker: str, share: Share, host: _Host) -> _Row:
+    total, me = share.total, psutil.Process()
+    return _Row(
+        worker,
+        me.pid,
+        me.create_time(),
+        total.cpus,
+        share.cpu_ids,
+        sorted(host.cpu_quotas),
+        total.memory_bytes,
+        sorted(host.memory_limits),
+        [gpu.index for gpu in total.gpus],
+    )
+
+
+# --- dividing ----------------------------------------------------------------------------------------
+
+
+def _look(wish: Wish) -> _Host:
+    return _Host(
+        resources.cpu_ids(),
+        resources.find_cpus(),
+        resources.cpu_quotas(),
+        resources.memory_limits(),
+        resources.find_gpus() if wish.num_gpus != 0 else (),
+    )
+
+
+def _share(host: _Host, wish: Wish, others: Sequence[_Row]) -> Share:
+    cpus, ids = _cpus(host, wish, others)
+    return Share(Resources(cpus, _memory(host, wish, others), _gpus(host, wish, others)), ids)
+
+
+def _cpus(host: _Host, wish: Wish, others: Sequence[_Row]) -> tuple[int, tuple[int, ...]]:
+    """How many, and which: none where others may have some of them."""
+    bound = {cpu for row in others for cpu in row.cpu_ids}
+    unbound = tuple(cpu for cpu in host.cpu_ids if cpu not in bound)
+    # of workers without CPUs of their own nobody knows where they run: on those that are nobody's
+    adrift = sum(row.cpus for row in others if not row.cpu_ids)
+    room = [len(unbound or range(0 if host.cpu_ids else host.cpus)) - adrift]
+    for pool, quota in host.cpu_quotas.items():
+        room.append(int(quota) - sum(row.cpus for row in others if pool in row.cpu_pools))
+    left = max(0, min([host.cpus, *room]))
+    cpus = _settled("CPUs", wish.cpus, host.cpus, left, wish)
+    return cpus, unbound[:cpus] if cpus <= min(left, len(unbound)) else ()
+
+
+def _memory(host: _Host, wish: Wish, others: Sequence[_Row]) -> int:
+    total = min(host.memory_limits.values())
+    room = (
+        limit - sum(row.memory_bytes for row in others if pool in row.memory_pools)
+        for pool, limit in host.memory_limits.items()
+    )
+    return _settled("bytes of memory", wish.memory_bytes, total, max(0, min(room)), wish)
+
+
+def _gpus(host: _Host, wish: Wish, others: Sequence[_Row]) -> tuple[Gpu, ...]:
+    taken = {index for row in others for index in row.gpus}
+    left = tuple(gpu for gpu in host.gpus if gpu.index not in taken)
+    number = _settled("GPUs", wish.num_gpus, len(host.gpus), len(left), wish)
+    # what it is said to have beyond what is left are others', or such as nothing is known of
+    rest = tuple(gpu for gpu in host.gpus if gpu.index in taken)
+    return resources.so_many(left + rest, number)
+
+
+def _settled(what: str, said: int | None, total: int, left: int, wish: Wish) -> int:
+    """How much of one kind a worker gets."""
+    if said is not None:
+        if said > left:
+            log.warning(
+                "said to have %d %s, of which %d are left on this host: jobs may get in each other's way",
+                *(said, what, left),
+            )
+        return said
+    return min(left, part(total, wish.number, wish.of))
+
+
+def part(total: int, number: int, of: int) -> int:
+    """What the one of that number has where so many divide `total`: the first ones have what is odd."""
+    return total // of + (number < total % of)

@@ -1,0 +1,64 @@
+"""What a worker offers jobs: its share of its host, its labels, and until when."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+
+from broker import clock
+from broker.requirements import Offer
+from fleet.ledger import Share
+from fleet.resources import Gpu
+from fleet.worker_config import WorkerConfig
+
+
+class Offering:
+    """The labels may change while it runs; each change is one assignment, so that threads may look.
+
+    `ends_at`: seconds of the epoch when the worker has to be gone, None where it stays.
+    """
+
+    def __init__(self, config: WorkerConfig, share: Share, ends_at: float | None = None) -> None:
+        self.share = share
+        self.ends_at = ends_at
+        self._slots = config.slots
+        self._own = {**automatic_labels(config, share.total.gpus), **config.labels}
+        #: what operators said of it, as it heard last
+        self.operators: Mapping[str, str] = {}
+        self.labels: Mapping[str, str] = self._own
+
+    def heard(self, operators: Mapping[str, str]) -> bool:
+        """What operators say of it now, which outranks what it was started with; whether that is news."""
+        if operators == self.operators:
+            return False
+        self.operators = operators
+        self.labels = {**self._own, **operators}
+        return True
+
+    def offer(self) -> Offer:
+        """What sets of requirements are judged by."""
+        total = self.share.total
+        memories = tuple(gpu.memory_bytes for gpu in total.gpus)
+        return Offer(self.labels, total.cpus, total.memory_bytes, memories, self._slots, self.ends_at)
+
+
+def ends_at(limit_seconds: float | None) -> float | None:
+    """Seconds of the epoch when a worker that begins now has lived for so long."""
+    return None if limit_seconds is None else clock.wall().timestamp() + limit_seconds
+
+
+def automatic_labels(
+    config: WorkerConfig, gpus: tuple[Gpu, ...], environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The labels that each worker has: `host`, `os`, `arch`, `python`; where it applies `gpu_name` (all of
+    them, each once) and `slurm_job_id`."""
+    found = {
+        "host": config.host,
+        "os": platform.system().lower(),
+        "arch": platform.machine(),
+        "python": platform.python_version(),
+        "gpu_name": ",".join(dict.fromkeys(gpu.name for gpu in gpus)),
+        "slurm_job_id": environ.get("SLURM_JOB_ID", ""),
+    }
+    return {name: value for name, value in found.items() if value}
