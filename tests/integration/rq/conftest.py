@@ -39,7 +39,7 @@ QUEUES = ("high", "default", "low")
 #: the fleet tells serializers apart by itself; an `rq worker` has one
 JSON_QUEUE = "json"
 ENDED = {"finished", "failed", "stopped", "canceled"}
-SETTINGS = {"heartbeat_seconds": 0.5, "lease_seconds": 15.0}
+SETTINGS = {"heartbeat_seconds": 0.5, "lease_seconds": 60.0}
 
 KINDS = ("fleet", "fleet-fork", "rq")
 
@@ -92,12 +92,12 @@ class Desk:
         except InvalidJobOperation:
             return None
 
-    def wait(self, *jobs: Job, seconds: float = 20) -> list[str | None]:
+    def wait(self, *jobs: Job, seconds: float = 60) -> list[str | None]:
         """Wait until all have ended, or are gone; returns their states."""
         self.until(lambda: all(self.status(job) in {*ENDED, None} for job in jobs), "all ended", seconds)
         return [self.status(job) for job in jobs]
 
-    def until(self, condition: Callable[[], Any], message: str = "", seconds: float = 20) -> Any:
+    def until(self, condition: Callable[[], Any], message: str = "", seconds: float = 60) -> Any:
         return wait_until(condition, timeout_seconds=seconds, message=message)
 
     def until_status(self, job: Job, status: str) -> None:
@@ -112,9 +112,9 @@ class Desk:
     @contextmanager
     def busy(self, **options: Any) -> Iterator[Job]:
         """While this lasts the worker runs a job, and what is enqueued waits; yields that job."""
-        gate = self.file()
-        job = self.enqueue("wait_for", str(gate), **options)
-        self.until_status(job, "started")
+        begun, gate = self.file(), self.file()
+        job = self.enqueue("begin_and_wait_for", str(begun), str(gate), **options)
+        self.until(begun.exists, f"{job.id} runs")
         try:
             yield job
         finally:

@@ -88,6 +88,12 @@ def wait_for(gate: str) -> None:
         time.sleep(0.01)
 
 
+def begin_and_wait_for(begun: str, gate: str) -> None:
+    """Say that it runs: "started" says that a worker was given it."""
+    Path(begun).touch()
+    wait_for(gate)
+
+
 def picky() -> Picky:
     return Picky()
 
@@ -266,7 +272,7 @@ def slow_callback(*arguments: Any) -> None:
 
 def note_time_and_nap(job: Any, connection: Any, *arguments: Any) -> None:
     connection.set(f"test:time:{job.id}", time.time())
-    time.sleep(0.5)
+    time.sleep(2)
 
 
 def mark_in_callback(job: Any, *arguments: Any) -> None:

@@ -135,11 +135,11 @@ def test_a_job_has_ended_when_its_callback_begins(desk: Desk, function: str) -> 
     arguments = (1, 1) if function == "add" else ("broken",)
     job = desk.run(function, *arguments, on_success=slow, on_failure=slow)
     began = float(desk.told(job, "time") or 0)
-    # the callback took 0.5 s; the report of the end may be late on a busy machine
-    assert job.started_at.timestamp() <= job.ended_at.timestamp() < began + 0.3
+    # the callback took 2 s; the report of the end may be late on a busy machine
+    assert job.started_at.timestamp() <= job.ended_at.timestamp() < began + 1.5
     result = job.latest_result()
     assert result.execution_started_at <= result.execution_ended_at
-    assert result.execution_ended_at.timestamp() < began + 0.3
+    assert result.execution_ended_at.timestamp() < began + 1.5
 
 
 @pytest.mark.parametrize(

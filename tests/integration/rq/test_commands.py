@@ -61,9 +61,9 @@ def is_gone(pid: int) -> bool:
 
 
 def test_a_stopped_job_may_be_requeued(desk: Desk) -> None:
-    gate = desk.file()
-    job = desk.enqueue("wait_for", str(gate))
-    desk.until_status(job, "started")
+    begun, gate = desk.file(), desk.file()
+    job = desk.enqueue("begin_and_wait_for", str(begun), str(gate))
+    desk.until(begun.exists, "it runs")
     send_stop_job_command(desk.client, job.id)
     desk.until_status(job, "stopped")
     gate.touch()
@@ -210,7 +210,7 @@ def test_a_worker_counts_what_it_did(desk: Desk) -> None:
     after = counts()
     # a failure that is tried again counts, and so does each Retry that a function returned
     assert (after[0] - good, after[1] - bad) == (2 + 1 + 1, 1 + 1 + 2 + 1)
-    assert 0.2 <= after[2] - seconds < 10
+    assert 0.2 <= after[2] - seconds < 60
 
 
 def test_a_worker_with_nothing_to_do_says_so(desk: Desk) -> None:
@@ -223,7 +223,7 @@ def test_a_worker_shut_down_by_a_signal_leaves_the_registry(desk: Desk) -> None:
     name, process = desk.start_another("low")
     desk.until(lambda: Worker.count(queue=desk.queue("low")) == 2, "registered")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert name not in [one.name for one in Worker.all(connection=desk.client)]
     assert Worker.count(queue=desk.queue("low")) == 1
     # RQ shows for a minute when it died

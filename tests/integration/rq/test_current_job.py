@@ -89,8 +89,8 @@ def test_what_a_job_changes_about_its_own_end_counts(desk: Desk, save: bool) -> 
     dropped = desk.enqueue("change_job", {"result_ttl": 0}, save)
     failed = desk.enqueue("change_job_and_fail", {"failure_ttl": 70}, save)
     assert desk.wait(changed, dropped, failed) == ["finished", None, "failed"]
-    assert 40 < desk.client.ttl(changed.key) <= 50
-    assert 60 < desk.client.ttl(failed.key) <= 70
+    assert 0 < desk.client.ttl(changed.key) <= 50
+    assert 50 < desk.client.ttl(failed.key) <= 70
     assert desk.fetch(changed).description == "renamed"
 
 

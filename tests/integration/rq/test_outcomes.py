@@ -48,7 +48,7 @@ def test_a_job_that_returns_is_finished_and_keeps_its_value(desk: Desk) -> None:
 def test_its_times_follow_each_other(desk: Desk) -> None:
     job = desk.run("nap", 0.1)
     assert job.created_at <= job.enqueued_at <= job.started_at
-    assert 0.09 <= (job.ended_at - job.started_at).total_seconds() < 2
+    assert 0.09 <= (job.ended_at - job.started_at).total_seconds() < 30
     assert job.last_heartbeat >= job.enqueued_at
 
 
@@ -58,7 +58,7 @@ def test_its_result_tells_who_ran_it_and_when(desk: Desk) -> None:
     assert (result.type, result.worker_name) == (Result.Type.SUCCESSFUL, desk.worker)
     assert result.execution_id
     took = result.execution_ended_at - result.execution_started_at
-    assert 0.09 <= took.total_seconds() < 2
+    assert 0.09 <= took.total_seconds() < 30
 
 
 def test_arguments_arrive_as_they_were_given(desk: Desk) -> None:

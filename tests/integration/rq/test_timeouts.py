@@ -18,7 +18,7 @@ def test_a_job_that_runs_too_long_is_failed_by_an_exception_it_can_clean_up_afte
     words = "rq.timeouts.JobTimeoutException: Task exceeded maximum timeout value (1 seconds)"
     assert words in job.latest_result().exc_string
     assert lines(cleaned) == ["cleaned up"]
-    assert 0.9 < (job.ended_at - job.started_at).total_seconds() < 5
+    assert 0.9 < (job.ended_at - job.started_at).total_seconds() < 9
 
 
 def test_a_job_may_outwit_its_timeout(desk: Desk) -> None:
@@ -28,7 +28,7 @@ def test_a_job_may_outwit_its_timeout(desk: Desk) -> None:
 
 def test_a_job_that_ran_too_long_is_tried_again(desk: Desk) -> None:
     runs = desk.file()
-    job = desk.run("nap_and_note", 1.5, str(runs), job_timeout=1, retry=Retry(max=1))
+    job = desk.run("nap_and_note", 10, str(runs), job_timeout=3, retry=Retry(max=1))
     assert (job.is_finished, job.retries_left, lines(runs)) == (True, 0, ["tried", "tried"])
 
 
