@@ -102,6 +102,8 @@ class WorkerLoop:
         self._rung = False
         self._taken = 0
         self._found_nothing = False
+        #: whether it has asked for jobs, or could have
+        self._has_looked = False
         #: what the worker has heard, and no claim since has belied
         self._all_done = False
         self._outputs_at = 0.0
@@ -153,6 +155,7 @@ class WorkerLoop:
         self._show_outputs()
         if not self._rounds.under_way:
             self._slots.look_at_memory()
+        self._has_looked = True
 
     def _is_leaving(self) -> bool:
         """Whether it takes nothing new."""
@@ -204,7 +207,9 @@ class WorkerLoop:
         if self._all_done or (self._config.ephemeral and self._draining):
             return True
         limit = self._config.idle_timeout_seconds
-        return limit is not None and clock.monotonic() - self._slots.busy_at >= limit
+        if limit is None or not self._has_looked:
+            return False
+        return clock.monotonic() - self._slots.busy_at >= limit
 
     def _enforce_stop(self) -> None:
         if self._stop_at is None and clock.monotonic() >= self._last_call.at:

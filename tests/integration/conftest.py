@@ -24,8 +24,10 @@ from fleet.worker_config import WorkerConfig
 from tests.integration import fleets
 from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes
 
-#: a fleet in a hurry: a lost worker is noticed after three seconds
-FAST = {"heartbeat_seconds": 0.5, "lease_seconds": 3.0, "stop_grace_seconds": 5.0, "kill_grace_seconds": 1.0}
+#: what there is to wait for comes soon, and nobody is taken for lost, however busy the machine
+FAST = {"heartbeat_seconds": 0.5, "lease_seconds": 30.0, "stop_grace_seconds": 5.0, "kill_grace_seconds": 1.0}
+#: for all workers of a test in which one is lost
+HASTY = {"heartbeat_seconds": 0.5, "lease_seconds": 5.0}
 
 
 class Workers:
@@ -106,7 +108,7 @@ class Workers:
     def kill(self, process: subprocess.Popen[Any], number: int = signal.SIGKILL) -> None:
         os.kill(process.pid, number)
         if number == signal.SIGKILL:
-            process.wait(10)
+            process.wait(60)
 
     def leftovers(self) -> dict[str, Any]:
         """What must be gone once everything is drained: leases, executions, running marks."""

@@ -48,9 +48,11 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_worker() -> None:
-    """SIGTERM to the worker, from a warm executor."""
-    os.kill(os.getppid(), signal.SIGTERM)
+def end_process(path: str) -> None:
+    """SIGTERM to the process whose number is, or will be, in that file."""
+    while not Path(path).exists() or not Path(path).read_text():
+        time.sleep(0.01)
+    os.kill(int(Path(path).read_text()), signal.SIGTERM)
 
 
 def ask_again(path: str) -> Any:

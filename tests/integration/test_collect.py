@@ -605,7 +605,7 @@ def test_a_terminal_shows_a_bar_with_bytes(kept, farm, here, spawn):
         pass  # how Linux says that nobody has the other end any more
     finally:
         os.close(ours_)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert b"host1" in shown
     assert b"4.2/4.2 MB" in shown or b"4.0/4.0 MiB" in shown
 

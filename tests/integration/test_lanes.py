@@ -427,11 +427,12 @@ def noted(path: Path) -> list[int]:
 
 
 def test_sigterm_with_full_lines_runs_nothing_twice_and_keeps_the_order(workers, tmp_path: Path) -> None:
-    path = tmp_path / "notes"
+    path, pid = tmp_path / "notes", tmp_path / "pid"
     ids = enqueue_notes(workers.client, path, 0, 300)
-    rq.Queue("default", connection=workers.client).enqueue("rq_jobs.end_worker")
+    rq.Queue("default", connection=workers.client).enqueue("rq_jobs.end_process", str(pid))
     ids += enqueue_notes(workers.client, path, 300, 4000)
-    worker = workers.start("w0", slots=2)
+    worker = workers.start("w0", slots=2, wait=False)
+    pid.write_text(str(worker.pid))
     assert worker.wait(60) == 0
     done = noted(path)
     assert 300 <= len(done) == len(set(done)) < 4000

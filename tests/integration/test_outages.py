@@ -14,7 +14,7 @@ import redis
 
 from broker import keys
 from broker.connection import connect
-from tests.integration.conftest import Workers
+from tests.integration.conftest import HASTY, Workers
 from tests.integration.proxy import proxy_to
 from tests.integration.test_worker import appending, lines, runs, waiting_for
 
@@ -59,7 +59,7 @@ def test_jobs_of_the_elected_worker_are_back_once_their_lease_has_run_out(
     workers: Workers, tmp_path: Path
 ) -> None:
     gate, runs, expiries = tmp_path / "gate", tmp_path / "runs", []
-    started = {name: workers.start(name) for name in ("w0", "w1", "w2")}
+    started = {name: workers.start(name, settings=HASTY) for name in ("w0", "w1", "w2")}
     [job] = [workers.submit(*appending(runs, "x", waiting_for(gate)))]
     for times in (1, 2):
         workers.until(lambda times=times: len(lines(runs)) == times, "it runs")
@@ -67,7 +67,7 @@ def test_jobs_of_the_elected_worker_are_back_once_their_lease_has_run_out(
         workers.client.set(keys.CHORES, incarnation(workers.client, name), px=3000)
         workers.kill(started.pop(name))
         expiries.append(workers.client.zscore(keys.LEASES, job))
-        assert expiries[-1] <= now(workers.client) + 3000
+        assert expiries[-1] <= now(workers.client) + 1000 * HASTY["lease_seconds"]
         workers.until(lambda times=times: len(lines(runs)) > times, "it is recovered")
     gate.touch()
     [shown] = workers.wait([job])
@@ -136,9 +136,9 @@ def test_a_cut_without_a_word_that_is_shorter_than_the_lease_loses_no_job(
     with proxy_to(redis_server.port) as proxy:
         workers = workers_of(redis_server.url)
         worker_url, workers.url = workers.url, f"redis://127.0.0.1:{proxy.port}/0"
-        workers.start("w0", settings={"lease_seconds": 8.0, "heartbeat_seconds": 2.0, "losses_limit": 0})
+        workers.start("w0", settings={"lease_seconds": 16.0, "heartbeat_seconds": 2.0, "losses_limit": 0})
         workers.url = worker_url
-        workers.start("other", settings={"lease_seconds": 8.0, "heartbeat_seconds": 2.0}, queues=("else",))
+        workers.start("other", settings={"lease_seconds": 16.0, "heartbeat_seconds": 2.0}, queues=("else",))
         job = workers.submit(*appending(runs, "x", waiting_for(gate)))
         workers.until(lambda: lines(runs), "it runs")
         expiry = redis_client.zscore(keys.LEASES, job)
@@ -148,7 +148,7 @@ def test_a_cut_without_a_word_that_is_shorter_than_the_lease_loses_no_job(
         let_pass(2.5)
         proxy.join()
         workers.until(
-            lambda: (redis_client.zscore(keys.LEASES, job) or 0) > cut_at + 8000, "it is renewed again"
+            lambda: (redis_client.zscore(keys.LEASES, job) or 0) > cut_at + 16000, "it is renewed again"
         )
         gate.touch()
         [shown] = workers.wait([job])

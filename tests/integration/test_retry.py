@@ -16,7 +16,7 @@ from rq.exceptions import InvalidJobOperation
 
 from broker import control, jobs, keys
 from broker.connection import connect
-from tests.integration.conftest import Workers
+from tests.integration.conftest import HASTY, Workers
 
 _REGISTRIES = ("finished", "failed", "deferred", "scheduled", "canceled")
 
@@ -99,11 +99,11 @@ def test_so_has_a_job_of_rq(workers, how):
 
 
 def test_it_has_all_its_losses_again(workers):
-    worker = workers.start("w0", settings={"losses_limit": 0})
+    worker = workers.start("w0", settings=HASTY | {"losses_limit": 0})
     job = workers.submit("sleep", "600")
     workers.until(lambda: workers.state(job) == "started")
     workers.kill(worker)
-    workers.start("w1", settings={"losses_limit": 0})
+    workers.start("w1", settings=HASTY | {"losses_limit": 0})
     assert "WorkerLost" in workers.wait([job])[0].reason
     assert retry(workers, job) == ["retried"]
     workers.until(lambda: workers.state(job) == "started")
@@ -144,7 +144,7 @@ def test_a_job_that_a_client_of_rq_canceled_waits_until_its_worker_has_ended_it(
     workers.until((workers.folder / "ran").exists)
     rq.job.Job.fetch(job, connection=workers.client).cancel()
     assert retry(workers, job) == ["stopping"]
-    workers.until(lambda: retry(workers, job) == ["retried"], "once the worker has heard of it", 5)
+    workers.until(lambda: retry(workers, job) == ["retried"], "once the worker has heard of it")
     workers.until(lambda: len((workers.folder / "ran").read_text().split()) == 2, "it runs again")
     control.cancel(workers.client, job)
     workers.wait([job])

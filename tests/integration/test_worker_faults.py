@@ -19,7 +19,7 @@ from broker import control, keys
 from broker.command import Command
 from broker.connection import connect
 from broker.submit import Options, submit_commands
-from tests.integration.conftest import Workers
+from tests.integration.conftest import HASTY, Workers
 from tests.integration.test_worker import appending, enqueue, lines, runs, waiting_for
 
 __all__ = ["runs"]
@@ -61,14 +61,18 @@ def test_a_worker_waits_quietly_for_a_job_longer_than_its_idle_timeout(workers: 
 
 @pytest.mark.parametrize("refusal", ["full", "replica", "overwritten"])
 def test_a_worker_that_redis_refuses_waits_quietly_and_loses_nothing(
-    workers_of: Callable[[str], Workers], own_redis: Callable[..., Any], tmp_path: Path, refusal: str
+    workers_of: Callable[[str], Workers],
+    own_redis: Callable[..., Any],
+    tmp_path: Path,
+    runs: Path,
+    refusal: str,
 ) -> None:
     server = own_redis()
     workers = workers_of(server.url)
     gate, settings = tmp_path / "gate", {"heartbeat_seconds": 2, "lease_seconds": 30}
-    job = workers.submit("sh", "-c", f"{waiting_for(gate)}; echo done")
+    job = workers.submit(*appending(runs, "x", f"{waiting_for(gate)}; echo done"))
     worker = workers.start("w0", settings=settings)
-    workers.until(lambda: workers.state(job) == "started", "it runs")
+    workers.until(lambda: lines(runs), "it runs")
     client = workers.client
     if refusal == "full":
         client.config_set("maxmemory", 1)
@@ -87,18 +91,21 @@ def test_a_worker_that_redis_refuses_waits_quietly_and_loses_nothing(
         client.replicaof("NO", "ONE")
     else:
         client.rename("kept", keys.LEASES)
-    [shown] = workers.wait([job], 20)
+    [shown] = workers.wait([job])
     assert (shown.state, len(shown.attempts)) == ("finished", 1), shown.attempts
 
 
-def test_a_stopped_callback_that_hangs_does_not_hold_up_a_second_sigterm(workers: Workers) -> None:
-    job = enqueue(workers, "nap", 300, on_stopped=rq.Callback("rq_jobs.nap_after_stop", timeout=100))
+def test_a_stopped_callback_that_hangs_does_not_hold_up_a_second_sigterm(
+    workers: Workers, runs: Path
+) -> None:
+    hangs = rq.Callback("rq_jobs.nap_after_stop", timeout=100)
+    job = enqueue(workers, "note_and_wait", str(runs), "f", "/no/gate", on_stopped=hangs)
     worker = workers.start("w0", settings={"stop_grace_seconds": 3})
-    workers.until(lambda: workers.state(job.id) == "started", "it runs")
+    workers.until(lambda: lines(runs), "it runs")
     control.cancel(workers.client, job.id)
     workers.until(lambda: workers.client.exists(f"test:stopped:{job.id}"), "the callback runs")
     workers.kill(worker, signal.SIGTERM)
-    assert worker.wait(10) == 0
+    assert worker.wait(60) == 0
 
 
 @pytest.mark.parametrize("hold", ["suspended", "paused", "draining"])
@@ -125,7 +132,7 @@ def test_more_queues_than_descriptors_do_not_keep_a_worker_from_its_jobs(workers
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     ids = workers.submit_many([("sleep", "0.3")] * 80)
-    assert [job.state for job in workers.wait(ids, 20)] == ["finished"] * 80
+    assert [job.state for job in workers.wait(ids)] == ["finished"] * 80
     assert [one for one in workers.client.client_list() if one["cmd"] == "blmove"], "it watches some"
 
 
@@ -151,11 +158,11 @@ def test_connections_killed_over_and_over_end_neither_the_loop_nor_the_chores(wo
             workers.client.client_kill_filter(_type=kind, skipme=True)
         workers.kill(worker, signal.SIGCONT)
         job = workers.submit("true")
-        assert workers.wait([job], 10)[0].state == "finished"
+        assert workers.wait([job])[0].state == "finished"
     later = rq.Queue("default", connection=workers.client).enqueue_in(
         timedelta(seconds=1), "rq_jobs.add", 1, 2
     )
-    assert workers.wait([later.id], 15)[0].state == "finished"
+    assert workers.wait([later.id])[0].state == "finished"
     assert "Traceback" not in workers.log("w0")
 
 
@@ -174,21 +181,21 @@ def test_chores_survive_the_cut_of_a_connection_that_watches_a_queue(workers: Wo
 
 
 def test_what_ended_while_redis_was_away_is_told_before_a_worker_leaves(
-    workers_of: Callable[[str], Workers], own_redis: Callable[..., Any], tmp_path: Path
+    workers_of: Callable[[str], Workers], own_redis: Callable[..., Any], tmp_path: Path, runs: Path
 ) -> None:
     server = own_redis()
     workers = workers_of(server.url)
     gate, done = tmp_path / "gate", tmp_path / "done"
-    job = workers.submit("sh", "-c", f"{waiting_for(gate)}; touch {done}")
+    job = workers.submit(*appending(runs, "x", f"{waiting_for(gate)}; touch {done}"))
     worker = workers.start("w0", settings={"lease_seconds": 60, "stop_grace_seconds": 15})
-    workers.until(lambda: workers.state(job) == "started", "it runs")
+    workers.until(lambda: lines(runs), "it runs")
     server.kill()
     gate.touch()
     workers.until(done.exists, "it ended")
     workers.kill(worker, signal.SIGTERM)
     workers.until(lambda: "stopping" in workers.log("w0"), "it heard")
     server.start()
-    assert worker.wait(15) == 0
+    assert worker.wait(60) == 0
     assert workers.state(job) == "finished"
 
 
@@ -201,13 +208,13 @@ def test_a_job_killed_because_redis_was_away_too_long_is_lost_and_not_failed(
         workers.submit(*appending(runs, "x", f"[ $(wc -l < {runs}) -gt 4 ] || exec sleep 300"))
         for _ in range(4)
     ]
-    worker = workers.start("w0", slots=4)
+    worker = workers.start("w0", slots=4, settings=HASTY)
     workers.until(lambda: len(lines(runs)) == 4, "they run")
     pids = psutil.Process(worker.pid).children()
     server.kill()
     workers.until(lambda: sum(p.is_running() for p in pids) <= 1, "the sidecar killed them")
     server.start()
-    shown = workers.wait(ids, 30)
+    shown = workers.wait(ids)
     assert [(job.state, job.attempts[0].outcome) for job in shown] == [("finished", "lost")] * 4
     assert "failed dropped" not in workers.log("w0")
 
@@ -222,7 +229,7 @@ def test_words_that_are_no_text_fail_their_own_job_only(workers: Workers) -> Non
     )[0]
     good = workers.submit("true")
     workers.start("w0", slots=3)
-    assert [job.state for job in workers.wait([bad, worse, good], 10)] == ["failed", "failed", "finished"]
+    assert [job.state for job in workers.wait([bad, worse, good])] == ["failed", "failed", "finished"]
 
 
 @pytest.mark.parametrize(
@@ -237,9 +244,9 @@ def test_an_odd_job_id_harms_neither_the_worker_nor_the_next_job(
     client.hset(b"rq:job:" + bad_id, mapping=fields)
     client.lpush(keys.queue("default"), bad_id)
     worker = workers.start("w0")
-    assert workers.wait([good], 10)[0].state == "finished"
+    assert workers.wait([good])[0].state == "finished"
     after = workers.submit("true")
-    assert workers.wait([after], 10)[0].state == "finished"
+    assert workers.wait([after])[0].state == "finished"
     assert worker.poll() is None
     workers.until(lambda: not any(workers.leftovers().values()), "nothing is left")
     assert "Traceback" not in workers.log("w0")
@@ -263,9 +270,9 @@ def test_garbage_in_the_keys_of_the_fleet_does_not_end_the_chores(workers: Worke
     client.zadd(keys.LEASES, {"ghost2": 1})
     client.set(keys.worker_record("gone"), "[not a record")
     client.set(keys.CHORES_SEEN, int(time.time() * 1000) + 1000)
-    workers.start("w0")
-    later = rq.Queue("default", connection=client).enqueue_in(timedelta(seconds=6), "rq_jobs.add", 1, 2)
-    assert workers.wait([later.id], 20)[0].state == "finished"
+    workers.start("w0", settings=HASTY)
+    later = rq.Queue("default", connection=client).enqueue_in(timedelta(seconds=8), "rq_jobs.add", 1, 2)
+    assert workers.wait([later.id])[0].state == "finished"
 
 
 @pytest.mark.parametrize("replacement", ["folder", "file"])
@@ -279,10 +286,10 @@ def test_a_job_that_mistreats_its_output_fails_alone(
         script = f"rm -rf {output}; echo x > {output}"
     worker = workers.start("w0", slots=2)
     job = workers.submit("sh", "-c", script)
-    assert workers.wait([job], 10)[0].state == "finished"
+    assert workers.wait([job])[0].state == "finished"
     (output.unlink(), output.mkdir()) if output.is_file() else None
     good = workers.submit("sh", "-c", "echo x")
-    assert workers.wait([good], 20)[0].state == "finished"
+    assert workers.wait([good])[0].state == "finished"
     assert worker.poll() is None
 
 
@@ -298,7 +305,7 @@ def test_a_worker_without_descriptors_hands_back_and_loses_nothing(workers: Work
     workers.until(lambda: "Too many open files" in workers.log("w0"), "it has no more")
     gate.touch()
     workers.start("w1", slots=2)
-    shown = workers.wait(ids, 40)
+    shown = workers.wait(ids)
     assert {job.state for job in shown} == {"finished"}
     workers.assert_clean()
 
@@ -315,7 +322,7 @@ def test_a_late_save_does_not_take_a_running_job_away(workers: Workers, tmp_path
     job.save()  # writes the status of a moment ago: queued
     workers.until(lambda: workers.state(job.id) == "started", "a beat mended it")
     gate.touch()
-    assert workers.wait([job.id], 15)[0].state == "finished"
+    assert workers.wait([job.id])[0].state == "finished"
     assert lines(runs) == ["f"]
     workers.assert_clean()
 
@@ -325,7 +332,7 @@ def test_a_callback_may_save_its_job(workers: Workers) -> None:
     second = enqueue(workers, "add", 1, 2, depends_on=first)
     bad = enqueue(workers, "fail", on_failure=rq.Callback("rq_jobs.save_in_failure"))
     workers.start("w0")
-    shown = workers.wait([first.id, second.id, bad.id], 15)
+    shown = workers.wait([first.id, second.id, bad.id])
     assert [job.state for job in shown] == ["finished", "finished", "failed"]
     assert rq.job.Job.fetch(first.id, connection=workers.client).return_value() == 3
     workers.assert_clean()
@@ -334,14 +341,17 @@ def test_a_callback_may_save_its_job(workers: Workers) -> None:
 def test_a_sidecar_that_was_stopped_for_long_kills_no_job_of_a_living_worker(
     workers: Workers, runs: Path
 ) -> None:
-    worker = workers.start("w0", settings={"heartbeat_seconds": 0.5, "lease_seconds": 3.0})
-    job = workers.submit(*appending(runs, "x", "sleep 8"))
+    worker, gate = workers.start("w0", settings=HASTY), runs.with_name("gate")
+    job = workers.submit(*appending(runs, "x", waiting_for(gate)))
     workers.until(lambda: lines(runs), "it runs")
     [sidecar] = [
         p for p in psutil.Process(worker.pid).children() if "sidecar_main.py" in " ".join(p.cmdline())
     ]
     sidecar.suspend()
-    time.sleep(4)
+    time.sleep(HASTY["lease_seconds"] + 1)
     sidecar.resume()
-    [shown] = workers.wait([job], 20)
+    renewed = workers.client.zscore(keys.LEASES, job)
+    workers.until(lambda: workers.client.zscore(keys.LEASES, job) > renewed, "a beat later")
+    gate.touch()
+    [shown] = workers.wait([job])
     assert [a.outcome for a in shown.attempts] == ["finished"]

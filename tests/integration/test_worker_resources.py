@@ -71,7 +71,7 @@ def worker(
     yield start
     for process in started:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 def test_limits_of_the_cgroup_above_are_the_workers(worker, confined):

@@ -173,7 +173,7 @@ def test_redis_dies_in_the_middle(own_redis, spawn, eventually, tmp_path, words)
         eventually(lambda: len(client.client_list()) > 1, message="it is connected")
         eventually(lambda: client.info("commandstats").get("cmdstat_hget", {}).get("calls", 0) > 2)
     server.kill()
-    assert process.wait(30) == 6
+    assert process.wait(60) == 6
     assert b"Traceback" not in said.read_bytes()
     assert b"not reachable" in said.read_bytes()
 
@@ -285,6 +285,6 @@ def test_ctrl_c_during_submit_wait_says_that_the_job_goes_on(spawn, fleet_redis_
         process = spawn([fleet_script(), "submit", "--wait", "--", "true"], stdout=output, stderr=errors)
     eventually(lambda: b"No worker listens" in said.read_bytes(), message="it waits")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(60) == 130
     assert b"goes on" in said.read_bytes()
     assert b"Traceback" not in said.read_bytes()

@@ -47,7 +47,7 @@ def test_following_ends_with_the_job(submit, workers, spawn, tmp_path, eventuall
     eventually(lambda: told.read_bytes() == b"one\n", message="what it printed so far")
     assert process.poll() is None
     go.touch()
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert told.read_bytes() == b"one\ntwo\n"
 
 
@@ -56,7 +56,7 @@ def test_following_a_job_that_is_deleted_ends(submit, spawn, redis_client, event
     process = spawn([fleet_script(), "logs", "-f", job])
     eventually(lambda: psutil.Process(process.pid).num_threads() and process.poll() is None)
     redis_client.delete(f"rq:job:{job}")
-    assert process.wait(30) in (0, 4)
+    assert process.wait(60) in (0, 4)
 
 
 def test_a_second_attempt_is_followed_too(submit, workers, tmp_path, fleet):

@@ -134,7 +134,7 @@ def _on_terminal(words: list[str], width: int) -> str:
         pass  # how Linux says that nobody has the other end any more
     finally:
         os.close(ours)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     return found.decode().replace("\r\n", "\n")
 
 
@@ -146,5 +146,5 @@ def test_watch_goes_on_until_ctrl_c(fleet_redis_url, spawn, tmp_path, eventually
     word = b'"schema"' if "--json" in words else b"No workers"
     eventually(lambda: told.read_bytes().count(word) >= 2, message="two looks")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(60) == 130
     assert b"Traceback" not in said.read_bytes()

@@ -141,7 +141,7 @@ def test_following_shows_output_while_the_job_runs(fleet, workers, spawn, tmp_pa
         process = spawn([fleet_script(), "submit", "--follow", "--", "sh", "-c", script], stdout=output)
     eventually(lambda: told.read_bytes() == b"early\n", message="early output")
     go.touch()
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert told.read_bytes() == b"early\nlate\n"
 
 

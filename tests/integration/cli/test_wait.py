@@ -54,7 +54,7 @@ def test_it_waits_for_running_jobs(fleet, submit, workers, tmp_path, spawn, even
     eventually(lambda: read("show", job)["state"] == "started")
     assert process.poll() is None
     go.touch()
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
 
 
 def test_all_waits_for_every_queue_and_judges(fleet, submit, workers, tmp_path, spawn, eventually):
@@ -70,7 +70,7 @@ def test_all_waits_for_every_queue_and_judges(fleet, submit, workers, tmp_path, 
     assert process.poll() is None
     fleet("wait", "--all", "--timeout", "0.5", code=5)
     go.touch()
-    assert process.wait(30) == 3
+    assert process.wait(60) == 3
     fleet("wait", "--all")
 
 
@@ -89,7 +89,7 @@ def test_a_job_deleted_meanwhile_is_told(spawn, submit, redis_client, eventually
     process = spawn([fleet_script(), "wait", job], stderr=subprocess.PIPE)
     eventually(lambda: len(redis_client.client_list()) > 1, message="it waits")
     redis_client.delete(keys.job(job))
-    assert process.wait(30) == 4
+    assert process.wait(60) == 4
 
 
 def test_ctrl_c_ends_it_without_a_traceback(spawn, submit, tmp_path, redis_client, eventually):
@@ -98,7 +98,7 @@ def test_ctrl_c_ends_it_without_a_traceback(spawn, submit, tmp_path, redis_clien
         process = spawn([fleet_script(), "wait", submit("true")], stderr=errors)
     eventually(lambda: len(redis_client.client_list()) > 1, message="it waits")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(60) == 130
     assert b"Traceback" not in said.read_bytes()
 
 
@@ -109,7 +109,7 @@ def test_a_terminal_sees_a_progress_bar_and_a_pipe_none(spawn, submit, fleet, ev
     process = spawn([fleet_script(), "wait", job, "--timeout", "1"], stderr=theirs, stdout=subprocess.DEVNULL)
     os.close(theirs)
     shown = _all_of(ours)
-    assert process.wait(30) == 5
+    assert process.wait(60) == 5
     assert "0/1" in shown
 
 
