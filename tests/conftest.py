@@ -2,7 +2,7 @@
 
 Fixtures, in the order in which a newcomer meets them:
 
-`eventually(condition, timeout_seconds=30, message="")` polls until `condition()` is truthy and
+`eventually(condition, timeout_seconds=60, message="")` polls until `condition()` is truthy and
 returns what it returned. Tests wait with it and never sleep a fixed time.
 `redis_url`, `redis_client`: an empty database of a real server that lives as long as the session.
 `own_redis(*options)`: a server of the test's own, to be killed and started again.
@@ -65,7 +65,7 @@ PACKAGES = dict(
 #: carried by every process that tests start; how those that outlive them are found
 SESSION_MARK = "RQ_FLEET_TEST_SESSION"
 #: seconds that processes get to end by themselves after the last test
-LEAK_GRACE_SECONDS = 3.0
+LEAK_GRACE_SECONDS = 20.0
 #: of Python's own, ends with the interpreter that started it
 _HELPERS_OF_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
@@ -73,7 +73,7 @@ _HELPERS_OF_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forks
 # --- waiting ---------------------------------------------------------------------------------------
 
 
-def wait_until(condition: Callable[[], Any], *, timeout_seconds: float = 30.0, message: str = "") -> Any:
+def wait_until(condition: Callable[[], Any], *, timeout_seconds: float = 60.0, message: str = "") -> Any:
     """What `condition()` returned when it was first truthy; fails the test after `timeout_seconds`."""
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -87,7 +87,7 @@ def wait_until(condition: Callable[[], Any], *, timeout_seconds: float = 30.0, m
 
 @pytest.fixture(scope="session")
 def eventually() -> Callable[..., Any]:
-    """`eventually(condition, timeout_seconds=30, message="")`: poll, with a limit."""
+    """`eventually(condition, timeout_seconds=60, message="")`: poll, with a limit."""
     return wait_until
 
 
@@ -190,7 +190,7 @@ class RedisServer:
 
     def _answers(self) -> bool:
         assert self.process is not None
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < deadline:
             try:
                 return self._speaks()
@@ -214,7 +214,7 @@ class RedisServer:
             return
         self.process.send_signal(number)
         try:
-            self.process.wait(timeout=10)
+            self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -315,7 +315,7 @@ def _pip_of_the_real_home() -> dict[str, str]:
 
 @pytest.fixture
 def run_fleet(home: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`run_fleet("submit", "--", "true", input="", env={...}, cwd=..., timeout_seconds=60)`.
+    """`run_fleet("submit", "--", "true", input="", env={...}, cwd=..., timeout_seconds=150)`.
 
     Runs `fleet` to its end and returns what it printed; the exit code is the test's to judge,
     but a traceback is always wrong. Bytes that are no UTF-8 come back as surrogates.
@@ -326,7 +326,7 @@ def run_fleet(home: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         input: str | None = None,  # noqa: A002 - as subprocess.run has it
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-        timeout_seconds: float = 60.0,
+        timeout_seconds: float = 150.0,
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [fleet_script(), *(os.fspath(part) for part in arguments)],

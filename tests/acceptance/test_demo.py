@@ -43,7 +43,7 @@ def left_over(stage: Path) -> list[psutil.Process]:
 
 
 def test_the_demo_loses_a_worker_and_no_job_and_leaves_nothing(stage: Path) -> None:
-    done = subprocess.run(DEMO, env=environ(stage), capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(DEMO, env=environ(stage), capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     told = re.search(r"300 of 300 jobs finished; (\d+) were lost with (demo\d-0) and run again", done.stdout)
     assert told, done.stdout

@@ -67,7 +67,7 @@ class Workers:
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
 
-    def until(self, condition: Callable[[], Any], message: str = "", seconds: float = 30) -> Any:
+    def until(self, condition: Callable[[], Any], message: str = "", seconds: float = 60) -> Any:
         """Poll `condition`; a Redis that is away, or still loading, is no answer yet."""
 
         def asked() -> Any:
@@ -96,7 +96,7 @@ class Workers:
     def state(self, job_id: str) -> str | None:
         return jobs.states(self.client, [job_id])[job_id]
 
-    def wait(self, job_ids: Sequence[str], seconds: float = 60) -> list[jobs.JobView]:
+    def wait(self, job_ids: Sequence[str], seconds: float = 90) -> list[jobs.JobView]:
         """Wait until all have ended; returns them."""
         self.until(
             lambda: all(state in jobs.ENDED for state in jobs.states(self.client, job_ids).values()),

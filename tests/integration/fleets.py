@@ -14,14 +14,14 @@ from broker.command import Command
 from broker.submit import Options, submit_commands
 from fleet import bundle
 
-#: a fleet in a hurry: a lost worker is noticed after three seconds
+#: what there is to wait for comes soon, and nobody is taken for lost, however busy the machine
 FAST = {
     "FLEET_WORKER__HEARTBEAT_SECONDS": "0.5",
-    "FLEET_WORKER__LEASE_SECONDS": "3",
+    "FLEET_WORKER__LEASE_SECONDS": "30",
     "FLEET_WORKER__STOP_GRACE_SECONDS": "5",
 }
-#: where it matters how often a job ran: nobody is taken for lost, however busy the machine
-LONG_LEASE = {"FLEET_WORKER__LEASE_SECONDS": "30"}
+#: where a worker's heartbeat is to lapse
+SHORT_LEASE = {"FLEET_WORKER__LEASE_SECONDS": "5"}
 
 
 def rows(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:

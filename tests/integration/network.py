@@ -60,7 +60,7 @@ class Host:
         (self.folder / "sshd_config").write_text(self._sshd_config())
         sshd = f"{find_program('sshd')} -f {self.folder}/sshd_config -E {self.folder}/sshd.log"
         named = ["unshare", "--uts", "sh", "-c", f"hostname {self.name} && exec {sshd}"]
-        subprocess.run([*inside(self.namespace), *named], check=True, timeout=30)
+        subprocess.run([*inside(self.namespace), *named], check=True, timeout=60)
         return self
 
     def cut_off(self) -> None:
@@ -79,7 +79,7 @@ class Host:
         )
         rate = f"qdisc add dev eth0 root tbf rate {kilobits}kbit burst 8kb latency 400ms".split()
         for words in (["nft", f"table inet bad {{\n{chains}\n}}"], ["tc", *rate]):
-            subprocess.run([*inside(self.namespace), *words], check=True, timeout=30)
+            subprocess.run([*inside(self.namespace), *words], check=True, timeout=60)
 
     def processes(self) -> list[psutil.Process]:
         """All that runs there but for SSH."""
@@ -142,7 +142,7 @@ class Network:
         return host.start()
 
     def run(
-        self, argv: Sequence[str | os.PathLike[str]], *, env: Mapping[str, str], timeout_seconds: float = 60
+        self, argv: Sequence[str | os.PathLike[str]], *, env: Mapping[str, str], timeout_seconds: float = 150
     ) -> subprocess.CompletedProcess[str]:
         """Run a command at our machine to its end."""
         words = [*inside(self.namespace), *map(os.fspath, argv)]
@@ -192,7 +192,7 @@ Host {host.name}
 
 def ip(*words: str) -> str:
     """Run iproute2's ip; returns what it printed."""
-    done = subprocess.run([_ip(), *words], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([_ip(), *words], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, f"ip {shlex.join(words)}: {done.stderr}"
     return done.stdout
 

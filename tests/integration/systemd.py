@@ -45,13 +45,13 @@ elif verb == "start":
     says = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and line[0] != "#")
     command = shlex.split(says["ExecStart"].replace("%%", "%").replace("$$", "$"))
     service = {service!r}
-    subprocess.Popen(
+    running = subprocess.Popen(
         [sys.executable, "-I", "-c", service, says["Restart"], str(folder / f"{{words[0]}}.pid"), *command],
         cwd="/", env={environ!r}, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )
-    while not (folder / f"{{words[0]}}.pid").exists():
-        pass
+    while not (folder / f"{{words[0]}}.pid").exists() and running.poll() is None:
+        time.sleep(0.01)
 """
 #: what systemd does with one service
 _SERVICE = """

@@ -105,10 +105,10 @@ def test_what_workers_and_jobs_left_is_fetched_once_and_removed_only_when_it_is_
     assert fleet("up", "host1", "host2", env=patient).returncode == 0
     script = "echo said; echo wrong >&2; mkdir -p a/b; echo $FLEET_HOST > a/b/result"
     done = submit(redis_client, *[script] * 6)
-    eventually(lambda: set(jobs.states(redis_client, done).values()) == {"finished"}, timeout_seconds=30)
+    eventually(lambda: set(jobs.states(redis_client, done).values()) == {"finished"})
     (running,) = submit(redis_client, "echo begun; echo half > state; sleep 1000")
     everything = lambda: {p for host in farm.hosts.values() for p in content(host.output_dir)}  # noqa: E731
-    eventually(lambda: f"jobs/{running}/state" in everything(), timeout_seconds=30)
+    eventually(lambda: f"jobs/{running}/state" in everything())
 
     found = collect()
     assert {row["outcome"] for row in found.values()} == {"collected"}
@@ -229,7 +229,7 @@ def test_a_run_that_was_cut_is_continued(kept, collect, here, farm, spawn, event
     with (tmp_path / "told").open("wb") as told:
         collecting = spawn(argv, stdout=told, stderr=told)
         begun = lambda: copy.exists() and copy.stat().st_size == BEGIN_BYTES  # noqa: E731
-        eventually(begun, timeout_seconds=30)
+        eventually(begun)
         assert cut(collecting, host, how) == code, (tmp_path / "told").read_text()
     assert big.exists(), "nothing was removed"
     if how == "host dies":
@@ -418,7 +418,7 @@ def test_from_a_folder_that_no_worker_made_nothing_of_jobs_is_removed(
     (root / "jobs/empty").mkdir()
     assert fleet("up", "host1", options=("--output-dir", "~/shared")).returncode == 0
     (job,) = submit(redis_client, "echo result > x")
-    eventually(lambda: jobs.states(redis_client, [job])[job] == "finished", timeout_seconds=30)
+    eventually(lambda: jobs.states(redis_client, [job])[job] == "finished")
     assert fleet("down").returncode == 0
     others[f"jobs/{job}/x"] = b"result\n"
     row = collect("--delete", code=1)["host1"]
@@ -559,17 +559,17 @@ def test_what_redis_may_not_know_of_stays_while_a_worker_lives(
     up = fleet("up", "host1", options=("--slots", "2", "--json"), env=fleets.FAST)
     assert up.returncode == 0, up.stderr
     ended, running = submit(redis_client, "echo x > file", "echo half > state; sleep 1000")
-    eventually(lambda: jobs.states(redis_client, [ended])[ended] == "finished", timeout_seconds=30)
-    eventually((host.output_dir / f"jobs/{running}/state").exists, timeout_seconds=30)
+    eventually(lambda: jobs.states(redis_client, [ended])[ended] == "finished")
+    eventually((host.output_dir / f"jobs/{running}/state").exists)
     worker = fleets.pids(rows(up))["host1-0"]
     if trouble == "it hangs":
         os.kill(worker, signal.SIGSTOP)
-        eventually(lambda: not fleets.beating(redis_client), timeout_seconds=30)
+        eventually(lambda: not fleets.beating(redis_client))
         redis_client.hset(keys.job(running), "status", "finished")  # elsewhere
     else:
         redis_client.flushdb()
         assert run_fleet("hosts", "add", "host1").returncode == 0
-        eventually(lambda: fleets.beating(redis_client) == ["host1-0"], timeout_seconds=30)
+        eventually(lambda: fleets.beating(redis_client) == ["host1-0"])
     try:
         row = collect("--delete")["host1"]
     finally:

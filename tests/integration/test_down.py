@@ -14,7 +14,7 @@ import pytest
 
 from broker import keys
 from tests.conftest import fleet_script
-from tests.integration.fleets import FAST, LONG_LEASE, pids, rows, submit
+from tests.integration.fleets import FAST, pids, rows, submit
 from tests.integration.sshd import PYTHON, SshdFarm, fleet_processes
 
 pytestmark = pytest.mark.needs("sshd")
@@ -37,7 +37,7 @@ def words(farm: SshdFarm, fleet_redis_url: str, tmp_path: Path) -> Callable[...,
 def worker(farm: SshdFarm, run_fleet: Any, words: Callable[..., list[Any]]) -> psutil.Process:
     """The worker of host1."""
     farm.add("host1")
-    patient = {**FAST, **LONG_LEASE, "FLEET_WORKER__STOP_GRACE_SECONDS": "100"}
+    patient = {**FAST, "FLEET_WORKER__STOP_GRACE_SECONDS": "100"}
     up = run_fleet(*words("up", "host1"), "--json", env=patient)
     assert up.returncode == 0, up.stderr
     return psutil.Process(pids(rows(up))["host1-0"])
@@ -48,7 +48,7 @@ def job(worker: psutil.Process, farm: SshdFarm, redis_client: Any, eventually: A
     """A job that runs until `farm.folder/go` is there."""
     go, up = farm.folder / "go", farm.folder / "job"
     job = submit(redis_client, f"touch {up}; until [ -e {go} ]; do sleep 0.05; done")
-    eventually(up.exists, timeout_seconds=30)
+    eventually(up.exists)
     return job
 
 
@@ -77,13 +77,13 @@ def test_within_the_grace_running_jobs_end_and_the_worker_is_seen_draining(
     job, worker, farm, words, spawn, tmp_path, run_fleet, redis_client, eventually
 ):
     down = Down(spawn, tmp_path, *words("down"), "--grace", "100")
-    eventually(lambda: state(run_fleet) == "draining", timeout_seconds=30)
+    eventually(lambda: state(run_fleet) == "draining")
     waiting = submit(redis_client, "true")
     (farm.folder / "go").touch()
     assert down.said(0) == [f"host1  stopped: host1-0 (pid {worker.pid})"]
     assert redis_client.hget(keys.job(job), "status") == b"finished"
     assert redis_client.hget(keys.job(waiting), "status") == b"queued", "it took nothing new"
-    assert fleet_processes(farm.folder) == []
+    eventually(lambda: fleet_processes(farm.folder) == [])
 
 
 def test_a_worker_that_is_frozen_is_killed_with_all_that_it_started(job, worker, farm, words, run_fleet):
@@ -94,16 +94,16 @@ def test_a_worker_that_is_frozen_is_killed_with_all_that_it_started(job, worker,
 
 
 def test_an_interrupt_tells_who_was_being_stopped_and_that_goes_on_by_itself(
-    job, worker, farm, words, spawn, tmp_path, eventually, run_fleet
+    job, worker, farm, words, spawn, tmp_path, eventually, run_fleet, is_alive
 ):
     farm.add("host2").freeze()
     assert run_fleet("hosts", "add", "host2").returncode == 0
     down = Down(spawn, tmp_path, *words("down"), "--grace", "100")
-    eventually(lambda: state(run_fleet) == "draining", timeout_seconds=30)
+    eventually(lambda: state(run_fleet) == "draining")
     down.process.send_signal(signal.SIGINT)
     assert down.said(130) == ["host1  unconfirmed (was being stopped)", "host2  untouched (interrupted)"]
     (farm.folder / "go").touch()
-    eventually(lambda: not worker.is_running(), timeout_seconds=30)
+    eventually(lambda: not is_alive(worker.pid))
     farm.hosts["host2"].thaw()
     again = run_fleet(*words("down"), "--json", env=FAST)
     assert [row["outcome"] for row in rows(again).values()] == ["not running", "not running"]

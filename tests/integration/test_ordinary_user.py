@@ -51,7 +51,7 @@ class Somebody:
         self.owns(folder)
         (folder / "hosts").write_text(f"127.0.0.1 localhost {REDIS_NAME}\n")
         view = spawn(["unshare", "--mount", "sh", "-ec", opened(folder)])
-        wait_until((folder / "ready").exists, timeout_seconds=30, message="the file system is open")
+        wait_until((folder / "ready").exists, message="the file system is open")
         self.view = ["nsenter", f"--mount=/proc/{view.pid}/ns/mnt"]
 
     def owns(self, path: Path) -> None:
@@ -77,7 +77,7 @@ class Somebody:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=250,
             check=False,
         )
 
@@ -157,7 +157,7 @@ def test_the_life_of_a_fleet_behind_a_jump_host(somebody, spawn, redis_url, even
     ]
     down = fleet("down", "--ssh-config", farm.config, "--json")
     assert (down.returncode, rows(down)["host1"]["outcome"]) == (0, "stopped"), down.stderr
-    eventually(lambda: not worker.is_running(), timeout_seconds=30)
+    eventually(lambda: not worker.is_running())
 
 
 def test_a_worker_that_its_user_may_not_end_remains_and_stays_known(

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from broker import keys
-from tests.integration.fleets import pids, rows
+from tests.integration.fleets import SHORT_LEASE, pids, rows
 from tests.integration.sshd import PYTHON, SshdFarm
 
 pytestmark = pytest.mark.needs("sshd")
@@ -24,7 +24,7 @@ def up(fleet: Callable[..., Any]) -> Callable[..., dict[str, int]]:
     """`up("host1")`: starts a worker at each; their pids by name."""
 
     def run(*names: str) -> dict[str, int]:
-        done = fleet("up", *names, options=("--json",))
+        done = fleet("up", *names, options=("--json",), env=SHORT_LEASE)
         assert done.returncode == 0, done.stdout + done.stderr
         return pids(rows(done))
 
@@ -59,9 +59,9 @@ def test_each_thing_that_can_be_true_of_a_worker_has_its_own_word(
     os.kill(pids["stopped-0"], signal.SIGKILL)
     farm.hosts["unreachable"].stop()
     assert run_fleet("submit", "--queue", "own", "--", "sleep", "1000").returncode == 0
-    eventually(lambda: redis_client.hlen(keys.worker_leases("busy-0")), timeout_seconds=30)
+    eventually(lambda: redis_client.hlen(keys.worker_leases("busy-0")))
     for name in ("stale-0", "stopped-0"):
-        eventually(lambda name=name: not redis_client.exists(keys.worker_beat(name)), timeout_seconds=30)
+        eventually(lambda name=name: not redis_client.exists(keys.worker_beat(name)))
 
     expected = {
         "busy-0": ("busy", "running"),
@@ -94,7 +94,7 @@ def test_a_worker_at_a_host_that_cannot_be_asked_is_not_called_stopped(
     (pid,) = up("host1").values()
     farm.hosts["host1"].stop()
     os.kill(pid, signal.SIGSTOP)
-    eventually(lambda: not redis_client.exists(keys.worker_beat("host1-0")), timeout_seconds=30)
+    eventually(lambda: not redis_client.exists(keys.worker_beat("host1-0")))
     assert probe()["workers"] == {"host1-0": ("offline", "unreachable")}
     with socket.create_server(("127.0.0.1", farm.hosts["host1"].port)):  # takes calls, says nothing
         assert probe("--connect-timeout", "0.5")["workers"] == {"host1-0": ("offline", "unreachable")}
@@ -108,7 +108,7 @@ def test_a_worker_of_another_folder_than_the_one_asked_for_is_not_called_stopped
     (pid,) = up("host1").values()
     assert run_fleet("hosts", "add", "host1 output_dir=~/other").returncode == 0
     os.kill(pid, signal.SIGSTOP)
-    eventually(lambda: not redis_client.exists(keys.worker_beat("host1-0")), timeout_seconds=30)
+    eventually(lambda: not redis_client.exists(keys.worker_beat("host1-0")))
     assert probe()["workers"] == {"host1-0": ("offline", None)}
     told = run_fleet("status", "--probe", "--ssh-config", farm.config).stdout
     assert "host1-0  offline" in told
@@ -148,7 +148,7 @@ def test_a_recycled_pid_is_no_worker(farm, up, probe, spawn, redis_client, event
         if "pid" in fields:
             started = psutil.Process(innocent.pid).create_time()
             note.write_text(json.dumps({**fields, "pid": innocent.pid, "start_time": started}))
-    eventually(lambda: not redis_client.exists(keys.worker_beat("host1-0")), timeout_seconds=30)
+    eventually(lambda: not redis_client.exists(keys.worker_beat("host1-0")))
     assert probe()["workers"] == {"host1-0": ("offline", "stopped")}
     assert innocent.poll() is None
 

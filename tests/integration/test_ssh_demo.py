@@ -90,7 +90,7 @@ def test_what_runs_in_a_session_ends_with_it(tmp_path, eventually):
         client = threading.Thread(target=ssh, args=(hosts, "demo1", "touch running; sleep 1000"))
         client.start()
         eventually((tmp_path / "demo/demo1/running").exists)
-    client.join(timeout=30)
+    client.join(timeout=60)
     eventually(lambda: fleet_processes(tmp_path) == [])
 
 
@@ -104,7 +104,7 @@ def test_as_a_process_of_its_own_it_ends_by_sigterm(tmp_path, spawn):
     ]
     assert all(listens(port) for port in ports)
     server.send_signal(signal.SIGTERM)
-    assert server.wait(timeout=30) == 0
+    assert server.wait(timeout=60) == 0
     assert not any(listens(port) for port in ports)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -110,7 +111,8 @@ def fleet(run_fleet: Any, farm: SshdFarm, fleet_redis_url: str, tmp_path: Path) 
     found = Fleet(run_fleet, farm, tmp_path)
     yield found
     for process in [*fleet_processes(found.state), *fleet_processes(farm.folder)]:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_each_of_twenty_hosts_gets_what_is_right_for_it_and_half_of_them_may_die
     board.mkdir()
     command = Command(("sh", "-c", script, "job", str(board)))
     ids = submit_commands(redis_client, "default", [(None, command)] * JOBS, Options())
-    eventually(lambda: len(list(board.iterdir())) >= JOBS // 10, timeout_seconds=30)
+    eventually(lambda: len(list(board.iterdir())) >= JOBS // 10)
     for name in NAMES[::2]:
         os.kill(pids(found)[f"{name}-0"], signal.SIGKILL)
     eventually(lambda: states(redis_client, ids) == {"finished"}, timeout_seconds=60)

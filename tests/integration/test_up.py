@@ -203,7 +203,7 @@ def test_workers_that_are_to_leave_run_what_was_submitted_before_and_leave(
         row = rows(done)["host1"]
         assert (done.returncode, row["outcome"]) == (0, "started"), done.stderr
         assert {worker["state"] for worker in row["workers"]} <= {"started", "left"}
-        eventually(lambda: fleet_processes(farm.folder) == [], timeout_seconds=30, message="they leave")
+        eventually(lambda: fleet_processes(farm.folder) == [], message="they leave")
     assert {redis_client.hget(keys.job(job), "status") for job in jobs} == {b"finished"}
     assert redis_client.smembers(keys.FLEET_WORKERS) == set()
 
@@ -347,14 +347,14 @@ def test_an_interrupt_tells_who_was_started_and_who_was_not(
 ):
     farm.add("host1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        farm.alias("silent", silent.getsockname()[1])
+        farm.alias("silent", silent.getsockname()[1], ConnectTimeout="250")
         file = tmp_path / "hosts.txt"
         file.write_text("host1\nsilent\n")
         argv = [fleet_script(), "up", file, "--ssh-config", farm.config, "--no-install", "--python", PYTHON]
         out, err = tmp_path / "out", tmp_path / "err"
         with out.open("w") as stdout, err.open("w") as stderr:
             up = spawn(argv, stdout=stdout, stderr=stderr)
-            eventually(lambda: "host1: confirm ok" in err.read_text(), timeout_seconds=30)
+            eventually(lambda: "host1: confirm ok" in err.read_text())
             up.send_signal(signal.SIGINT)
             assert up.wait(timeout=60) == 130
     lines = out.read_text().splitlines()
@@ -376,7 +376,7 @@ def test_no_secret_is_seen_in_a_process_list_a_log_or_an_environment(farm, fleet
         eventually(lambda: (farm.folder / "environ").exists() and (farm.folder / "environ").read_text())
         workers = fleet_processes(farm.folder)
         assert workers
-        assert not [p for p in workers if secret in " ".join(p.environ().values())]
+        assert not [process for process in workers if secret in environ(process)]
         assert secret not in (farm.folder / "environ").read_text()
         assert TOKEN_VARIABLE not in (farm.folder / "environ").read_text()
         (config,) = [path for path in farm.folder.rglob("*") if holds(path, secret)]
@@ -395,6 +395,14 @@ def test_no_secret_is_seen_in_a_process_list_a_log_or_an_environment(farm, fleet
     assert watcher.found == set()
     assert secret not in done.stdout + done.stderr
     assert [path for path in farm.folder.rglob("*") if holds(path, secret)] == []
+
+
+def environ(process: psutil.Process) -> str:
+    """The values of its variables; of one that is just ending, nothing."""
+    try:
+        return " ".join(process.environ().values())
+    except psutil.Error:
+        return ""
 
 
 def holds(path: Path, word: str) -> bool:
@@ -439,7 +447,7 @@ class Watcher:
 @pytest.mark.timeout(300)
 def test_the_bundle_is_installed_for_real(farm, fleet, redis_client):
     host = farm.add("host1", **{name: value for name, value in os.environ.items() if name.startswith("PIP_")})
-    done = fleet("up", "host1", options=("--python", PYTHON, "--json"), timeout_seconds=110)
+    done = fleet("up", "host1", options=("--python", PYTHON, "--json"), timeout_seconds=250)
     assert done.returncode == 0, done.stderr
     assert beating(redis_client) == ["host1-0"]
     (worker,) = [p for p in fleet_processes(host.folder) if "fleet.worker" in p.cmdline()]

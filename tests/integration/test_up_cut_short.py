@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.needs("sshd"), pytest.mark.timeout(300)]
 
 STEPS = ("connect", "probe", "install", "start", "detach", "confirm")
 #: seconds in which a host that hangs is given up
-PATIENCE = {"ConnectTimeout": "3", "ServerAliveInterval": "1", "ServerAliveCountMax": "3"}
+PATIENCE = {"ConnectTimeout": "8", "ServerAliveInterval": "2", "ServerAliveCountMax": "4"}
 #: the command line, with a bundle that is installed in no time: a reference to what is here
 DRIVER = """
 import os, pathlib, sys
@@ -77,7 +77,7 @@ def fleet(command: Callable[..., list[Any]]) -> Callable[..., Any]:
             env={**os.environ, **FAST},
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=250,
             check=False,
         )
         assert "Traceback" not in done.stderr, done.stderr
@@ -147,6 +147,8 @@ def under_way(
 ) -> Callable[[str], Up]:
     def up(step: str) -> Up:
         if step == "connect":
+            if "ConnectTimeout" not in farm.config.read_text():  # the interrupt comes before that
+                farm.config.write_text(f"{farm.config.read_text()}Host host1\n  ConnectTimeout 250\n")
             farm.hosts["host1"].freeze()
         else:
             gate.shut(step)
@@ -164,7 +166,7 @@ def test_an_interrupt_at_any_step_leaves_a_host_untouched_or_started_and_known(
     up = under_way(step)
     up.process.send_signal(signal.SIGINT)
     if step in ("start", "detach"):  # these are not cut, and it is said that they are waited for
-        eventually(lambda: "a second Ctrl-C" in up.err.read_text(), timeout_seconds=30)
+        eventually(lambda: "a second Ctrl-C" in up.err.read_text())
         assert up.process.poll() is None
         gate.open()
     code, said = up.ended()
@@ -190,12 +192,12 @@ def test_a_second_interrupt_waits_for_nothing_and_tells_what_may_have_been_start
     up = under_way(step)
     for _ in range(2):
         up.process.send_signal(signal.SIGINT)
-        eventually(lambda: "a second Ctrl-C" in up.err.read_text(), timeout_seconds=30)
+        eventually(lambda: "a second Ctrl-C" in up.err.read_text())
     code, said = up.ended()
     assert code == 130
     assert said["host1"] == "unconfirmed: host1-0 (unknown) (was being started)"
     gate.open()
-    eventually(lambda: workers(farm, "host1"), timeout_seconds=30, message="the host went on by itself")
+    eventually(lambda: workers(farm, "host1"), message="the host went on by itself")
     down(farm, fleet, eventually)
 
 
@@ -231,12 +233,14 @@ def test_a_host_that_hangs_at_any_step_fails_alone_and_is_mended_by_the_next_up(
     under_way, farm, gate, fleet, redis_client, eventually, step
 ):
     patience = "".join(f"  {name} {value}\n" for name, value in PATIENCE.items())
-    farm.config.write_text(f"{farm.config.read_text()}Host host1\n{patience}")
+    before = farm.config.read_text()
+    farm.config.write_text(f"{before}Host host1\n{patience}")
     up = under_way(step)
     farm.hosts["host1"].freeze()
     code, said = up.ended()
     assert said["host1"].startswith(f"[FAILED] {step}:"), said
     assert code == (3 if others_at(step) else 1)
+    farm.config.write_text(before)
     gate.open()
     farm.hosts["host1"].thaw()
     mended(farm, fleet("up", *install_at(step)), redis_client, ["host1", *others_at(step)])
@@ -256,4 +260,4 @@ def down(farm: SshdFarm, fleet: Any, eventually: Any) -> None:
     """All that is known ends, and nothing else was there."""
     done = fleet("down")
     assert done.returncode == 0, done.stdout + done.stderr
-    eventually(lambda: not fleet_processes(farm.folder), timeout_seconds=30)
+    eventually(lambda: not fleet_processes(farm.folder))

@@ -73,12 +73,12 @@ def test_a_worker_of_a_lingering_user_is_a_unit_and_otherwise_as_any(
     assert (note["pid"], note["token"], note["unit_file"]) == (pid, environ[TOKEN_VARIABLE], str(unit))
     assert "registered at Redis" in (host.output_dir / "log/host1-0.log").read_text()
     job = submit(redis_client, "exit 0")
-    eventually(lambda: redis_client.hget(f"rq:job:{job}", "status") == b"finished", timeout_seconds=30)
+    eventually(lambda: redis_client.hget(f"rq:job:{job}", "status") == b"finished")
 
     assert started(fleet("up"), "running") == pid, "nothing is started twice"
     ended = fleet("down")
     assert (ended.returncode, rows(ended)["host1"]["workers"][0]["state"]) == (0, "stopped")
-    eventually(lambda: not fleet_processes(farm.folder), timeout_seconds=30)
+    eventually(lambda: not fleet_processes(farm.folder))
     assert manager.calls.count("start") == 1, "what was told to end stays ended"
     assert manager.units == []
     assert list((host.output_dir / "run").glob("*.environ")) == []
@@ -88,7 +88,7 @@ def test_a_worker_of_a_lingering_user_is_a_unit_and_otherwise_as_any(
 def test_a_unit_whose_worker_died_is_started_anew_by_up_alone(fleet, host, manager, eventually):
     first = started(fleet("up"))
     os.kill(first, signal.SIGKILL)
-    eventually(lambda: not list(manager.runtime.glob("*.pid")), timeout_seconds=30)
+    eventually(lambda: not list(manager.runtime.glob("*.pid")))
     second = started(fleet("up"))
     assert second != first
     assert len(manager.units) == 1
@@ -112,7 +112,7 @@ def test_where_anything_is_in_doubt_there_is_no_unit(fleet, host, manager, farm,
     assert manager.units == []
     assert "unit_file" not in json.loads((host.output_dir / "run/host1-0.started.json").read_text())
     assert fleet("down").returncode == 0
-    eventually(lambda: not fleet_processes(farm.folder), timeout_seconds=30)
+    eventually(lambda: not fleet_processes(farm.folder))
 
 
 @pytest.mark.needs("sshd")
@@ -125,7 +125,7 @@ def test_a_systemd_that_hangs_is_waited_for_once(fleet, manager, farm, eventuall
     for pid in pids(rows(done)).values():
         assert NO_UNIT_VARIABLE not in psutil.Process(pid).environ()
     assert fleet("down").returncode == 0
-    eventually(lambda: not fleet_processes(farm.folder), timeout_seconds=30)
+    eventually(lambda: not fleet_processes(farm.folder))
 
 
 @pytest.mark.needs("sshd")

@@ -14,7 +14,7 @@ import pytest
 
 from broker import __version__, jobs, keys
 from tests.conftest import fleet_script
-from tests.integration.fleets import FAST, LONG_LEASE, beating, pids, python_with, rows, submit
+from tests.integration.fleets import FAST, beating, pids, python_with, rows, submit
 from tests.integration.sshd import PYTHON, agents, fleet_processes
 
 # installs and starts of workers take their time where others work beside
@@ -86,10 +86,10 @@ def test_an_upgrade_waits_for_running_jobs_and_replaces_the_worker(
     farm, fleet, redis_client, tmp_path, eventually
 ):
     host = farm.add("host1")
-    patient = {**LONG_LEASE, "FLEET_WORKER__STOP_GRACE_SECONDS": "100"}
+    patient = {"FLEET_WORKER__STOP_GRACE_SECONDS": "100"}
     first = start_old(fleet, tmp_path, env=patient)
     job = submit(redis_client, f"echo >> {tmp_path}/job; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
-    eventually((tmp_path / "job").exists, timeout_seconds=30)
+    eventually((tmp_path / "job").exists)
 
     left = rows(fleet("up", "host1", options=(*TWO_SLOTS, *use_as_it_is(PYTHON)), env=patient))
     assert (left["host1"]["outcome"], pids(left)) == ("running", pids(first))
@@ -117,15 +117,15 @@ def test_an_upgrade_hands_back_what_does_not_end_within_the_grace(
     farm, fleet, redis_client, tmp_path, eventually
 ):
     farm.add("host1")
-    hasty = {**LONG_LEASE, "FLEET_WORKER__STOP_GRACE_SECONDS": "0.5"}
+    hasty = {"FLEET_WORKER__STOP_GRACE_SECONDS": "0.5"}
     start_old(fleet, tmp_path, env=hasty)
     job = submit(redis_client, f"echo >> {tmp_path}/job; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
-    eventually((tmp_path / "job").exists, timeout_seconds=30)
+    eventually((tmp_path / "job").exists)
     done = fleet("up", options=("--upgrade", *TWO_SLOTS, *use_as_it_is(PYTHON)), env=hasty)
     assert done.returncode == 0, done.stderr
     assert rows(done)["host1"]["note"] == "replaced version 0.0.9"
     (tmp_path / "go").touch()
-    eventually(lambda: jobs.states(redis_client, [job])[job] == "finished", timeout_seconds=30)
+    eventually(lambda: jobs.states(redis_client, [job])[job] == "finished")
     assert (tmp_path / "job").read_text().count("\n") == 2
     assert fleet("down").returncode == 0
 
@@ -173,13 +173,13 @@ def test_an_upgrade_that_dies_midway_is_mended_by_the_next(
     host = farm.add("host1")
     start_old(fleet, tmp_path)
     job = submit(redis_client, f"echo >> {tmp_path}/job; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
-    eventually((tmp_path / "job").exists, timeout_seconds=30)
+    eventually((tmp_path / "job").exists)
     words = ["up", tmp_path / "hosts.txt", "--ssh-config", farm.config, "--upgrade", *use_as_it_is(PYTHON)]
     operator = spawn(
         [fleet_script(), *words], env={**os.environ, **FAST, "FLEET_WORKER__STOP_GRACE_SECONDS": "60"}
     )
     log = host.output_dir / "log/host1-0.log"
-    eventually(lambda: "stop" in log.read_text(), timeout_seconds=30)
+    eventually(lambda: "stop" in log.read_text())
     operator.kill()
     operator.wait()
     (agent,) = agents(host)
@@ -190,6 +190,6 @@ def test_an_upgrade_that_dies_midway_is_mended_by_the_next(
     assert rows(done)["host1"]["outcome"] == "started"
     assert version_of(redis_client, "host1-0") == __version__
     (tmp_path / "go").touch()
-    eventually(lambda: jobs.states(redis_client, [job])[job] == "finished", timeout_seconds=30)
+    eventually(lambda: jobs.states(redis_client, [job])[job] == "finished")
     assert len([p for p in fleet_processes(farm.folder) if "fleet.worker" in p.cmdline()]) == 1
     assert fleet("down").returncode == 0

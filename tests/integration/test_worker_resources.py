@@ -62,9 +62,7 @@ def worker(
         enter = "".join(f"echo $$ > {group}/cgroup.procs; " for group in groups)
         argv = [fleet_script(), "worker", "--name", "w0", *options]
         started.append(spawn(["/bin/sh", "-c", f'{enter}exec "$@"', "sh", *argv]))
-        rows = eventually(
-            lambda: json.loads(run_fleet("status", "--json").stdout)["workers"], timeout_seconds=30
-        )
+        rows = eventually(lambda: json.loads(run_fleet("status", "--json").stdout)["workers"])
         found: dict[str, Any] = rows[0]
         return found
 

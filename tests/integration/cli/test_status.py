@@ -63,7 +63,7 @@ def test_finished_and_failed_jobs_are_counted(read, workers, submit, fleet, even
 
 def test_a_dead_worker_is_shown_offline(read, fleet, workers, eventually):
     workers.kill(workers.start("w0"))
-    eventually(lambda: read("status")["workers"][0]["state"] == "offline", timeout_seconds=20)
+    eventually(lambda: read("status")["workers"][0]["state"] == "offline")
     assert "offline" in fleet("status").stdout
 
 
