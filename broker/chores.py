@@ -294,10 +294,24 @@ class PruneGroups:
         return gone
 
 
+@dataclass(frozen=True)
+class MendArrays:
+    """Arrays learn what RQ's clients did to them and to their tasks; what is stopped is told so again."""
+
+    interval_seconds: float = 5.0
+
+    def run(self, client: redis.Redis) -> int:
+        live: list[Any] = client.zrange(keys.ARRAYS, 0, -1)
+        return sum(
+            int(scripts.MEND_ARRAY(client, [keys.ARRAYS], [_text(array), _LOOKED_AT])) for array in live
+        )
+
+
 def _batches(items: list[T], size: int) -> Iterator[list[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def table(settings: WorkerSettings) -> list[Chore]:
     """All chores with their intervals."""
-    return [Recovery(settings), Due(), Settle(), Deferred(), Ring(), Sweep(), Tidy(), PruneGroups()]
+    rest: list[Chore] = [Ring(), Sweep(), Tidy(), PruneGroups(), MendArrays()]
+    return [Recovery(settings), Due(), Settle(), Deferred(), *rest]

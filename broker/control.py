@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from broker import clock, dependents, jobs, keys, labels, scripts
+from broker import arrays, clock, dependents, jobs, keys, labels, scripts
 from broker.connection import replies
 from broker.errors import WaitTimeout
 from broker.session import EPHEMERAL_RECORD_TTL
@@ -38,11 +38,12 @@ def cancel(client: redis.Redis, job_id: str) -> str:
     Raises NotFound.
     """
     reply: bytes = scripts.CANCEL(client, [keys.job(job_id)], [job_id, CANCELED_TTL])
-    if not reply:
+    outcome = arrays.cancel(client, job_id) if reply == b"array" else reply.decode("utf-8", "replace")
+    if not outcome:
         raise jobs.not_found(job_id)
-    if reply == b"canceled":
+    if outcome == "canceled":
         dependents.settle(client)  # those that waited for it
-    return reply.decode("utf-8", "replace")
+    return outcome
 
 
 def retry(

@@ -47,6 +47,18 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:hosts                   hash    -          operators: hosts kept for `up`, name -> JSON
     fleet:id                      string  -          workers, `up --tunnel`: a name, wherever its Redis is
     fleet:tunnel:ID               string  30 s       whoever holds that tunnel: JSON, see broker/tunnels.py
+    fleet:last                    string  -          submissions: the id of the newest
+    fleet:arrays                  zset   -          arrays that have not ended -> ms when they were submitted
+
+    of an array (scripts, see _array.lua; TTL 10 min while it is being submitted, later that of its job)
+    fleet:array:ID                hash    items (line, json, arguments), total, max_fails, max_parallel; left:
+                                          how many are in todo; finished: how many did; held; stop: why
+    fleet:array:ID:items          hash    number of a chunk -> 32 items, each length (4 bytes) and text
+    fleet:array:ID:todo           list    FIRST-LAST:STEP: tasks that are still to be given out
+    fleet:array:ID:dropped        list    the same: tasks that were canceled before
+    fleet:array:ID:running, waiting, failed, canceled   set   numbers of tasks that are jobs, where these are
+    fleet:array:ID:finished       bitmap  of tasks
+    fleet:array:ID:parked         list    ids for the queue once fewer run than max_parallel: tasks, the array
 
     our fields in rq:job:ID
     fleet_lease      FENCE:EXECUTION of the attempt that holds the job; gone when it ended
@@ -58,6 +70,9 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet_on_failed_dependency   fail or wait: what it does where a job that it waits for does not finish
     fleet_after_any  ids, with blanks between, of what may end in whatever way for it
     fleet_dependency the job for which it failed without being run
+    fleet_array      how many tasks it has: the job is an array
+    fleet_array_of   the array whose task the job is; its number follows in its id
+    fleet_task_line, fleet_task_json, fleet_task_arguments   a task's item
 """
 
 from __future__ import annotations
@@ -81,6 +96,8 @@ COUNTERS = "fleet:counters"
 SETTLING = "fleet:settling"
 HOSTS = "fleet:hosts"
 FLEET_ID = "fleet:id"
+LAST = "fleet:last"
+ARRAYS = "fleet:arrays"
 
 #: templates for keys that name something; the same ones build keys in Lua
 LUA_TEMPLATES = {
@@ -112,6 +129,16 @@ LUA_TEMPLATES = {
     "wake": "fleet:wake:%s",
     "output": "fleet:output:%s",
     "tunnel": "fleet:tunnel:%s",
+    "array": "fleet:array:%s",
+    "array_items": "fleet:array:%s:items",
+    "array_todo": "fleet:array:%s:todo",
+    "array_dropped": "fleet:array:%s:dropped",
+    "array_running": "fleet:array:%s:running",
+    "array_waiting": "fleet:array:%s:waiting",
+    "array_failed": "fleet:array:%s:failed",
+    "array_canceled": "fleet:array:%s:canceled",
+    "array_finished": "fleet:array:%s:finished",
+    "array_parked": "fleet:array:%s:parked",
 }
 _QUEUE_PREFIX = LUA_TEMPLATES["queue"] % ""
 
@@ -132,6 +159,10 @@ def queue_of(key: str) -> str:
 
 def job(job_id: str) -> str:
     return of("job", job_id)
+
+
+def array(array_id: str) -> str:
+    return of("array", array_id)
 
 
 def output(job_id: str) -> str:

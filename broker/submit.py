@@ -48,6 +48,8 @@ class Options:
     after: tuple[str, ...] = ()
     after_any: tuple[str, ...] = ()
     on_failed_dependency: OnFailedDependency = "fail"
+    #: how many tasks it has, for an array: broker.arrays submits these
+    tasks: int | None = None
 
     def checked(self) -> Options:
         """Return itself. Raises UsageError for a number out of range."""
@@ -209,7 +211,8 @@ def _submit_gated(client: redis.Redis, rows: Sequence[_Row]) -> list[Submitted]:
 
 def _fields(command: Command, options: Options) -> Mapping[str, Any]:
     """The fields of a command's hash, as `rq.job.Job.to_dict` names them; all rows have the same."""
-    return {
+    own = {} if options.tasks is None else {"fleet_array": options.tasks}
+    return own | {
         "data": command.to_data(),
         "description": described(options.name or " ".join(command.argv)),
         "timeout": options.timeout_seconds or -1,

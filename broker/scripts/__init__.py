@@ -1,6 +1,6 @@
 """The Lua scripts, each a file of its own: `round.lua` is `Script("round")`.
 
-Every script is preceded by `_lib.lua` and by the key templates of `broker.keys`, so keys are
+Every script is preceded by `_lib.lua`, `_array.lua` and by the key templates of `broker.keys`, so keys are
 spelled in one place.
 """
 
@@ -27,6 +27,8 @@ _CONSTANTS = (
     "PAUSED",
     "COUNTERS",
     "SETTLING",
+    "ARRAYS",
+    "LAST",
 )
 
 
@@ -41,7 +43,7 @@ class Script:
         """The whole text that is sent: keys, library, script, and the writes that these put off."""
         body = ("local function script()", _read(self.name), "end")
         end = ("local reply = script()", "flush()", "return reply")
-        return "\n".join((_keys_in_lua(), _read("_lib"), *body, *end))
+        return "\n".join((_keys_in_lua(), _read("_lib"), _read("_array"), *body, *end))
 
     @cached_property
     def sha(self) -> str:
@@ -92,6 +94,10 @@ PRUNE_GROUPS = Script("prune_groups")
 SUBMIT = Script("submit")
 SETTLE = Script("settle")
 DEFERRED = Script("deferred")
+OPEN_ARRAY = Script("open_array")
 CANCEL = Script("cancel")
+CANCEL_ARRAY = Script("cancel_array")
+RETRY_ARRAY = Script("retry_array")
+MEND_ARRAY = Script("mend_array")
 RETRY = Script("retry")
 OUTPUT = Script("output")

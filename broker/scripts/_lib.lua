@@ -61,7 +61,33 @@ local function delete_later(where)
   call[#call + 1] = where
 end
 
+-- Tasks of arrays that this script moved, by array and 'FROM TO'; and what sees to it, in _array.lua.
+local moved = {}
+local settle_arrays
+
+-- An array whose state is to be looked at when the script ends.
+local function touch_array(array)
+  if not moved[array] then
+    moved[array], moved[#moved + 1] = {}, array
+  end
+end
+
+-- A job has gone from one place of its array to another, if it is a task.
+local function task_moves(id, fields, from, to)
+  local array = fields.fleet_array_of
+  if array then
+    touch_array(array)
+    local way = from .. ' ' .. to
+    local numbers = moved[array][way] or {}
+    moved[array][way] = numbers
+    numbers[#numbers + 1] = tonumber(string.sub(id, #array + 2)) or -1
+  end
+end
+
 local function flush()
+  if moved[1] then
+    settle_arrays()
+  end
   for _, call in ipairs(order) do
     local run = string.sub(call[2], 1, 6) == 'fleet:' and redis.call or try
     run(unpack(call))
@@ -163,7 +189,8 @@ end
 -- else under its key.
 local function job_fields(id)
   local values = redis.pcall('HMGET', key('job', id), 'status', 'fleet_lease', 'origin', 'result_ttl',
-    'repeats_left', 'fleet_losses', 'fleet_attempts', 'fleet_stop', 'dependency_ids')
+    'repeats_left', 'fleet_losses', 'fleet_attempts', 'fleet_stop', 'dependency_ids',
+    'fleet_array_of')
   local status, lease, origin = values[1], values[2], values[3]
   if values.err or not (status or origin) then
     return nil
@@ -175,7 +202,7 @@ local function job_fields(id)
   return setmetatable({
     id = id, status = status, fleet_lease = lease, origin = origin, result_ttl = values[4],
     repeats_left = values[5], fleet_losses = values[6], fleet_attempts = values[7],
-    fleet_stop = values[8], dependency_ids = values[9],
+    fleet_stop = values[8], dependency_ids = values[9], fleet_array_of = values[10],
   }, READ_SELDOM)
 end
 
@@ -596,6 +623,7 @@ local function leave(id, fields, outcome, ended)
   release(id, fields)
   redis.call('HSET', key('job', id),
     'fleet_attempts', attempts(fields, outcome, ended.reason, ended.began_at or fields.started_at))
+  task_moves(id, fields, 'running', 'waiting')
 end
 
 -- Back to a queue, to be run again.
@@ -628,6 +656,7 @@ local function settle_finished(id, fields, ended, default_ttl)
     keep_results(id, ttl)
     repeat_it(id, fields, repeats)
   else
+    task_moves(id, fields, 'running', 'finished')
     add_to('finished', fields.origin, id, ttl)
     keep(id, fields, ttl, kinds_of(fields, ended, has_dependents))
   end
@@ -639,6 +668,7 @@ local function settle_failed(id, fields, ended, status, kind, outcome)
   release(id, fields)
   stamp(id, fields, ended, status, outcome or status)
   add_result(id, fields, kind, ended)
+  task_moves(id, fields, 'running', status == 'failed' and 'failed' or 'canceled')
   add_to('failed', fields.origin, id, ttl)
   keep(id, fields, ttl, kinds_of(fields, ended, enqueue_dependents(id, status)))
 end

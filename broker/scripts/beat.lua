@@ -32,7 +32,7 @@ for i = 7, #ARGV, 2 do
     redis.call('ZADD', K.LEASES, NOW_MS + ARGV[3], id)
     redis.call('HSET', key('job', id), 'last_heartbeat', NOW)
     try('HSET', key('execution', id, execution_of(lease)), 'last_heartbeat', seconds)
-    if f.fleet_stop then
+    if f.fleet_stop or (f.fleet_array_of and is_array_stopped(f.fleet_array_of)) then
       table.insert(stopped, lease)
     end
   else

@@ -4,7 +4,8 @@
 -- ARGV  1 number of states that may be left so, then these  then for each job: id
 -- Returns for each job: 'retried'; '' for no such job; 'stopping': a worker still ends it; 'taken': it is
 -- in no registry, so somebody else (`rq requeue`) is about to queue it; 'dependency': it would fail at once
--- for a job that it waits for; else the state that forbids it.
+-- for a job that it waits for; 'array': its tasks may be retried, and retry_array.lua sees to the others; else
+-- the state that forbids it.
 --
 -- It goes to the end of its queue, or back to the deferred ones where what it depends on has not ended as
 -- it must, and with it go those that failed for it. Who takes it out of its registry is the one who may
@@ -75,6 +76,18 @@ local function begin_anew(id)
   end
 end
 
+-- A task's array goes on; where there is none any more, the task is a job like any other.
+local function tell_array(id, f)
+  local array = f.fleet_array_of
+  local a = array and array_fields(array)
+  if array and not a then
+    redis.call('HDEL', key('job', id), 'fleet_array_of')
+  elseif array then
+    task_moves(id, f, f.status == 'failed' and 'failed' or 'canceled', 'waiting')
+    revive_array(array)
+  end
+end
+
 local function retry_one(id, f)
   local queue, verdict = f.origin or '', prospect(id)
   if verdict == 'fail' then
@@ -87,6 +100,7 @@ local function retry_one(id, f)
     release(id, f)
   end
   begin_anew(id)
+  tell_array(id, f)
   if verdict == 'met' then
     enqueue(id, queue, false, f.ttl)
   else
@@ -104,7 +118,9 @@ for index = 1, #KEYS do
     outcomes[index] = ''
   elseif not allowed[f.status] then
     outcomes[index] = f.status or ''
-  elseif is_still_run(id, f) then
+  elseif redis.call('HEXISTS', KEYS[index], 'fleet_array') == 1 then
+    outcomes[index] = 'array'
+  elseif is_still_run(id, f) or (f.fleet_array_of and is_stopping(f.fleet_array_of)) then
     outcomes[index] = 'stopping'
   else
     outcomes[index] = retry_one(id, f)

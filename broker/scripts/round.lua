@@ -128,8 +128,8 @@ local function is_id(id)
   return not string.find(id, '[^ -~]') and not string.find(id, '/', 1, true)
 end
 
--- The hash of an id from a queue, and how often the job was lost, if it stands for a job that waits; else
--- nil. Not if it was deleted, ended, or is queued twice and already runs; but 'started' without a lease
+-- The hash of an id from a queue, how often the job was lost, and whether it is an array, or of which, if it
+-- stands for a job that waits; else nil. Not if it was deleted, ended, or is queued twice and already runs; but 'started' without a lease
 -- is a job that somebody's late save() painted.
 local function look_up(queue, id)
   local flat = is_id(id) and redis.pcall('HGETALL', key('job', id))
@@ -140,7 +140,7 @@ local function look_up(queue, id)
     end
     return nil
   end
-  local status, lease, losses
+  local status, lease, losses, is_array, array
   for i = 1, #flat, 2 do
     local name = flat[i]
     if name == 'status' then
@@ -149,12 +149,16 @@ local function look_up(queue, id)
       lease = flat[i + 1]
     elseif name == 'fleet_losses' then
       losses = flat[i + 1]
+    elseif name == 'fleet_array' then
+      is_array = true
+    elseif name == 'fleet_array_of' then
+      array = flat[i + 1]
     end
   end
   if #flat == 0 or ENDED_OR_ELSEWHERE[status] or (status == 'started' and lease) then
     return nil
   end
-  return flat, number(losses, 0)
+  return flat, number(losses, 0), is_array, array
 end
 
 local lease_until = digits[NOW_MS + lease_ms]
@@ -173,15 +177,30 @@ local function give(queue, id, flat, fence, execution)
   return {queue, id, lease, flat}
 end
 
+-- Claim the next tasks of an array; returns whether its entry is off the queue.
+local function claim_array(queue, id, flat, claims)
+  local tasks, has_left = claim_tasks(queue, id, flat, wanted + ahead - #claims)
+  local fence = redis.call('INCRBY', K.FENCE, #tasks) - #tasks
+  for i, task in ipairs(tasks) do
+    table.insert(claims, give(queue, task[1], task[2], fence + i, prefix .. string.format('%04x', #claims)))
+  end
+  return has_left
+end
+
 -- Claim the first of `ids`, as many as are for us; returns how many of them are off the queue.
 local function claim_these(queue, ids, claims)
   local fence = redis.call('INCRBY', K.FENCE, #ids) - #ids
   for i, id in ipairs(ids) do
-    local flat, losses = look_up(queue, id)
-    if flat then
-      if #claims >= wanted and losses > 0 then
+    local flat, losses, is_array, array = look_up(queue, id)
+    if #claims >= wanted + ahead then
+      return i - 1 -- an array before it had tasks for all of us
+    elseif is_array then
+      if not claim_array(queue, id, flat, claims) then
         return i - 1
       end
+    elseif flat and #claims >= wanted and losses > 0 then
+      return i - 1
+    elseif flat and (not array or may_run_again(id, queue, array)) then
       table.insert(claims, give(queue, id, flat, fence + i, prefix .. string.format('%04x', #claims)))
     end
   end

@@ -7,10 +7,16 @@
 --       before those that wait for it. '!': this job's id was chosen; '?': it waits where another fails
 -- Returns {'taken', id}, {'unknown', id of what it would wait for, id}, {'cycle', id}, or
 --         {'', then for each job that is not queued: id, its state}
+--
+-- Of an array (it has a field fleet_array) the keys below fleet:array:ID are there; from now on they stay.
 local MOST_ANCESTORS = 1000 -- looked at in search of a cycle
 
 local width = tonumber(ARGV[1])
 local first, step = 2 + width, 3 + width
+local are_arrays = false
+for column = 1, width do
+  are_arrays = are_arrays or ARGV[1 + column] == 'fleet_array'
+end
 
 -- What the words say: the jobs to wait for, in order; which of them may end as they like; what the job wants
 -- where another does not finish; whether its id was chosen.
@@ -113,6 +119,9 @@ for i = first, #ARGV, step do
   local id, queue = ARGV[i], ARGV[i + 1]
   local fields = {'created_at', NOW, 'origin', queue}
   add_fields(fields, i)
+  if are_arrays then
+    keep_array(id)
+  end
   if ARGV[i + 2] == '' or ARGV[i + 2] == '!' then
     redis.call('HSET', key('job', id), 'status', 'queued', 'enqueued_at', NOW, unpack(fields))
     redis.call('RPUSH', key('queue', queue), id)
@@ -124,6 +133,7 @@ for i = first, #ARGV, step do
     end
   end
 end
+redis.call('SET', K.LAST, ARGV[#ARGV - step + 1])
 for queue in pairs(queues) do
   redis.call('SADD', K.QUEUES, key('queue', queue))
   ring(queue)

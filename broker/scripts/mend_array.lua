@@ -1,0 +1,45 @@
+-- What others did to an array, or to the jobs of its tasks, is understood; what is stopped is told so again.
+--
+-- KEYS  1 fleet:arrays
+-- ARGV  1 array  2 most tasks to look at in each place
+-- Returns 1 if anything was to be done.
+local array, most = ARGV[1], tonumber(ARGV[2])
+local a, status = array_fields(array), redis.pcall('HGET', key('job', array), 'status')
+if not a or type(status) ~= 'string' then -- deleted: what runs is ended by its workers' next beats
+  expire_array(array, 0)
+  return redis.call('ZREM', KEYS[1], array)
+end
+if status == 'failed' and redis.call('HEXISTS', key('job', array), 'fleet_dependency') == 1 then
+  return 0 -- it may wait again, as long as it is kept
+elseif ARRAY_ENDS[status] and not a.stop then
+  stop_array(array, status)
+  a.stop = status
+end
+if a.stop then
+  cancel_tasks(array, most)
+end
+
+-- Where a task is, by its job's hash.
+local function place_of(id)
+  local f = redis.pcall('HMGET', key('job', id), 'status', 'fleet_lease')
+  if f[1] == 'started' and f[2] then
+    return 'running'
+  elseif f[1] == 'finished' or f[1] == 'failed' then
+    return f[1]
+  end
+  return (f.err or not f[1] or f[1] == 'stopped' or f[1] == 'canceled') and 'canceled' or 'waiting'
+end
+
+local mended = 0
+for _, place in ipairs({'running', 'waiting'}) do
+  for _, number in ipairs(try('SRANDMEMBER', key(PLACES[place], array), most) or {}) do
+    local id = array .. '-' .. number
+    local found = place_of(id)
+    if found ~= place then
+      task_moves(id, {fleet_array_of = array}, place, found)
+      mended = 1
+    end
+  end
+end
+touch_array(array)
+return mended
