@@ -56,6 +56,11 @@ def label_value(value: str) -> str:
     )
 
 
+def is_job_id(name: str) -> bool:
+    """Whether `job_id` takes it."""
+    return _JOB.fullmatch(name) is not None
+
+
 def new_job_id() -> str:
     """An id for a job whose producer rings for it."""
     return secrets.token_hex(8)

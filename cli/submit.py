@@ -1,4 +1,4 @@
-"""`fleet submit`: one command line as a job."""
+"""`fleet submit`: one command line as a job, or the jobs of a file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from broker.errors import UsageError
 from cli.context import Context, pass_context, print_json
 from cli.params import Duration, JobId, QueueName, files, json_option, pairs
+from cli.submit_file import refuse_other_options, submit_file
 
 if TYPE_CHECKING:
     import redis
@@ -48,6 +49,12 @@ Given = dict[str, Any]
     type=click.Choice(["fail", "wait"]),
     help="Where a job of --after does not finish: fail at once, or wait for its retry; default fail.",
 )
+@click.option(
+    "--file",
+    metavar="FILE",
+    shell_complete=files,
+    help="The jobs of a file: .toml, .yaml or .json; '-' reads stdin.",
+)
 @click.option("--wait", is_flag=True, help="Wait until it has ended; exit code 1 if it did not finish.")
 @click.option("--follow", is_flag=True, help="Wait, and print what it prints while it runs.")
 @json_option
@@ -60,10 +67,15 @@ def submit(context: Context, /, argv: tuple[str, ...], **given: Any) -> int:
 
     What follows COMMAND is the command's own, options included:
     fleet submit --timeout 1h -- ./simulate --seed 42
+
+    With --file: all jobs of a file, or none; prints 'NAME ID' for each.
     """
     from broker.command import Command
     from broker.submit import Submission, submit_all
 
+    if given["file"] is not None:
+        refuse_other_options(argv)
+        return submit_file(context, given["file"], wait=given["wait"], as_json=given["as_json"])
     if given["follow"] and given["as_json"]:
         raise UsageError(
             "--follow and --json exclude each other", "'fleet submit --wait --json' says how it ended."

@@ -40,7 +40,7 @@ def wait(
     if as_json:
         print_json({"jobs": [{"id": job_id, "state": state} for job_id, state in ended.items()]})
     else:
-        _say(context, ended)
+        say(context, ended)
     return exit_code(ended)
 
 
@@ -53,7 +53,7 @@ def _some(
     unknown = [job_id for job_id, state in jobs.states(client, wanted).items() if state is None]
     if unknown:
         raise NotFound(f"no such job: {_listed(unknown)}", "'fleet jobs' lists those there are.")
-    with _bar(context) as progress:
+    with bar(context) as progress:
         return control.wait(client, wanted, timeout_seconds=timeout, progress=progress)
 
 
@@ -61,7 +61,7 @@ def _all(context: Context, client: redis.Redis, timeout: float | None) -> Mappin
     from broker import control, jobs
 
     there = jobs.unfinished_ids(client)
-    with _bar(context) as progress:
+    with bar(context) as progress:
         control.wait_all(client, timeout_seconds=timeout, progress=progress)
     # who canceled or deleted a job knows about it; those gone without a trace have expired
     return {job_id: state for job_id, state in jobs.states(client, there).items() if state}
@@ -77,7 +77,7 @@ def exit_code(ended: Mapping[str, str | None]) -> int:
     return 1 if any(ended.values()) else 4
 
 
-def _say(context: Context, ended: Mapping[str, str | None]) -> None:
+def say(context: Context, ended: Mapping[str, str | None]) -> None:
     for state in sorted({state or "gone" for state in ended.values()} - {"finished"}):
         these = [job_id for job_id, other in ended.items() if (other or "gone") == state]
         context.say(f"{len(these)} of {len(ended)} {state}: {_listed(these)}")
@@ -89,7 +89,7 @@ def _listed(job_ids: Sequence[str]) -> str:
 
 
 @contextmanager
-def _bar(context: Context) -> Iterator[Callable[[int, int], None] | None]:
+def bar(context: Context) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on stderr where that is a terminal: gives the function that moves it."""
     if context.quiet or not context.messages.is_terminal:
         yield None
