@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.root, pytest.mark.needs("sshd", "ip")]
 
 SETTINGS = {
     "FLEET_WORKER__HEARTBEAT_SECONDS": "1",
-    "FLEET_WORKER__LEASE_SECONDS": "4",
+    "FLEET_WORKER__LEASE_SECONDS": "8",
     "FLEET_WORKER__STOP_GRACE_SECONDS": "5",
 }
 #: what a job does: note its start, whether processes of an earlier start live, and its own;
@@ -177,7 +177,7 @@ def test_a_host_that_is_cut_off_loses_its_jobs_to_another_and_comes_back(
     assert fleet.started(held, 2) == [cut.name, other.name]
     assert not [pid for pid in before if is_alive(pid)]
     fleet.let_go(held)
-    waited = fleet("wait", "--timeout", "60", *jobs)
+    waited = fleet("wait", "--timeout", "90", *jobs)
     assert waited.returncode == 0, waited.stderr
     overlaps = fleet.board / "overlaps"
     assert not overlaps.exists(), f"ran on beside a second start: {overlaps.read_text()}"
@@ -188,7 +188,7 @@ def test_a_host_that_is_cut_off_loses_its_jobs_to_another_and_comes_back(
     assert fleet.workers()["fh1"]["state"] == "offline"
 
     cut.join()
-    fleet.eventually(lambda: fleet.workers()["fh1"]["state"] == "idle", timeout_seconds=60)
+    fleet.eventually(lambda: fleet.workers()["fh1"]["state"] == "idle")
     assert fleet.workers()["fh1"]["pid"] == workers["fh1"], "it came back by itself"
     fleet.eventually(
         lambda: cut.worker_log().count("its lease was no longer ours") == 2,
@@ -199,11 +199,11 @@ def test_a_host_that_is_cut_off_loses_its_jobs_to_another_and_comes_back(
     more = [fleet.submit() for _ in range(4)]
     assert sorted(fleet.started(job, 1)[0] for job in more) == ["fh1", "fh1", "fh2", "fh2"]
     fleet.let_go(*more)
-    assert fleet("wait", "--timeout", "60", *more).returncode == 0
+    assert fleet("wait", "--timeout", "90", *more).returncode == 0
 
     ended = fleet("down", "--ssh-config", str(fleet.network.ssh_config))
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert [host.processes() for host in hosts.values()] == [[], []]
+    fleet.eventually(lambda: not any(host.processes() for host in hosts.values()))
     assert fleet("broker", "stop").returncode == 0
 
 
@@ -227,10 +227,10 @@ def test_a_worker_whose_connections_broke_comes_back_too(fleet: Fleet, hosts: di
         host.join()
     assert sorted(fleet.started(job, 1)[0] for job in jobs) == ["fh1", "fh1", "fh2", "fh2"]
     fleet.let_go(*jobs)
-    assert fleet("wait", "--timeout", "60", *jobs).returncode == 0
+    assert fleet("wait", "--timeout", "90", *jobs).returncode == 0
     assert {host: worker["pid"] for host, worker in fleet.workers().items()} == workers
     assert fleet("down", "--ssh-config", str(fleet.network.ssh_config)).returncode == 0
-    assert [host.processes() for host in hosts.values()] == [[], []]
+    fleet.eventually(lambda: not any(host.processes() for host in hosts.values()))
 
 
 def test_a_broker_that_runs_says_itself_how_it_is_moved_to_a_network(
@@ -272,7 +272,7 @@ def test_a_bad_line_makes_it_slow_and_loses_nothing(
     assert {name: row["outcome"] for name, row in rows(up).items()} == {"fh1": "started", "fh2": "started"}
     words = ("sh", "-c", 'echo "$FLEET_HOST"; head -c 20000 /dev/zero')
     jobs = [fleet("submit", "--", *words).stdout.strip() for _ in range(6)]
-    assert fleet("wait", "--all", "--timeout", "50").returncode == 0
+    assert fleet("wait", "--all", "--timeout", "90").returncode == 0
     shown = [fleet.show(job) for job in jobs]
     assert {job["state"] for job in shown} == {"finished"}
     ends = [[attempt["outcome"] for attempt in job["attempts"]].count("finished") for job in shown]

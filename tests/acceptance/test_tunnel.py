@@ -39,7 +39,7 @@ def end(fleet: Fleet, hosts: list[Host], folder: Path) -> None:
     """`fleet down` leaves no process anywhere, and no socket."""
     done = fleet("down", "--ssh-config", str(fleet.network.ssh_config))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [host.processes() for host in hosts] == [[] for _ in hosts]
+    fleet.eventually(lambda: not any(host.processes() for host in hosts))
     assert not [path for host in hosts for path in host.home.rglob("redis-*")]
     fleet.eventually(lambda: tunnel_processes(folder) == [], timeout_seconds=60)
 

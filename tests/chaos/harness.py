@@ -99,7 +99,7 @@ class Harness:
         """End all that is left, the hard way."""
         if self._nursery and self._nursery.stdin:
             self._nursery.stdin.close()
-            self._nursery.wait(30)
+            self._nursery.wait(60)
         self.redis.kill()
         self.history.close()
 
@@ -138,7 +138,7 @@ class Harness:
         self._nursery.stdin.write(json.dumps(order).encode() + b"\n")
         self._nursery.stdin.flush()
         with self._heard:
-            assert self._heard.wait_for(lambda: child.pid, 30), "the nursery does not answer"
+            assert self._heard.wait_for(lambda: child.pid, 90), "the nursery does not answer"
         return child
 
     def worker(
@@ -178,7 +178,7 @@ class Harness:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    def wait(self, child: Child, seconds: float = 30.0) -> int:
+    def wait(self, child: Child, seconds: float = 90.0) -> int:
         """Wait for its end; returns its status."""
         with self._heard:
             self._heard.wait_for(lambda: child.status is not None, seconds)
@@ -197,7 +197,7 @@ class Harness:
 
     # -- conditions ----------------------------------------------------------------------------
 
-    def until(self, condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+    def until(self, condition: Callable[[], Any], what: str, seconds: float = 90.0) -> Any:
         """Poll; a Redis that is away is no answer yet."""
         deadline = time.monotonic() + seconds
         while True:
@@ -243,7 +243,7 @@ class Harness:
         """The starts of a job, so far."""
         return [event for event in read(self.path) if event["event"] == "start" and event["job"] == job]
 
-    def drain(self, children: Sequence[Child], seconds: float = 30.0) -> None:
+    def drain(self, children: Sequence[Child], seconds: float = 90.0) -> None:
         """Let workers leave, all at once."""
         for child in children:
             self.kill(child, signal.SIGTERM)
@@ -314,6 +314,6 @@ def counts(client: redis.Redis) -> dict[str, list[int]]:
 def rq_counts(url: str) -> dict[str, list[int]]:
     """What `rq info` says of the queues: queued, running, finished, failed."""
     command = [str(Path(sys.executable).parent / "rq"), "info", "--raw", "--only-queues", "--url", url]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    said = subprocess.run(command, capture_output=True, text=True, timeout=150, check=True).stdout
     rows = re.findall(r"^queue (\S+) (\d+), (\d+) executing, (\d+) finished, (\d+) failed", said, re.M)
     return {name: [int(number) for number in numbers] for name, *numbers in rows}

@@ -24,7 +24,7 @@ from tests.chaos.roles import depend
 #: lives lived side by side, each in a database of its own
 _AT_ONCE = 24
 _KINDS = ("plain", "long", "retried", "dependent")
-_LONGEST_SECONDS = 60.0
+_LONGEST_SECONDS = 150.0
 
 
 @dataclass(frozen=True)

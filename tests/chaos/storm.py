@@ -260,7 +260,7 @@ class Storm:
             while child.status is None:
                 self._tend()
             assert child.status == 0, self._harness.log(child.who)
-        deadline = time.monotonic() + 60 + 4 * self._lease
+        deadline = time.monotonic() + 150 + 4 * self._lease
         while time.monotonic() < deadline:
             self._tend()
             with suppress(redis.RedisError), self._harness.client() as client:
@@ -271,7 +271,7 @@ class Storm:
     def _drain(self) -> None:
         """All leave; what one does that will not is said, and what it leaves is for the checker."""
         try:
-            self._harness.drain(list(self._workers.values()), 60)
+            self._harness.drain(list(self._workers.values()))
         except AssertionError as exc:
             self._say(f"does not leave: {exc}")
             self._harness.history.note("drained")

@@ -14,7 +14,7 @@ MOST = {"round": 6, "beat": 2, "BLPOP": 2, "SMEMBERS": 3, "GET": 2}
 ALWAYS = ["register", "round", "beat", "BLPOP", "SUBSCRIBE", "SET", "expired", "due", "output", "retire"]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_fault_at_any_call_to_redis_loses_nothing_and_does_nothing_twice(harness: Harness) -> None:
     calls = lives.chosen(lives.calls_of_a_life(harness), MOST)
     assert not [name for name in ALWAYS if f"{name}#1" not in calls], calls

@@ -8,11 +8,12 @@ from functools import partial
 
 from broker import keys
 from tests.chaos.evidence import Evidence
-from tests.chaos.harness import SETTINGS, Child, Harness, digest, rq_counts
+from tests.chaos.harness import Child, Harness, digest, rq_counts
 from tests.chaos.harness import counts as our_counts
 from tests.chaos.history import read
 
-LEASE = SETTINGS["lease_seconds"]
+#: for workers of which one is to lose its jobs, and the others none, however busy the machine
+CALMER = {"lease_seconds": 5.0}
 Acquit = Callable[[Evidence], None]
 
 
@@ -39,11 +40,11 @@ def test_workers_that_are_stopped_for_longer_than_their_lease(harness: Harness, 
     """One alone, whose sidecar ends its job in time, and one with all its processes, as if its host froze."""
     with harness.client() as client:
         names = ("alone", "frozen")
-        stopped = {name: harness.worker(f"w-{name}", queues=(name,)) for name in names}
-        job = {name: harness.submit(client, 3.0, queue=name)[0] for name in names}
+        stopped = {name: harness.worker(f"w-{name}", queues=(name,), settings=CALMER) for name in names}
+        job = {name: harness.submit(client, 7.0, queue=name)[0] for name in names}
         harness.until(lambda: all(harness.runs(job[name]) for name in names), "they run")
         go_on = [pause(harness, stopped[name], frozen=name == "frozen") for name in names]
-        heir = harness.worker("w-heir", queues=names, slots=2)
+        heir = harness.worker("w-heir", queues=names, slots=2, settings=CALMER)
         harness.until(lambda: all(len(harness.runs(job[name])) == 2 for name in names), "another runs them")
         for let_go in go_on:
             let_go()
@@ -81,8 +82,8 @@ def test_of_three_workers_of_one_name_one_lives(harness: Harness, acquit: Acquit
 
 def test_rq_info_changes_nothing_while_leases_run_out(harness: Harness, acquit: Acquit) -> None:
     with harness.client() as client:
-        dead = harness.worker("w1", slots=3)
-        ids = harness.submit(client, 3.0, 3.0, 3.0, 0.0)
+        dead = harness.worker("w1", slots=3, settings=CALMER)
+        ids = harness.submit(client, 6.0, 6.0, 6.0, 0.0)
         harness.until(lambda: all(harness.runs(job) for job in ids[:3]), "they run")
         harness.kill(dead)
         late = lambda: client.zcount(keys.LEASES, "-inf", client.time()[0] * 1000) == 3  # noqa: E731
@@ -93,7 +94,7 @@ def test_rq_info_changes_nothing_while_leases_run_out(harness: Harness, acquit: 
         assert harness.wait(reader) == 0, harness.log("reader")
         harness.history.note("rq-info", before=before, after=without_workers(digest(client)))
         harness.history.note("counted", rq=rq_counts(harness.redis.url), ours=our_counts(client))
-        worker = harness.worker("w1", slots=3)
+        worker = harness.worker("w1", slots=3, settings=CALMER)
         harness.until(lambda: harness.have_ended(client, ids), "all ended")
         harness.drain([worker])
     assert {job: outcomes(harness, job) for job in ids[:3]} == {job: ["lost", "finished"] for job in ids[:3]}

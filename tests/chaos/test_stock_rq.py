@@ -57,7 +57,7 @@ def test_an_rq_worker_that_dies_at_its_blpop_loses_the_job_for_ever(harness: Har
 
 def test_a_job_of_an_rq_worker_that_is_stopped_runs_twice_and_both_results_count(harness: Harness) -> None:
     with harness.client() as client:
-        submit(harness, client, 7.0, retries=1)
+        submit(harness, client, 12.0, retries=1)
         first = start(harness, "stock", "low")
         harness.until(lambda: runs(harness) == 1, "it runs")
         harness.kill(first, signal.SIGSTOP)

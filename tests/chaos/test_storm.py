@@ -15,7 +15,7 @@ from tests.chaos.harness import Harness
 from tests.chaos.storm import Plan, Storm
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_a_storm_loses_nothing_and_does_nothing_twice(
     harness: Harness, acquit: Callable[[Evidence], None]
 ) -> None:
