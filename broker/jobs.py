@@ -14,10 +14,11 @@ from typing import Any
 
 import redis
 
-from broker import chores, command, failures, keys, outputs
+from broker import chores, command, failures, keys, outputs, usage
 from broker.clock import from_iso
 from broker.connection import replies
 from broker.errors import NotFound
+from broker.usage import Usage
 from broker.work import Tails
 
 #: the states of a job, RQ's own
@@ -79,6 +80,8 @@ class JobView:
     ended_at: datetime | None
     timeout_seconds: float | None
     worker: str | None
+    #: of the last attempt that ended
+    usage: Usage | None = None
     attempts: tuple[AttemptView, ...] = ()
     result: Any = None
     dependencies: tuple[Related, ...] = ()
@@ -273,6 +276,7 @@ def _view(job_id: str, fields: Mapping[bytes, bytes], result: Any = None) -> Job
         ended_at=from_iso(text("ended_at")),
         timeout_seconds=timeout if timeout and timeout > 0 else None,
         worker=text("worker_name") or None,
+        usage=usage.from_json(text("fleet_usage")),
         attempts=tuple(_attempts(text)),
         result=result,
     )

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from broker.usage import Usage
+
 _compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 #: what became of an attempt: the first three and `retry` are the job's own doing
@@ -64,6 +66,7 @@ class End:
     uncounted: bool = False
     tails: Tails = Tails()
     callback_seconds: float = 0.0
+    usage: Usage | None = None
 
     def arguments(self) -> list[str | bytes | float]:
         """The arguments of round.lua for it."""
@@ -79,6 +82,7 @@ class End:
         more = self._more()
         # no \u escapes: half a pair, as names that are no UTF-8 give it, is an error to Redis's decoder
         arguments.append(_compact(more).encode("utf-8", "replace") if more else "")
+        arguments.append(self.usage.to_json() if self.usage else "")
         if "stdout_end" in more:
             arguments += [tails.stdout, tails.stderr]
         return arguments

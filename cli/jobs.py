@@ -15,11 +15,12 @@ from broker.errors import NotFound
 from cli.context import Context, json_value, pass_context, print_json
 from cli.outcomes import NOT_FOUND, exit_code
 from cli.params import JobId, QueueName, json_option
-from cli.tables import Cell, Column, age, duration, printable, state
+from cli.tables import Cell, Column, age, duration, printable, size, state
 from cli.tables import show as show_table
 
 if TYPE_CHECKING:
     from broker.jobs import AttemptView, JobView, Related
+    from broker.usage import Usage
 
 #: jobs named of those that one waits for
 _RELATED = 10
@@ -100,6 +101,7 @@ def _fields(job: JobView) -> dict[str, Any]:
         "submitted_at": job.submitted_at,
         "started_at": job.started_at,
         "ended_at": job.ended_at,
+        "usage": asdict(job.usage) if job.usage else None,
         "attempts": [asdict(attempt) for attempt in job.attempts],
         "result": json_value(job.result),
         "dependencies": [asdict(other) for other in job.dependencies],
@@ -150,6 +152,7 @@ def _lines(job: JobView) -> Iterator[tuple[str, Cell]]:
         "Started": _time(job.started_at),
         "Ended": _time(job.ended_at),
         "Took": duration(_seconds(job.started_at, job.ended_at)),
+        "Used": _used(job.usage) if job.usage else None,
         "Timeout": duration(job.timeout_seconds) if job.timeout_seconds else None,
         "Worker": job.worker,
         "Result": _result(job),
@@ -164,6 +167,16 @@ def _related(others: Sequence[Related]) -> str | None:
     told = [f"{other.id} ({other.state or 'gone'})" for other in others[:_RELATED]]
     more = [f"{len(others) - _RELATED} more"] if len(others) > _RELATED else []
     return ", ".join(told + more) or None
+
+
+def _used(usage: Usage) -> str:
+    """`1.2 s of CPU, 210 MB of memory`: what is known."""
+    parts = {
+        "of CPU": None if usage.cpu_seconds is None else duration(usage.cpu_seconds),
+        "of memory": size(usage.memory_bytes) if usage.memory_bytes else None,
+        "of GPU memory": size(usage.gpu_memory_bytes) if usage.gpu_memory_bytes else None,
+    }
+    return ", ".join(f"{amount} {what}" for what, amount in parts.items() if amount)
 
 
 def _result(job: JobView) -> str | None:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from broker import arrays, clock, failures
 from broker.command import Command
+from broker.usage import Usage
 from broker.work import Claim, End, Outcome, Tails
 from fleet import process
 from fleet.memory import Memory
@@ -81,7 +82,7 @@ class Attempt(ABC):
         """Seconds since it started."""
         return clock.monotonic() - self.started
 
-    def interrupted_end(self, cause: Cause, tails: Tails) -> End:
+    def interrupted_end(self, cause: Cause, tails: Tails, usage: Usage | None = None) -> End:
         """The end of an attempt that was interrupted."""
         reason = self._reason(cause)
         text = failures.encoded(reason) if cause != "hand-back" else None
@@ -93,6 +94,7 @@ class Attempt(ABC):
             exc_string=text,
             uncounted=self.uncounted,
             tails=tails,
+            usage=usage,
         )
 
     def _reason(self, cause: Cause) -> str:
@@ -183,17 +185,18 @@ class CommandAttempt(Attempt):
         tails = self.outputs.close(self.files, tail_bytes)
         if self.folder:
             self.working.leave(self.folder)
+        usage = Usage(ended.cpu_seconds, ended.max_rss_bytes)
         if self.cause:
-            return self.interrupted_end(self.cause, tails)
+            return self.interrupted_end(self.cause, tails, usage)
         if ended.code == 0:
-            return End(self.claim, "finished", "", duration, 0, tails=tails)
-        return self._failure(ended, duration, tails)
+            return End(self.claim, "finished", "", duration, 0, tails=tails, usage=usage)
+        return self._failure(ended, duration, tails, usage)
 
-    def _failure(self, ended: process.Exit, duration: float, tails: Tails) -> End:
+    def _failure(self, ended: process.Exit, duration: float, tails: Tails, usage: Usage) -> End:
         reason = self.memory.verdict(ended, tails) or _how(ended)
         text = failures.encoded(_with_output(reason, tails))
         code = ended.code if ended.signal is None else 128 + ended.signal
-        return End(self.claim, "failed", reason, duration, code, exc_string=text, tails=tails)
+        return End(self.claim, "failed", reason, duration, code, exc_string=text, tails=tails, usage=usage)
 
     def output_ends(self) -> tuple[int, int]:
         return self.files.ends()

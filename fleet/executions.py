@@ -27,9 +27,10 @@ class Outcome:
     `return_value_b64` and `exc_string` are what RQ stores and shows: base64 of the serialised value
     (None for None, and for a `Retry` the Retry), and the traceback as text, or why it died.
     `duration_seconds` is of the function, `callback_seconds` of its callbacks. `retry` is (max, intervals in
-    seconds). `exit_status` or `signal` is set for "died", and `peak_rss_bytes` where it is known;
-    `could_not_start` says that there never was an executor, `unbegun` that it died before it began this
-    job. `output_error` tells why output may be missing.
+    seconds). `exit_status` or `signal` is set for "died"; `could_not_start` says that there never was an
+    executor, `unbegun` that it died before it began this job. `output_error` tells why output may be missing.
+    `cpu_seconds` and `peak_bytes` are what the job used as far as its executor can tell: 0 bytes where an
+    earlier job of that process had as many.
     """
 
     kind: Literal["finished", "failed", "retry", "died"]
@@ -40,7 +41,8 @@ class Outcome:
     retry: tuple[int, list[int]] | None = None
     exit_status: int | None = None
     signal: int | None = None
-    peak_rss_bytes: int = 0
+    cpu_seconds: float | None = None
+    peak_bytes: int = 0
     could_not_start: bool = False
     unbegun: bool = False
     stdout_bytes: int = 0
@@ -221,7 +223,7 @@ class Lane:
             stdout_bytes=sizes[0],
             stderr_bytes=sizes[1],
             output_error=error,
-            peak_rss_bytes=self.executor.peak_rss_bytes,
+            peak_bytes=self.executor.peak_rss_bytes,
             **_death(status),
         )
 
@@ -257,12 +259,15 @@ def _told(end: Mapping[str, Any], blobs: Mapping[bytes, bytes]) -> Outcome:
     """The outcome in an executor's own words."""
     value, exc_string, retry = blobs.get(b"return_value"), blobs.get(b"exc_string"), end.get("retry")
     death = _death(end["status"]) if end["kind"] == "died" else {}
+    cpu_seconds, peak_bytes = end.get("used", (None, 0))
     return Outcome(
         kind=end["kind"],
         duration_seconds=end["seconds"],
         callback_seconds=end.get("callback_seconds", 0.0),
         return_value_b64=value.decode() if value else None,
         retry=(retry[0], retry[1]) if retry else None,
+        cpu_seconds=cpu_seconds,
+        peak_bytes=peak_bytes,
         stdout_bytes=end.get("stdout", 0),
         stderr_bytes=end.get("stderr", 0),
         output_error=end.get("output_error"),

@@ -59,6 +59,8 @@ _MARK = b"\xf1RQ\n"
 TURN = struct.Struct("!I")
 _READ = 1 << 18
 _PAGE = resource.getpagesize()
+#: of ru_maxrss, bytes
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 #: rq.Queue.DEFAULT_TIMEOUT, in seconds
 _DEFAULT_TIMEOUT_SECONDS = 180
 
@@ -634,8 +636,9 @@ class Executor:
         self.connection = connect(hello)
         self.streams = (Stream("stdout", 1, hello["stdout"]), Stream("stderr", 2, hello["stderr"]))
         self.memory = Memory()
-        self.run = ForkServer(self.run_task) if hello["mode"] == "fork" else self.run_task
         warm_up(self.connection)
+        self.meter = Meter()
+        self.run = ForkServer(self._run_task) if hello["mode"] == "fork" else self.run_task
         gc.freeze()  # what is there by now stays: no collection has to look at it again
         os.environ["RQ_WORKER_ID"] = hello["worker_name"]
         os.chdir(self.work_dir)
@@ -659,7 +662,11 @@ class Executor:
         self.wire.send({**end, **self._collect(task), "rss": self.memory.resident_bytes()}, blobs)
 
     def run_task(self, task: Mapping[str, Any], fields: Blobs) -> Frame:
-        """Run one job, callback or webhook. Never raises."""
+        """Run one job, callback or webhook, and tell what it used. Never raises."""
+        end, blobs = self._run_task(task, fields)
+        return {**end, "used": self.meter.read()}, blobs
+
+    def _run_task(self, task: Mapping[str, Any], fields: Blobs) -> Frame:
         try:
             self._prepare(task)
             given = Task(task["id"], fields, self.connection)
@@ -725,10 +732,11 @@ class ForkServer:
             self._be_the_horse(writer, task, fields)
         os.close(writer)
         try:
-            frame, status = self._wait(Wire(reader), pid)
+            frame, status, usage = self._wait(Wire(reader), pid)
         finally:
             os.close(reader)
-        return frame or _ended("died", time.monotonic() - started, {}, status=status)
+        end, blobs = frame or _ended("died", time.monotonic() - started, {}, status=status)
+        return {**end, "used": used(usage)}, blobs
 
     def _be_the_horse(self, writer: int, task: Mapping[str, Any], fields: Blobs) -> None:
         try:
@@ -743,19 +751,21 @@ class ForkServer:
         finally:
             os._exit(1)
 
-    def _wait(self, wire: Wire, pid: int) -> tuple[Frame | None, int]:
-        """The horse's answer, if it gave one, and its wait status."""
+    def _wait(self, wire: Wire, pid: int) -> tuple[Frame | None, int, resource.struct_rusage]:
+        """The horse's answer, if it gave one, its wait status, and what it used."""
         os.set_blocking(wire.fd, False)
         while True:
             ready, _, _ = select.select([wire.fd, self.bell], [], [])
-            dead, status = 0, 0
+            dead, status, usage = 0, 0, None
             if self.bell in ready:
                 os.read(self.bell, 4096)
-                dead, status = os.waitpid(pid, os.WNOHANG)
+                dead, status, usage = os.wait4(pid, os.WNOHANG)
             at_end = self._drain(wire)
             frame = wire.frames.pop()
             if frame or dead or at_end:
-                return frame, status if dead else os.waitpid(pid, 0)[1]
+                if usage is None or not dead:
+                    _, status, usage = os.wait4(pid, 0)
+                return frame, status, usage
 
     def _drain(self, wire: Wire) -> bool:
         """Read all there is; True at the end of the file."""
@@ -765,6 +775,31 @@ class ForkServer:
         except BlockingIOError:
             return False
         return True
+
+
+class Meter:
+    """What a job uses of this process, and of those that it started and waited for."""
+
+    def __init__(self) -> None:
+        self.cpu_seconds, self.peak_bytes = self._look()
+
+    def read(self) -> tuple[float, int]:
+        """CPU seconds since the last time; and the most memory that one of them ever had, bytes, or 0 where
+        that was before: then nobody knows what this job had."""
+        before = self.cpu_seconds, self.peak_bytes
+        self.cpu_seconds, self.peak_bytes = self._look()
+        peak = self.peak_bytes if self.peak_bytes > before[1] else 0
+        return self.cpu_seconds - before[0], peak
+
+    def _look(self) -> tuple[float, int]:
+        own = used(resource.getrusage(resource.RUSAGE_SELF))
+        others = used(resource.getrusage(resource.RUSAGE_CHILDREN))
+        return own[0] + others[0], max(own[1], others[1])
+
+
+def used(usage: resource.struct_rusage) -> tuple[float, int]:
+    """CPU seconds, and the most memory in bytes."""
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _RSS_UNIT
 
 
 class Memory:
@@ -788,8 +823,7 @@ class Memory:
         try:
             return int(os.pread(self.fd, 128, 0).split()[1]) * _PAGE
         except (OSError, LookupError, ValueError):
-            scale = 1 if sys.platform == "darwin" else 1024
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 
 def _close_private() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from broker import failures
+from broker.usage import Usage
 from broker.work import Claim, End, Tails
 from fleet.attempt import Attempt, CommandContext, never_started
 from fleet.executors import Execution, ExecutorPool, Outcome
@@ -71,7 +72,7 @@ class FunctionAttempt(Attempt):
             raise RuntimeError("collected before it ended")
         tails = self._final_tails(outcome, tail_bytes)
         if self.cause and (outcome.kind == "died" or self.cause == "lost"):
-            return self.interrupted_end(self.cause, tails)
+            return self.interrupted_end(self.cause, tails, _usage(outcome))
         if outcome.could_not_start:
             return never_started(self.claim, outcome.exc_string or "no executor", outcome="handed-back")
         if outcome.unbegun:
@@ -83,7 +84,7 @@ class FunctionAttempt(Attempt):
 
     def _judged(self, outcome: Outcome) -> Outcome:
         """The death of an executor by a signal that we did not send."""
-        reason = self.memory.verdict(Exit(None, outcome.signal, max_rss_bytes=outcome.peak_rss_bytes))
+        reason = self.memory.verdict(Exit(None, outcome.signal, max_rss_bytes=outcome.peak_bytes))
         return replace(outcome, exc_string=reason) if reason else outcome
 
     def output_ends(self) -> tuple[int, int]:
@@ -126,6 +127,10 @@ def _limited(outcome: Outcome, limit: int) -> Outcome:
     return outcome
 
 
+def _usage(outcome: Outcome) -> Usage:
+    return Usage(outcome.cpu_seconds, outcome.peak_bytes or None)
+
+
 def _finished(claim: Claim, outcome: Outcome, tails: Tails) -> End:
     return End(
         claim,
@@ -134,6 +139,7 @@ def _finished(claim: Claim, outcome: Outcome, tails: Tails) -> End:
         callback_seconds=outcome.callback_seconds,
         return_value=outcome.return_value_b64,
         tails=tails,
+        usage=_usage(outcome),
     )
 
 
@@ -146,6 +152,7 @@ def _retry(claim: Claim, outcome: Outcome, tails: Tails) -> End:
         return_value=outcome.return_value_b64,
         retry=outcome.retry,
         tails=tails,
+        usage=_usage(outcome),
     )
 
 
@@ -159,6 +166,7 @@ def _failed(claim: Claim, outcome: Outcome, tails: Tails) -> End:
         callback_seconds=outcome.callback_seconds,
         exc_string=failures.encoded(text),
         tails=tails,
+        usage=_usage(outcome),
     )
 
 

@@ -606,13 +606,19 @@ local function stamp(id, fields, ended, status, outcome)
   tell_times(ended)
   local began = ended.began_at or fields.started_at -- or when it was claimed
   if fields.fleet_attempts or fields.fleet_losses or fields.fleet_stop then -- of earlier attempts
-    redis.call('HDEL', key('job', id), 'fleet_losses', 'fleet_stop', 'fleet_reason', 'fleet_exit_code')
+    redis.call('HDEL', key('job', id),
+      'fleet_losses', 'fleet_stop', 'fleet_reason', 'fleet_exit_code', 'fleet_usage')
   end
   local changes = {'status', status, 'ended_at', ended.ended_at, 'started_at', began or NOW,
     'fleet_attempts', attempts(fields, outcome, ended.reason, began)}
+  local last = #changes
+  if ended.usage and ended.usage ~= '' then
+    changes[last + 1], changes[last + 2] = 'fleet_usage', ended.usage
+    last = last + 2
+  end
   if ended.reason or ended.exit_code then
-    changes[9], changes[10] = 'fleet_reason', ended.reason or ''
-    changes[11], changes[12] = 'fleet_exit_code', ended.exit_code or ''
+    changes[last + 1], changes[last + 2] = 'fleet_reason', ended.reason or ''
+    changes[last + 3], changes[last + 4] = 'fleet_exit_code', ended.exit_code or ''
   end
   redis.call('HSET', key('job', id), unpack(changes))
 end

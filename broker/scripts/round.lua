@@ -10,8 +10,8 @@
 --       13 1 if it waits for signals and not for tokens, so that it must be woken should it stay idle
 --       14 number of queues, then their names
 --       then for each end: job, lease, queue, outcome, seconds it took or '' if it never started, return
---       value or text of the exception, and '' or JSON of what else there is; if that has stdout_end,
---       then tail of stdout, tail of stderr
+--       value or text of the exception, '' or JSON of what else there is, and '' or JSON of what it used;
+--       if the former has stdout_end, then tail of stdout, tail of stderr
 -- Returns {{outcome of each end: 1 accepted, 0 stale},
 --          {{queue, job, lease, flat hash as it was before} of each claim}, {fields that all claims changed},
 --          1 if this incarnation is registered, 1 if draining, 1 if suspended}
@@ -44,15 +44,15 @@ local function read_end(at)
   local more = ARGV[at + 6]
   local ended = more ~= '' and cjson.decode(more) or {}
   ended.job, ended.lease, ended.queue, ended.outcome = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
-  ended.duration = tonumber(ARGV[at + 4])
+  ended.duration, ended.usage = tonumber(ARGV[at + 4]), ARGV[at + 7]
   if ARGV[at + 5] ~= '' then
     ended[RETURNS[ended.outcome] and 'return_value' or 'exc_string'] = ARGV[at + 5]
   end
   if not ended.stdout_end then
-    return ended, at + 7
+    return ended, at + 8
   end
-  ended.stdout, ended.stderr = ARGV[at + 7], ARGV[at + 8]
-  return ended, at + 9
+  ended.stdout, ended.stderr = ARGV[at + 8], ARGV[at + 9]
+  return ended, at + 10
 end
 
 local SETTLE = {

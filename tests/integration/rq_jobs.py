@@ -114,3 +114,15 @@ def fill_memory(size: int) -> None:
 def be_refused_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
     bytearray(1 << 30)
+
+
+def use(size: int, cpu_seconds: float, number: int = 0) -> None:
+    """Take so much memory and CPU time, then perhaps end by a signal."""
+    import time
+
+    block = bytearray(size)
+    until = time.process_time() + cpu_seconds
+    while time.process_time() < until:
+        block[0] = 1
+    if number:
+        os.kill(os.getpid(), number)

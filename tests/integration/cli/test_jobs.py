@@ -15,7 +15,7 @@ from broker.submit import Options, submit_commands
 
 _SHOW = {
     *("schema", "id", "name", "state", "queue", "argv", "exit_code", "reason", "submitted_at"),
-    *("started_at", "ended_at", "attempts", "result", "dependencies", "dependents"),
+    *("started_at", "ended_at", "usage", "attempts", "result", "dependencies", "dependents"),
 }
 
 
