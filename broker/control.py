@@ -89,6 +89,7 @@ def _is_queue(client: redis.Redis, queue: str) -> bool:
     with client.pipeline(transaction=False) as pipe:
         pipe.sismember(keys.QUEUES, keys.queue(queue))
         pipe.exists(keys.of("queue_workers", queue))
+        pipe.exists(keys.sets(queue))
         return any(pipe.execute())
 
 

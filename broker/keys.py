@@ -60,6 +60,17 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:array:ID:finished       bitmap  of tasks
     fleet:array:ID:parked         list    ids for the queue once fewer run than max_parallel: tasks, the array
 
+    Q is `BASE` or, for jobs that ask for something of their worker, `BASE@DIGEST`, a sublist of that queue;
+    broker/requirements.py has the digest.
+    fleet:sets:BASE               hash    -          producers: digest -> what jobs there ask for, JSON
+    fleet:sets:version            string  -          counted up with each set that is new, or removed
+    fleet:news                    channel            producers: JSON of a new set; see broker/sets.py
+    fleet:heads:BASE:PRIORITY     zset    -          scripts: digest -> since when the first job there waits,
+                                                     ms; chores add what RQ's own producers pushed
+    fleet:served:BASE             hash    -          claims: priority -> when one of it was last given, ms
+    fleet:reserved:Q              string  2 beats    claims: the worker that holds room for the first job
+    fleet:sets:idle               hash    -          chores: sublist -> since when it has no job, ms
+
     our fields in rq:job:ID
     fleet_lease      FENCE:EXECUTION of the attempt that holds the job; gone when it ended
     fleet_losses     times lost with a worker since it was submitted; gone when it ended
@@ -99,6 +110,9 @@ HOSTS = "fleet:hosts"
 FLEET_ID = "fleet:id"
 LAST = "fleet:last"
 ARRAYS = "fleet:arrays"
+SETS_VERSION = "fleet:sets:version"
+SETS_IDLE = "fleet:sets:idle"
+NEWS = "fleet:news"
 
 #: templates for keys that name something; the same ones build keys in Lua
 LUA_TEMPLATES = {
@@ -140,8 +154,13 @@ LUA_TEMPLATES = {
     "array_canceled": "fleet:array:%s:canceled",
     "array_finished": "fleet:array:%s:finished",
     "array_parked": "fleet:array:%s:parked",
+    "sets": "fleet:sets:%s",
+    "heads": "fleet:heads:%s:%s",
+    "served": "fleet:served:%s",
+    "reserved": "fleet:reserved:%s",
 }
 _QUEUE_PREFIX = LUA_TEMPLATES["queue"] % ""
+_WAKE_PREFIX = LUA_TEMPLATES["wake"] % ""
 
 
 def of(kind: str, *names: str) -> str:
@@ -172,6 +191,11 @@ def output(job_id: str) -> str:
 
 def wake(queue_name: str) -> str:
     return of("wake", queue_name)
+
+
+def woken(key: str) -> str:
+    """The list to which a token belongs that was found under `key`."""
+    return key.removeprefix(_WAKE_PREFIX)
 
 
 def rq_worker(name: str) -> str:
@@ -216,3 +240,11 @@ def worker_labels(name: str) -> str:
 
 def tunnel(tunnel_id: str) -> str:
     return of("tunnel", tunnel_id)
+
+
+def sets(base: str) -> str:
+    return of("sets", base)
+
+
+def heads(base: str, priority: int) -> str:
+    return of("heads", base, str(priority))

@@ -16,7 +16,7 @@ import redis
 
 from broker import __version__, failures, keys, labels, scripts
 from broker.line import Line
-from broker.work import Beat, Claim, End, Exchange, Round, Tails
+from broker.work import NO_PLACES, Beat, Claim, End, Exchange, Places, Round, Tails
 from broker.worker_settings import WorkerSettings
 
 #: seconds the record of a worker that died stays: one that stays, and one that leaves after a job
@@ -118,7 +118,15 @@ class Session:
         who = self.identity
         return retire(client, who.name, who.queues, who.incarnation, known_seconds=known_seconds)
 
-    def begin(self, ends: Sequence[End], wanted: int, ahead: int = 0, *, is_deaf: bool = False) -> Exchange:
+    def begin(
+        self,
+        ends: Sequence[End],
+        wanted: int,
+        ahead: int = 0,
+        *,
+        is_deaf: bool = False,
+        places: Places = NO_PLACES,
+    ) -> Exchange:
         """A round trip that reports `ends` and claims up to `wanted` jobs, and `ahead` more.
 
         What comes ahead is to be started soon or handed back; no job that was lost before does.
@@ -128,7 +136,7 @@ class Session:
         """
         self.claims_sent += 1
         taken = _that_fit(ends)
-        arguments = self._round_arguments(taken, wanted, ahead, is_deaf)
+        arguments = self._round_arguments(taken, wanted, ahead, is_deaf, places)
         return Exchange(self.claims_sent, tuple(taken), wanted, ahead, arguments)
 
     def send(self, line: Line, exchange: Exchange) -> None:
@@ -137,22 +145,34 @@ class Session:
 
     def complete(self, exchange: Exchange, reply: Any) -> Round:
         """What the answer means. Call `settle` once its claims are where a beat will see them."""
-        outcomes, claims, given, registered, draining, suspended = reply
+        outcomes, claims, given, registered, draining, suspended, more, held = reply
         accepted = tuple(outcome == 1 for outcome in outcomes)
         self._tally(exchange.ends, accepted)
-        return Round(accepted, _claims(claims, given), registered == 1, draining == 1, suspended == 1)
+        return Round(
+            accepted,
+            _claims(claims, given),
+            registered == 1,
+            draining == 1,
+            suspended == 1,
+            more == 1,
+            held.decode(),
+        )
 
     def settle(self, exchange: Exchange) -> None:
         """Its claims are known to the worker, or its reply will never come: from now on a beat may
         give back what the server holds of it and the beat does not name."""
         self.claims_settled = exchange.number
 
-    def _round_arguments(self, ends: Sequence[End], wanted: int, ahead: int, is_deaf: bool) -> list[Any]:
+    def _round_arguments(
+        self, ends: Sequence[End], wanted: int, ahead: int, is_deaf: bool, places: Places
+    ) -> list[Any]:
         who, settings, number = self.identity, self.settings, self.claims_sent
         arguments: list[Any] = [who.name, who.incarnation, self.lease_ms, settings.result_ttl_seconds]
         arguments += [settings.losses_limit, number, wanted, ahead, f"{who.incarnation}{number:012x}"]
         arguments += [self.finished, self.failed, self.seconds_worked]
-        arguments += [int(is_deaf), len(who.queues), *who.queues]
+        arguments += [int(is_deaf), places.free, " ".join(places.popped), len(who.queues)]
+        for queue in who.queues:
+            arguments += [queue, places.sets.get(queue, "")]
         for end in ends:
             arguments += end.arguments()
         return arguments
@@ -171,7 +191,7 @@ class Session:
         """
         who = self.identity
         flat = [part for lease, job in leases.items() for part in (job, lease)]
-        state, lost, stop, foreign, draining, suspended, workers, labelled = scripts.BEAT(
+        state, lost, stop, foreign, draining, suspended, workers, labelled, sets_version = scripts.BEAT(
             client,
             [
                 keys.worker_beat(who.name),
@@ -192,6 +212,7 @@ class Session:
             suspended == 1,
             workers,
             labels.told(_pairs(labelled)),
+            sets_version,
         )
 
     def restore_labels(self, client: redis.Redis, known: Mapping[str, str]) -> None:

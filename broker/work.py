@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from broker.usage import Usage
@@ -111,6 +111,22 @@ class End:
 
 
 @dataclass(frozen=True)
+class Places:
+    """What a worker that satisfies sets of requirements says with a claim, packed for round.lua.
+
+    `free`: what it has free, '' where it satisfies none; `popped`: lists of which it took tokens since it
+    last claimed; `sets`: queue -> the sets that it satisfies.
+    """
+
+    free: str = ""
+    popped: tuple[str, ...] = ()
+    sets: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_PLACES = Places()
+
+
+@dataclass(frozen=True)
 class Exchange:
     """A round trip under way: the ends it reports, how many jobs it asks for, and what is sent."""
 
@@ -123,13 +139,19 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Round:
-    """What came of a round trip: which ends were accepted, and what to run next."""
+    """What came of a round trip: which ends were accepted, and what to run next.
+
+    `more`: other jobs may fit, now that it is known which GPUs are taken; `held`: the list for whose first
+    job room is to be held, or ''.
+    """
 
     accepted: tuple[bool, ...]
     claims: tuple[Claim, ...]
     registered: bool
     draining: bool
     suspended: bool
+    more: bool = False
+    held: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,7 +160,8 @@ class Beat:
 
     `lost`: leases that are no longer ours; `stop`: leases of jobs that an operator wants stopped;
     `foreign`: (job, lease) that an earlier life of this name left behind; `workers`: how many
-    there are in the fleet; `labels`: those that operators gave it, None where Redis has no word of them.
+    there are in the fleet; `labels`: those that operators gave it, None where Redis has no word of them;
+    `sets_version`: see `broker.sets`.
     """
 
     state: Literal["ok", "gone", "taken"]
@@ -149,3 +172,4 @@ class Beat:
     suspended: bool = False
     workers: int = 1
     labels: Mapping[str, str] | None = None
+    sets_version: int = 0

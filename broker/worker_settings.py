@@ -50,6 +50,11 @@ class WorkerSettings:
     #: resident bytes of an executor above which it is replaced after its job
     executor_max_rss_bytes: Count = 2 * 1024**3
 
+    #: seconds for which a level of priority is passed over that lift it by 1
+    priority_ageing_seconds: Seconds = 60.0
+    #: seconds that a job waits which smaller ones pass by, until a worker holds room for it
+    reserve_after_seconds: Annotated[float, Ge(0)] = 600.0
+
     def __post_init__(self) -> None:
         if self.lease_seconds < 2 * self.heartbeat_seconds:
             raise ValueError("lease_seconds must be at least twice heartbeat_seconds")

@@ -41,6 +41,8 @@ from fleet.mailbox import Mailbox
 from fleet.memory import Memory
 from fleet.offer import Offering
 from fleet.outputs import Folders, Outputs, WorkingFolders
+from fleet.placement import Placement
+from fleet.room import Room
 from fleet.signals import StopSignals, kept_from_threads
 from fleet.slots import Slots
 from fleet.worker_config import WorkerConfig, state_dir
@@ -208,8 +210,14 @@ def _parts(
     context = CommandContext(
         folders, outputs, working, encoded, null, home, Memory(), settings.max_result_bytes
     )
-    slots = Slots(config.slots, settings, context, pool, guard)
-    return Parts(session, selector, links, slots, pool, guard, Mailbox(), folders, offering)
+    placement = Placement(
+        config.queues,
+        offering.offer(),
+        Room(offering.share.total, config.slots, offering.share.cpu_ids),
+        settings,
+    )
+    slots = Slots(config.slots, settings, context, pool, guard, placement)
+    return Parts(session, selector, links, slots, pool, guard, Mailbox(), folders, offering, placement)
 
 
 def _executor_config(
@@ -287,6 +295,7 @@ class _Description:
             "failed": self._session.failed,
             "notice": self.loop.notice if self.loop else "",
             "stopping": self.loop.is_stopping if self.loop else False,
+            "free": self.loop.free if self.loop else None,
         }
         return json.dumps(self._fixed | now)
 

@@ -12,7 +12,7 @@ import redis
 from broker import clock
 from broker.line import Line
 from broker.session import Session
-from broker.waiting import RqCommands, Waiter
+from broker.waiting import Channels, Waiter
 from fleet import jitter
 
 log = logging.getLogger("fleet.worker")
@@ -22,14 +22,14 @@ _STABLE_SECONDS = 1.0
 
 
 class Links:
-    """A connection for rounds, one that waits, one for RQ's commands, and a client for the rest."""
+    """A connection for rounds, one that waits, one for messages, and a client for the rest."""
 
     def __init__(self, session: Session, client: redis.Redis, selector: selectors.BaseSelector) -> None:
         self.client = client
         self.line = Line(client)
         block = max(1, int(session.settings.lease_seconds))
         self.waiter = Waiter(client, session.identity, block)
-        self.rq = RqCommands(client, session.identity)
+        self.channels = Channels(client, session.identity)
         self._session = session
         self._selector = selector
         self._watched: list[int] = []
@@ -40,10 +40,10 @@ class Links:
         self._pauses = jitter.returns_seconds(1, session.settings, session.identity)
 
     def connect(
-        self, on_answer: Callable[[], None], on_wake: Callable[[], None], on_rq: Callable[[], None]
+        self, on_answer: Callable[[], None], on_wake: Callable[[], None], on_message: Callable[[], None]
     ) -> None:
         """Open all and watch them. Raises what redis-py raises."""
-        for link, handler in ((self.line, on_answer), (self.waiter, on_wake), (self.rq, on_rq)):
+        for link, handler in ((self.line, on_answer), (self.waiter, on_wake), (self.channels, on_message)):
             link.connect()
             self._selector.register(link.fileno(), selectors.EVENT_READ, handler)
             self._watched.append(link.fileno())
@@ -72,5 +72,5 @@ class Links:
         with suppress(redis.RedisError, OSError):
             self.line.close()
             self.waiter.close()
-            self.rq.close()
+            self.channels.close()
             self.client.connection_pool.disconnect()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import redis
 
-from broker import clock
+from broker import clock, sets
 from broker.connection import is_denied
 from broker.session import Session
 from broker.work import Beat, End, Exchange, Round
@@ -29,6 +29,7 @@ from fleet.links import Links
 from fleet.mailbox import Mailbox
 from fleet.offer import Offering
 from fleet.outputs import Folders
+from fleet.placement import Placement
 from fleet.rounds import Rounds
 from fleet.slots import Slots
 from fleet.worker_config import WorkerConfig
@@ -56,6 +57,7 @@ class Parts:
     mail: Mailbox
     folders: Folders
     offering: Offering
+    placement: Placement
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class WorkerLoop:
         self._mail = parts.mail
         self._folders = parts.folders
         self._offering = parts.offering
+        self._placement = parts.placement
         self._rounds = Rounds(parts.session, parts.links.line, parts.slots)
         self._shown: dict[str, tuple[int, int]] = {}
         self._asides = Asides(parts.pool)
@@ -100,6 +103,8 @@ class WorkerLoop:
         self._claim_due = True
         #: told of jobs while a round was under way
         self._rung = False
+        #: lists of which tokens were taken since the last claim
+        self._popped: set[str] = set()
         self._taken = 0
         self._found_nothing = False
         #: whether it has asked for jobs, or could have
@@ -117,6 +122,8 @@ class WorkerLoop:
         self._draining = False
         #: shown in `fleet status`: why it takes no jobs
         self.notice = ""
+        #: what is left of it for jobs, for its record
+        self.free: Mapping[str, object] = {}
         self.beater: Beater | None = None
 
     def request_stop(self) -> None:
@@ -252,8 +259,14 @@ class WorkerLoop:
         if self._links.up or clock.monotonic() < self._links.retry_at:
             return
         with self._linked():
-            self._links.connect(self._on_answer, self._on_wake, self._on_rq_command)
+            self._links.connect(self._on_answer, self._on_wake, self._on_message)
+            self._popped.clear()
+            self._learn_sets()
             self._claim_due = True
+
+    def _learn_sets(self) -> None:
+        """Read all sets of requirements; news tell of those to come."""
+        self._placement.learn(sets.known(self._links.client, self._session.identity.queues))
 
     def _give_up_foreign(self) -> None:
         """What an earlier life of this worker held is lost: the lock on our name says that it is over."""
@@ -271,7 +284,13 @@ class WorkerLoop:
             self._links.line.check()
             # jobs are claimed ahead along with ends alone: where none end, none will be begun soon
             if self._rounds.is_due(wants_jobs=self._claim_due and wanted > 0):
-                self._rounds.send(wanted, ahead, is_deaf=self._links.waiter.is_deaf)
+                self._send(wanted, ahead)
+
+    def _send(self, wanted: int, ahead: int) -> None:
+        self._placement.count(len(self._slots))
+        is_deaf = self._links.waiter.is_deaf(self._placement.lists())
+        self._rounds.send(wanted, ahead, is_deaf=is_deaf, places=self._placement.places(self._popped))
+        self._popped.clear()
 
     def _on_answer(self) -> None:
         if not self._links.up:
@@ -307,7 +326,8 @@ class WorkerLoop:
         # fewer than asked for: the queues are empty, wait for a token
         asked = exchange.wanted + exchange.ahead
         if asked:
-            self._claim_due = len(done.claims) >= asked
+            self._claim_due = len(done.claims) >= asked or done.more
+            self._claim_due |= self._placement.hold(done.held)
         self._slots.take(done.claims)
         self._heed_ring()
 
@@ -316,8 +336,13 @@ class WorkerLoop:
         if self._rung and self._room()[0]:
             self._claim_due = True
         elif self._rung:
-            self._links.waiter.pass_on(self._links.client)
+            self._pass_on()
         self._rung = False
+
+    def _pass_on(self) -> None:
+        """Tokens that are of no use here are for others."""
+        self._links.waiter.pass_on(self._links.client, self._popped)
+        self._popped.clear()
 
     def _room(self) -> tuple[int, int]:
         """How many jobs to claim now, and how many ahead of that: none, where jobs are counted."""
@@ -343,6 +368,7 @@ class WorkerLoop:
                 with self._linked():
                     self._session.restore_labels(self._links.client, self._offering.operators)
         elif self._offering.heard(labels or {}):
+            self._placement.offer(self._offering.offer())
             log.info("labels: %s", ",".join(f"{k}={v}" for k, v in self._offering.labels.items()))
             if self.beater:  # whoever looks shall see it
                 self.beater.beat_now()
@@ -375,16 +401,20 @@ class WorkerLoop:
         return f"disk full: {room >> 20} MiB free at {self._folders.root}"
 
     def _listen(self) -> None:
-        """Wait for tokens exactly while a slot is free and the queues are known to be empty."""
+        """Wait for tokens exactly while a slot is free and the queues are known to be empty.
+
+        Only of lists whose jobs would fit: who took one of no use, and passed it on, might take it again.
+        """
         if not self._links.up or self._rounds.under_way:
             return
         wants = self._room()[0] > 0
         if wants and self._claim_due:
             return
+        self._placement.count(len(self._slots))
+        lists = self._placement.lists() if wants else ()
         with self._linked():
-            if wants:
-                self._links.waiter.nudge(self._links.client)
-            self._links.waiter.listen(wants_jobs=wants)
+            self._links.waiter.nudge(self._links.client, lists)
+            self._links.waiter.listen(lists)
 
     def _show_outputs(self) -> None:
         """Let `fleet logs` see what running jobs have written so far."""
@@ -411,21 +441,26 @@ class WorkerLoop:
                 self._slots.stop_job(news.get("stop"))
                 if ("drain" in news or "labels" in news) and self.beater:
                     self.beater.beat_now()
-            elif news and self._room()[0]:
-                self._claim_again()
             elif news:
-                self._links.waiter.pass_on(self._links.client)
+                self._popped.add(news)
+                if self._room()[0]:
+                    self._claim_again()
+                else:
+                    self._pass_on()
 
     def _claim_again(self) -> None:
         """There may be jobs, whatever a round that is under way finds."""
         self._claim_due, self._rung = True, self._rounds.under_way
 
-    def _on_rq_command(self) -> None:
+    def _on_message(self) -> None:
         if not self._links.up:
             return
         with self._linked():
-            for message in self._links.rq.receive():
-                self._obey(message)
+            for message in self._links.channels.receive():
+                if isinstance(message, dict):
+                    self._obey(message)
+                elif not self._placement.hear(message):
+                    self._learn_sets()
 
     def _obey(self, message: dict[str, object]) -> None:
         """One of RQ's commands: rq.command."""
@@ -452,6 +487,7 @@ class WorkerLoop:
         if beat.state == "ok":
             self._heed_drain(beat.draining)
             self._heed_labels(beat.labels)
+            self._catch_up(beat.sets_version)
         self._pool.reap()
         self._fleet_size = max(1, beat.workers)
         for lease in beat.lost | beat.stop:
@@ -461,3 +497,9 @@ class WorkerLoop:
             else:
                 self._slots.drop_waiting(lease, "lost" if is_lost else "stopped", "unwanted before it began")
         self._foreign = beat.foreign
+
+    def _catch_up(self, sets_version: int) -> None:
+        """Messages may have been lost."""
+        if self._links.up and sets_version != self._placement.version:
+            with self._linked():
+                self._learn_sets()

@@ -78,19 +78,31 @@ class Room:
         self._held: dict[str, _Holding] = {}
         #: what a job counts that asks for no CPUs
         self.plain_milli_cpus = min(_MILLI, self._milli_cpus // slots)
+        #: how many jobs there are besides that ask for nothing: counted, not listed, for they are many
+        self.plain = 0
 
     def __contains__(self, lease: str) -> bool:
         return lease in self._held
+
+    def __len__(self) -> int:
+        """How many jobs have taken something."""
+        return len(self._held)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is any job at all."""
+        return bool(self._held or self.plain)
 
     # --- what is left ----------------------------------------------------------------------------
 
     def free(self) -> Free:
         """What is left, nothing at all beside an exclusive job."""
-        if self._is_closed():
+        if self.is_closed:
             return Free(0, 0, 0, (0,) * len(self._gpus))
+        plain_milli_cpus = self.plain * self.plain_milli_cpus
         return Free(
-            self._slots - len(self._held),
-            (self._milli_cpus - sum(held.milli_cpus for held in self._held.values())) / _MILLI,
+            max(0, self._slots - len(self._held) - self.plain),
+            max(0, self._milli_cpus - self._taken_milli_cpus() - plain_milli_cpus) / _MILLI,
             (self._mebibytes - sum(held.mebibytes for held in self._held.values())) * MEBIBYTE,
             tuple(milli / _MILLI for milli in self._free_gpus().values()),
         )
@@ -100,11 +112,21 @@ class Room:
         free = self.free()
         return (
             free.slots > 0
-            and not (need.exclusive and self._held)
-            and self._cost_in_cpus(need) <= free.milli_cpus
-            and _mebibytes(need) <= free.mebibytes
+            and not (need.exclusive and self.is_used)
+            and self.milli_cpus_of(need) <= free.milli_cpus
+            and mebibytes_of(need) <= free.mebibytes
             and self._choose_gpus(need) is not None
         )
+
+    def most_plain(self) -> int:
+        """How many jobs that ask for nothing can run at once beside the others."""
+        if not self._held:
+            return self._slots
+        if self.is_closed:
+            return 0
+        slots = self._slots - len(self._held)
+        left = self._milli_cpus - self._taken_milli_cpus()
+        return min(slots, left // self.plain_milli_cpus if self.plain_milli_cpus else slots)
 
     def gpus_fit(self, need: Requirements) -> bool:
         """Whether its GPUs alone are free."""
@@ -118,7 +140,7 @@ class Room:
             raise ValueError(f"no room for {lease}: {need.readable() or 'a plain job'}")
         grant = self._whole_worker(need) if need.exclusive else self._grant(need)
         share = _milli_gpus(need) if 0 < need.gpus < 1 else _MILLI
-        held = _Holding(self._cost_in_cpus(need), _mebibytes(need), share, need.exclusive, grant)
+        held = _Holding(self.milli_cpus_of(need), mebibytes_of(need), share, need.exclusive, grant)
         self._held[lease] = held
         return grant
 
@@ -148,7 +170,8 @@ class Room:
 
     # --- choosing --------------------------------------------------------------------------------
 
-    def _cost_in_cpus(self, need: Requirements) -> int:
+    def milli_cpus_of(self, need: Requirements) -> int:
+        """What a job counts."""
         return self.plain_milli_cpus if need.cpus is None else round(need.cpus * _MILLI)
 
     def _choose_cpus(self, need: Requirements) -> tuple[int, ...]:
@@ -181,11 +204,17 @@ class Room:
                 left[index] -= held.milli_gpu
         return left
 
-    def _is_closed(self) -> bool:
-        return any(held.exclusive for held in self._held.values())
+    def _taken_milli_cpus(self) -> int:
+        return sum(held.milli_cpus for held in self._held.values())
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether an exclusive job has it all."""
+        return bool(self._held) and any(held.exclusive for held in self._held.values())
 
 
-def _mebibytes(need: Requirements) -> int:
+def mebibytes_of(need: Requirements) -> int:
+    """What a job counts."""
     return (need.memory_bytes or 0) // MEBIBYTE
 
 

@@ -14,7 +14,7 @@ from broker import clock, failures
 from broker.connection import is_refusal
 from broker.line import Line
 from broker.session import Session
-from broker.work import End, Exchange, Round
+from broker.work import NO_PLACES, End, Exchange, Places, Round
 from fleet.slots import Slots
 
 log = logging.getLogger("fleet.worker")
@@ -61,13 +61,13 @@ class Rounds:
     def _gathered_at(self) -> float:
         return self._slots.oldest_end + _GATHER_SECONDS
 
-    def send(self, wanted: int, ahead: int, *, is_deaf: bool) -> None:
+    def send(self, wanted: int, ahead: int, *, is_deaf: bool, places: Places = NO_PLACES) -> None:
         """Report what ended and claim up to `wanted` jobs, and `ahead` more."""
         ends = sorted(self._slots.ends, key=_newest_first)[:_COMPANY]
         ahead = min(ahead, _COMPANY)
         if self._alone and ends:
             ends, wanted, ahead = ends[:1], 0, 0
-        self._under_way = self._session.begin(ends, wanted, ahead, is_deaf=is_deaf)
+        self._under_way = self._session.begin(ends, wanted, ahead, is_deaf=is_deaf, places=places)
         self._session.send(self._line, self._under_way)
 
     def receive(self) -> tuple[Exchange, Round] | None:

@@ -22,7 +22,9 @@ from fleet.executors import Execution, ExecutorPool
 from fleet.function_attempt import FunctionAttempt
 from fleet.guard import Guard
 from fleet.pace import AHEAD_SECONDS, Pace
+from fleet.placement import NoRoom, Placement
 from fleet.process import CannotStart, host_error
+from fleet.room import Grant
 
 log = logging.getLogger("fleet.worker")
 
@@ -32,13 +34,14 @@ _HOST_FAULT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A claim that is not begun: what it runs (None: a function), until when it may wait, and how many came
-    before it."""
+    """A claim that is not begun: what it runs (None: a function), until when it may wait, how many came
+    before it, and what it was given of this worker, if it asked for something: then it need not wait."""
 
     claim: Claim
     what: command.Command | None
     until: float
     before: int
+    grant: Grant | None = None
 
     def waited(self) -> float:
         """Seconds so far."""
@@ -55,8 +58,10 @@ class Slots:
         context: CommandContext,
         pool: ExecutorPool,
         guard: Guard,
+        placement: Placement,
     ) -> None:
         self._count = count
+        self._placement = placement
         self._settings = settings
         self._context = context
         self._pool = pool
@@ -116,11 +121,13 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """Slots with nothing to do."""
-        return max(0, self._count - len(self))
+        """Slots with nothing to do; none beside an exclusive job."""
+        return 0 if self._placement.room.is_closed else max(0, self._count - len(self))
 
     def ahead(self) -> int:
         """How many jobs to claim beyond the free slots, so that as many wait as will be begun soon."""
+        if self._placement.held or not self._placement.room.most_plain():
+            return 0
         return max(0, self._pace.stock() - self._held)
 
     def is_stocked(self) -> bool:
@@ -128,22 +135,29 @@ class Slots:
         return self._held > self._pace.stock() // 2
 
     def take(self, claims: Iterable[Claim]) -> None:
-        """Let these wait for a slot, if only until `start_waiting` is called."""
+        """Let these wait for a slot, if only until `start_waiting` is called; they have what they need."""
         until = clock.monotonic() + AHEAD_SECONDS
+        self._placement.count(len(self))
         for claim in claims:
             try:
                 what = command.from_data(claim.fields.get(b"data"))
-                self._waiting.append(_Waiting(claim, what, until, self._held))
+                grant = self._placement.take(claim.lease, claim.queue)
+                self._waiting.append(_Waiting(claim, what, until, self._held, grant))
             except command.Damaged as exc:
                 self._end(never_started(claim, f"DamagedJob: {exc}"))
+            except NoRoom as exc:
+                log.warning("job %s: %s", claim.job_id, exc)
+                self._note(End(claim, "handed-back", str(exc)))
 
     def start_waiting(self) -> None:
         """Start what waits, if a slot is free; hand back what waits too long, or all if we were late."""
         if self._held and self._guard.is_late():
             self._give_back()
-        if self._lined_up and len(self._attempts) < self._count:  # a slot is free: no need to be in line
+        self._start_granted()
+        most = self._placement.room.most_plain() + len(self._placement.room)
+        if self._lined_up and len(self._attempts) < most:  # a slot is free: no need to be in line
             self._withdraw()
-        while self._waiting and len(self._attempts) < self._count:
+        while self._waiting and len(self._attempts) < most:
             waiting = self._waiting.popleft()
             self._pace.waited(waiting.waited(), waiting.before)
             self._start(waiting)
@@ -152,6 +166,14 @@ class Slots:
         while self._waiting and self._line_up(self._waiting[0]):
             self._waiting.popleft()
         self._pool.send()
+
+    def _start_granted(self) -> None:
+        """Those that asked for something have it, and wait for nobody."""
+        if not len(self._placement.room):
+            return
+        for waiting in [one for one in self._waiting if one.grant]:
+            self._waiting.remove(waiting)
+            self._start(waiting)
 
     def _give_back(self) -> None:
         self._pace.forget()
@@ -278,6 +300,7 @@ class Slots:
         self._note(end)
 
     def _note(self, end: End) -> None:
+        self._placement.give_back(end.claim.lease)
         if not self._ends:
             self.oldest_end = clock.monotonic()
         self._ends[end.claim.lease] = end

@@ -1,7 +1,7 @@
 """The Lua scripts, each a file of its own: `round.lua` is `Script("round")`.
 
-Every script is preceded by `_lib.lua`, `_array.lua` and by the key templates of `broker.keys`, so keys are
-spelled in one place.
+Every script is preceded by `_lib.lua`, `_array.lua`, by what else it names, and by the key templates of
+`broker.keys`, so keys are spelled in one place.
 """
 
 from __future__ import annotations
@@ -18,32 +18,24 @@ from redis.exceptions import NoScriptError
 from broker import keys
 
 _CONSTANTS = (
-    "QUEUES",
-    "WORKERS",
-    "SUSPENDED",
-    "FENCE",
-    "LEASES",
-    "FLEET_WORKERS",
-    "PAUSED",
-    "COUNTERS",
-    "SETTLING",
-    "ARRAYS",
-    "LAST",
+    *("QUEUES", "WORKERS", "SUSPENDED", "FENCE", "LEASES", "FLEET_WORKERS", "PAUSED", "COUNTERS"),
+    *("SETTLING", "ARRAYS", "LAST", "SETS_VERSION", "SETS_IDLE", "NEWS"),
 )
 
 
 class Script:
     """One script, loaded into a server when it is first found missing there."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *parts: str) -> None:
         self.name = name
+        self._parts = ("_lib", "_array", *parts)
 
     @cached_property
     def text(self) -> str:
         """The whole text that is sent: keys, library, script, and the writes that these put off."""
         body = ("local function script()", _read(self.name), "end")
         end = ("local reply = script()", "flush()", "return reply")
-        return "\n".join((_keys_in_lua(), _read("_lib"), _read("_array"), *body, *end))
+        return "\n".join((_keys_in_lua(), *map(_read, self._parts), *body, *end))
 
     @cached_property
     def sha(self) -> str:
@@ -77,7 +69,7 @@ def _function(template: str) -> str:
     return f"function(a, b) return {joined} .. {parts[-1]} end"
 
 
-ROUND = Script("round")
+ROUND = Script("round", "_place")
 REGISTER = Script("register")
 RETIRE = Script("retire")
 BEAT = Script("beat")
@@ -95,6 +87,8 @@ SUBMIT = Script("submit")
 SETTLE = Script("settle")
 DEFERRED = Script("deferred")
 OPEN_ARRAY = Script("open_array")
+ADD_SET = Script("add_set")
+RETIRE_SETS = Script("retire_sets")
 CANCEL = Script("cancel")
 CANCEL_ARRAY = Script("cancel_array")
 RETRY_ARRAY = Script("retry_array")

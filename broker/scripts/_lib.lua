@@ -232,6 +232,86 @@ local function ring(queue)
   end
 end
 
+-- A time as RQ writes it, in milliseconds since 1970; nil for anything else. Civil date to days after H. Hinnant.
+local function ms_of(text)
+  local y, m, d, hour, minute, second = string.match(text or '', '^(%d+)-(%d+)-(%d+)[T ](%d+):(%d+):([%d.]+)')
+  if not (y and tonumber(second)) then
+    return nil
+  end
+  y, m = tonumber(y), tonumber(m)
+  y = m <= 2 and y - 1 or y
+  local era = math.floor(y / 400)
+  local yoe = y - era * 400
+  local doy = math.floor((153 * (m > 2 and m - 3 or m + 9) + 2) / 5) + d - 1
+  local days = era * 146097 + yoe * 365 + math.floor(yoe / 4) - math.floor(yoe / 100) + doy - 719468
+  return ((days * 24 + hour) * 60 + minute) * 60000 + math.floor(second * 1000)
+end
+
+local heads_by_queue = {}
+
+-- Where the first job of a sublist `BASE@DIGEST` is noted, and under which name: a list of a key and the
+-- digest. false for any other list, and for a sublist of a set that nobody knows.
+local function heads_of(queue)
+  local found = heads_by_queue[queue]
+  if found == nil then
+    local base, digest = string.match(queue, '^([^@]*)@(.*)$')
+    local set = base and try('HGET', key('sets', base), digest)
+    found = set and {key('heads', base, string.match(set, '"priority":(-?%d+)') or '0'), digest} or false
+    heads_by_queue[queue] = found
+  end
+  return found
+end
+
+-- `how`: LT: where what is noted is younger, or none is; NX: where none is; CH: in any case.
+local function write_head(heads, how, since_ms)
+  if not try('ZADD', heads[1], how, since_ms, heads[2]) then
+    redis.call('DEL', heads[1]) -- ours alone, and a hint
+    redis.call('ZADD', heads[1], since_ms, heads[2])
+  end
+end
+
+-- A job that waits since then was put at the end, or at the front, of a list.
+local function note_head(queue, since_ms, front)
+  local heads = heads_of(queue)
+  if heads then
+    write_head(heads, front and 'LT' or 'NX', since_ms)
+  end
+end
+
+-- Note which job of a sublist is the first, for it was pushed or taken by somebody who did not.
+-- Returns since when that one waits, ms; nil if there is none.
+local function look_at_head(queue)
+  local heads = heads_of(queue)
+  local first = redis.pcall('LINDEX', key('queue', queue), 0)
+  local since
+  if type(first) == 'string' then
+    local at = redis.pcall('HGET', key('job', first), 'enqueued_at')
+    since = type(at) == 'string' and ms_of(at) or NOW_MS
+  end
+  if heads and since then
+    write_head(heads, 'CH', since)
+  elseif heads then
+    try('ZREM', heads[1], heads[2])
+  end
+  return since
+end
+
+-- Jobs were put at the end of a list.
+local function announce(queue)
+  note_head(queue, NOW_MS, false)
+  ring(queue)
+end
+
+-- What jobs of a sublist ask for; of a set that is new the workers hear at once. Returns whether it is.
+local function add_set(base, digest, canonical)
+  if redis.call('HSETNX', key('sets', base), digest, canonical) == 0 then
+    return false
+  end
+  local version = redis.call('INCR', K.SETS_VERSION)
+  redis.call('PUBLISH', K.NEWS, cjson.encode({version = version, base = base, digest = digest, set = canonical}))
+  return true
+end
+
 local function schedule(id, queue, delay_seconds, ttl)
   redis.call('HSET', key('job', id), 'status', 'scheduled')
   try('ZADD', key('scheduled', queue), string.format('%.3f', NOW_MS / 1000 + delay_seconds), id)
@@ -241,17 +321,25 @@ local function schedule(id, queue, delay_seconds, ttl)
   end
 end
 
-local function enqueue(id, queue, front, ttl)
-  redis.call('HSET', key('job', id), 'status', 'queued', 'enqueued_at', NOW)
-  redis.call('HSETNX', key('job', id), 'timeout', RQ_TIMEOUT)
+-- One that `returns` was given out before, and waits as long as it did.
+local function enqueue(id, queue, front, ttl, returns)
+  local job, since = key('job', id), nil
+  if returns then
+    redis.call('HSET', job, 'status', 'queued')
+    since = heads_of(queue) and ms_of(redis.call('HGET', job, 'enqueued_at'))
+  else
+    redis.call('HSET', job, 'status', 'queued', 'enqueued_at', NOW)
+  end
+  redis.call('HSETNX', job, 'timeout', RQ_TIMEOUT)
   if not try(front and 'LPUSH' or 'RPUSH', key('queue', queue), id) then
     schedule(id, queue, MEND_SECONDS, ttl) -- the queue's key is no list: until somebody has mended it
     return
   end
   redis.call('SADD', K.QUEUES, key('queue', queue))
   if number(ttl, 0) > 0 then
-    redis.call('EXPIRE', key('job', id), number(ttl))
+    redis.call('EXPIRE', job, number(ttl))
   end
+  note_head(queue, since or NOW_MS, front)
   ring(queue)
 end
 
@@ -635,7 +723,7 @@ end
 -- Back to a queue, to be run again.
 local function give_back(id, fields, outcome, ended, front)
   leave(id, fields, outcome, ended)
-  enqueue(id, fields.origin, front, fields.ttl)
+  enqueue(id, fields.origin, front, fields.ttl, outcome ~= 'failed')
 end
 
 local function repeat_it(id, fields, left)

@@ -7,7 +7,8 @@
 --       then for each lease it knows: job, lease
 -- Returns {'ok' | 'gone' | 'taken', {leases that are no longer ours}, {leases to be stopped},
 --          {{job, lease} held under this name by an earlier life}, 1 if draining,
---          1 if suspended, workers registered, flat hash of the operators' labels}
+--          1 if suspended, workers registered, flat hash of the operators' labels,
+--          version of the sets of requirements}
 --
 -- 'gone': the keys lapsed (a pause, a flushed Redis): register again. 'taken': another life has
 -- the name: stop. Both renew nothing. A lease that the server holds and the worker does not know,
@@ -15,7 +16,7 @@
 local incarnation, settled = ARGV[2], tonumber(ARGV[6])
 local current = redis.call('GET', KEYS[1])
 if current ~= incarnation then
-  return {current and 'taken' or 'gone', {}, {}, {}, 0, 0, 0, {}}
+  return {current and 'taken' or 'gone', {}, {}, {}, 0, 0, 0, {}, 0}
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5])
@@ -71,4 +72,4 @@ if #labels > 0 and redis.call('TTL', KEYS[6]) >= 0 then
   redis.call('EXPIRE', KEYS[6], ARGV[5])
 end
 return {'ok', lost, stopped, foreign, drain_ttl ~= -2 and 1 or 0, redis.call('EXISTS', K.SUSPENDED),
-  redis.call('SCARD', K.FLEET_WORKERS), labels}
+  redis.call('SCARD', K.FLEET_WORKERS), labels, number(redis.call('GET', K.SETS_VERSION), 0)}

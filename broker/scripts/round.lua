@@ -8,13 +8,16 @@
 --       8 jobs wanted ahead of that  9 prefix for execution ids, unique to this call
 --       10 finished, 11 failed, 12 seconds worked: this worker's totals before these ends
 --       13 1 if it waits for signals and not for tokens, so that it must be woken should it stay idle
---       14 number of queues, then their names
+--       14 '' if it satisfies no set of requirements, else what it has free: see place.begin
+--       15 lists of which it took tokens since its last claim, if it satisfies some
+--       16 number of queues, then for each: its name, the sets of it that the worker satisfies: see levels_of
 --       then for each end: job, lease, queue, outcome, seconds it took or '' if it never started, return
 --       value or text of the exception, '' or JSON of what else there is, and '' or JSON of what it used;
 --       if the former has stdout_end, then tail of stdout, tail of stderr
 -- Returns {{outcome of each end: 1 accepted, 0 stale},
 --          {{queue, job, lease, flat hash as it was before} of each claim}, {fields that all claims changed},
---          1 if this incarnation is registered, 1 if draining, 1 if suspended}
+--          1 if this incarnation is registered, 1 if draining, 1 if suspended,
+--          1 if more may fit at once, name of the list for whose first job it is to hold room, or ''}
 --
 -- An end whose lease is not the job's newest changes nothing; one that the worker reports again, since
 -- the reply to the last round was lost, is accepted without another change. A claim that finds a queue
@@ -24,8 +27,8 @@ local worker, incarnation = ARGV[1], ARGV[2]
 local lease_ms, result_ttl, limit = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local claim_number, wanted, ahead, prefix = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
 local finished, failed, worked = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
-local is_deaf, queue_count = ARGV[13] == '1', tonumber(ARGV[14])
-local first_end = 15 + queue_count
+local is_deaf, free, popped, queue_count = ARGV[13] == '1', ARGV[14], ARGV[15], tonumber(ARGV[16])
+local first_end = 17 + 2 * queue_count
 
 local function save_output(id, f, ended)
   if ended.stdout_end then
@@ -128,8 +131,9 @@ local function is_id(id)
   return not string.find(id, '[^ -~]') and not string.find(id, '/', 1, true)
 end
 
--- The hash of an id from a queue, how often the job was lost, and whether it is an array, or of which, if it
--- stands for a job that waits; else nil. Not if it was deleted, ended, or is queued twice and already runs; but 'started' without a lease
+-- The hash of an id from a queue, how often the job was lost, since when it waits, and whether it is an array,
+-- or of which, if it stands for a job that waits; else nil. Not if it was deleted, ended, or is queued twice and
+-- already runs; but 'started' without a lease
 -- is a job that somebody's late save() painted.
 local function look_up(queue, id)
   local flat = is_id(id) and redis.pcall('HGETALL', key('job', id))
@@ -140,7 +144,7 @@ local function look_up(queue, id)
     end
     return nil
   end
-  local status, lease, losses, is_array, array
+  local status, lease, losses, since, is_array, array
   for i = 1, #flat, 2 do
     local name = flat[i]
     if name == 'status' then
@@ -149,6 +153,8 @@ local function look_up(queue, id)
       lease = flat[i + 1]
     elseif name == 'fleet_losses' then
       losses = flat[i + 1]
+    elseif name == 'enqueued_at' then
+      since = flat[i + 1]
     elseif name == 'fleet_array' then
       is_array = true
     elseif name == 'fleet_array_of' then
@@ -158,7 +164,7 @@ local function look_up(queue, id)
   if #flat == 0 or ENDED_OR_ELSEWHERE[status] or (status == 'started' and lease) then
     return nil
   end
-  return flat, number(losses, 0), is_array, array
+  return flat, number(losses, 0), since, is_array, array
 end
 
 local lease_until = digits[NOW_MS + lease_ms]
@@ -177,9 +183,12 @@ local function give(queue, id, flat, fence, execution)
   return {queue, id, lease, flat}
 end
 
+-- `bounds`, how far a claim from a list goes: until there are `most` claims in all, of which those after the
+-- first `now` come ahead; no further than jobs that wait since `latest`, ms, if that is given.
+
 -- Claim the next tasks of an array; returns whether its entry is off the queue.
-local function claim_array(queue, id, flat, claims)
-  local tasks, has_left = claim_tasks(queue, id, flat, wanted + ahead - #claims)
+local function claim_array(queue, id, flat, claims, most)
+  local tasks, has_left = claim_tasks(queue, id, flat, most - #claims)
   local fence = redis.call('INCRBY', K.FENCE, #tasks) - #tasks
   for i, task in ipairs(tasks) do
     table.insert(claims, give(queue, task[1], task[2], fence + i, prefix .. string.format('%04x', #claims)))
@@ -188,17 +197,19 @@ local function claim_array(queue, id, flat, claims)
 end
 
 -- Claim the first of `ids`, as many as are for us; returns how many of them are off the queue.
-local function claim_these(queue, ids, claims)
+local function claim_these(queue, ids, claims, bounds)
   local fence = redis.call('INCRBY', K.FENCE, #ids) - #ids
   for i, id in ipairs(ids) do
-    local flat, losses, is_array, array = look_up(queue, id)
-    if #claims >= wanted + ahead then
+    local flat, losses, since, is_array, array = look_up(queue, id)
+    if #claims >= bounds.most then
       return i - 1 -- an array before it had tasks for all of us
+    elseif flat and bounds.latest and (ms_of(since) or 0) > bounds.latest then
+      return i - 1
     elseif is_array then
-      if not claim_array(queue, id, flat, claims) then
+      if not claim_array(queue, id, flat, claims, bounds.most) then
         return i - 1
       end
-    elseif flat and #claims >= wanted and losses > 0 then
+    elseif flat and #claims >= bounds.now and losses > 0 then
       return i - 1
     elseif flat and (not array or may_run_again(id, queue, array)) then
       table.insert(claims, give(queue, id, flat, fence + i, prefix .. string.format('%04x', #claims)))
@@ -207,20 +218,27 @@ local function claim_these(queue, ids, claims)
   return #ids
 end
 
-local function claim_from(index, claims)
-  local queue, jobs, bell = ARGV[14 + index], KEYS[4 + 2 * index], KEYS[5 + 2 * index]
-  local room, taken, ids = wanted + ahead - #claims, 0, {}
-  while room > 0 and taken == #ids do
-    ids = redis.pcall('LRANGE', jobs, 0, room - 1)
+-- Returns false where it is no list.
+local function claim_within(bounds, queue, jobs, claims)
+  local taken, ids = 0, {}
+  while #claims < bounds.most and taken == #ids do
+    ids = redis.pcall('LRANGE', jobs, 0, bounds.most - #claims - 1)
     if ids.err then
-      count('damaged') -- no list: nobody's jobs
-      return
+      count('damaged') -- nobody's jobs
+      return false
     elseif #ids == 0 then
       break
     end
-    taken = claim_these(queue, ids, claims)
+    taken = claim_these(queue, ids, claims, bounds)
     redis.call('LTRIM', jobs, taken, -1)
-    room = wanted + ahead - #claims
+  end
+  return true
+end
+
+local function claim_from(index, claims)
+  local queue, jobs, bell = ARGV[15 + 2 * index], KEYS[4 + 2 * index], KEYS[5 + 2 * index]
+  if not claim_within({most = wanted + ahead, now = wanted}, queue, jobs, claims) then
+    return
   end
   local length = try('LLEN', jobs)
   if length == 0 then
@@ -253,14 +271,38 @@ if #accepted_leases > 0 then
   redis.call('SET', KEYS[5], table.concat(accepted_leases), 'PX', 4 * lease_ms)
 end
 
-local claims = {}
-local draining, suspended = redis.call('EXISTS', KEYS[3]), redis.call('EXISTS', K.SUSPENDED)
-if alive and wanted + ahead > 0 and draining == 0 and suspended == 0 then
+local claims, more, reserved = {}, 0, ''
+
+-- For place: returns how many jobs were claimed.
+local function claim_some(queue, most, now, latest)
+  local before = #claims
+  claim_within({most = before + most, now = before + now, latest = latest}, queue, key('queue', queue), claims)
+  return #claims - before
+end
+
+local function claim_all()
+  if free ~= '' then
+    place.begin(free, worker, wanted, ahead, claim_some)
+    place.heed(popped)
+  end
   for index = 1, queue_count do
-    if redis.call('SISMEMBER', K.PAUSED, ARGV[14 + index]) == 0 then
+    local queue, sets = ARGV[15 + 2 * index], ARGV[16 + 2 * index]
+    if redis.call('SISMEMBER', K.PAUSED, queue) == 1 then
+      -- it gives out nothing
+    elseif free == '' then
       claim_from(index, claims)
+    else
+      place.claim_from(queue, sets)
     end
   end
+  if free ~= '' then
+    more, reserved = place.finish()
+  end
+end
+
+local draining, suspended = redis.call('EXISTS', KEYS[3]), redis.call('EXISTS', K.SUSPENDED)
+if alive and wanted + ahead > 0 and draining == 0 and suspended == 0 then
+  claim_all()
 end
 if is_deaf and #claims < wanted then
   redis.call('RPUSH', key('worker_signals', worker), '{}')
@@ -275,4 +317,4 @@ if alive and (#claims > 0 or #outcomes > 0) then
     try('HDEL', KEYS[4], 'current_job')
   end
 end
-return {outcomes, claims, GIVEN, alive and 1 or 0, draining, suspended}
+return {outcomes, claims, GIVEN, alive and 1 or 0, draining, suspended, more, reserved}

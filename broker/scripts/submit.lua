@@ -136,6 +136,6 @@ end
 redis.call('SET', K.LAST, ARGV[#ARGV - step + 1])
 for queue in pairs(queues) do
   redis.call('SADD', K.QUEUES, key('queue', queue))
-  ring(queue)
+  announce(queue)
 end
 return reply

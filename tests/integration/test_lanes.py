@@ -14,11 +14,15 @@ import redis
 import rq
 
 from broker import failures, jobs, keys
+from broker.requirements import Offer
 from broker.worker_settings import WorkerSettings
 from fleet.attempt import CommandContext
 from fleet.executors import Execution, Outcome
 from fleet.memory import Memory
 from fleet.outputs import Folders, Outputs, WorkingFolders
+from fleet.placement import Placement
+from fleet.resources import Resources
+from fleet.room import Room
 from fleet.slots import Slots
 from tests.integration import test_executors
 from tests.integration.test_claims import claim, send, session
@@ -254,7 +258,9 @@ class Desk:
         )
         self.guard = CalmGuard()
         guard: Any = self.guard
-        self.slots = Slots(count, self.who.settings, context, bench.pool, guard)
+        settings, room = self.who.settings, Room(Resources(count, 0), count)
+        placement = Placement(["default"], Offer(cpus=count, slots=count), room, settings)
+        self.slots = Slots(count, settings, context, bench.pool, guard, placement)
 
     def take(self, *calls: tuple[Any, ...]) -> list[str]:
         """Enqueue these and claim them all; returns their ids."""

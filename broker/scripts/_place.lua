@@ -1,0 +1,315 @@
+-- Which lists of a queue a claim takes from, and in which order; for round.lua.
+--
+-- The worker has judged each set of requirements when it first saw it. Here it is only looked at which of their
+-- sublists have jobs, which of these fit what the worker has free, and whose turn it is:
+--   - the level with the highest PRIORITY + NEGLECT / ageing, where neglect is the time since it last gave out a
+--     job or, if that is less, since its first job waits: strict order, yet now and then a job of those below;
+--   - within a level the list whose first job waits longest; the plain list is one of level 0;
+--   - what does not fit is passed over. Where its first job has waited too long, one worker holds room for it,
+--     and fills only what it has beyond that.
+local BATCH_MS = 1000 -- jobs that came so close together are taken in one go, whosever turn it would be
+local PAGE, PAGES = 16, 64 -- heads of a level read at once: at first, and before ours are asked for by name
+local MANY = 1e9
+
+local place = {}
+local left            -- what the worker has free, as far as this call knows: slots, ahead, cpus (1/1000), mebibytes
+local touched = {}    -- lists that were looked at: since when their first job waits, or false
+local needs = {}
+
+-- What a job counts, as fleet/placement.py packs it: MILLICPUS,MIB,KIND. Kinds: a as a plain job, begun or claimed
+-- ahead; r takes room; g also GPUs, which are free; G which are not; x the whole worker.
+local function need_of(text)
+  if not needs[text] then
+    local cpus, mebibytes, kind = string.match(text, '^(%d+),(%d+),(%a)$')
+    needs[text] = {cpus = tonumber(cpus), mebibytes = tonumber(mebibytes), kind = kind}
+  end
+  return needs[text]
+end
+
+-- How many jobs can begin at once. The GPUs of a second one would have to be counted by the worker.
+local function fitting(need)
+  local kind, most = need.kind, left.slots
+  if kind == 'G' or (kind == 'g' and left.gpus_given) or (kind == 'x' and left.in_use) then
+    return 0
+  end
+  if need.cpus > 0 then
+    most = math.min(most, math.floor(left.cpus / need.cpus))
+  end
+  if need.mebibytes > 0 then
+    most = math.min(most, math.floor(left.mebibytes / need.mebibytes))
+  end
+  return (kind == 'g' or kind == 'x') and math.min(most, 1) or most
+end
+
+local function ahead_of(need)
+  return need.kind == 'a' and left.ahead or 0
+end
+
+local function subtract(need, jobs)
+  left.slots = math.max(0, left.slots - jobs)
+  left.cpus = math.max(0, left.cpus - jobs * need.cpus)
+  left.mebibytes = math.max(0, left.mebibytes - jobs * need.mebibytes)
+  left.gpus_given = left.gpus_given or need.kind == 'g' or need.kind == 'G'
+  left.in_use = true
+  if need.kind == 'x' then
+    left.slots, left.ahead = 0, 0
+  end
+end
+
+-- --- heads ---------------------------------------------------------------------------------------
+
+-- Of all of a level that wait, those that the worker may take: digest, since, and so on.
+local function ours(level)
+  local digests, rows, flat = {}, {}, {}
+  for digest in string.gmatch(level.known, ';(%w+)=') do
+    digests[#digests + 1] = digest
+  end
+  for from = 1, #digests, MOST_ARGUMENTS do
+    local some = {unpack(digests, from, math.min(from + MOST_ARGUMENTS - 1, #digests))}
+    for i, since in ipairs(redis.pcall('ZMSCORE', level.heads, unpack(some))) do
+      if since then
+        rows[#rows + 1] = {some[i], tonumber(since)}
+      end
+    end
+  end
+  table.sort(rows, function(a, b) return a[2] < b[2] end)
+  for _, row in ipairs(rows) do
+    flat[#flat + 1], flat[#flat + 2] = row[1], row[2]
+  end
+  return flat
+end
+
+local function insert(level, list)
+  local found, at = level.found, #level.found + 1
+  while at > level.at and found[at - 1].since > list.since do
+    at = at - 1
+  end
+  table.insert(found, at, list)
+end
+
+local function add(level, rows)
+  for i = 1, #rows, 2 do
+    local queue = level.base .. '@' .. rows[i]
+    local _, at = string.find(level.known, ';' .. rows[i] .. '=', 1, true)
+    if at and not level.passed[queue] then
+      local need = string.sub(level.known, at + 1, string.find(level.known, ';', at, true) - 1)
+      level.found[#level.found + 1] = {queue = queue, need = need_of(need), since = tonumber(rows[i + 1])}
+    end
+  end
+end
+
+-- The lists of a level, the one whose first job waits longest first; not those passed over.
+local function read(level)
+  level.found, level.at = {}, 1
+  repeat
+    local rows = level.page > PAGES and ours(level)
+      or redis.pcall('ZRANGE', level.heads, 0, level.page - 1, 'WITHSCORES')
+    level.is_whole = level.page > PAGES or #rows < 2 * level.page
+    level.page = 4 * level.page
+    add(level, rows)
+  until level.is_whole or #level.found > 0
+  if level.plain and not level.passed[level.base] then
+    local since = look_at_head(level.base)
+    touched[level.base] = since or false
+    if since then
+      insert(level, {queue = level.base, need = level.plain, since = since})
+    end
+  end
+end
+
+-- Its next list, or nil.
+local function first_of(level)
+  if not level.found or (level.at > #level.found and not level.is_whole) then
+    read(level)
+  end
+  return level.found[level.at]
+end
+
+-- --- taking --------------------------------------------------------------------------------------
+
+-- Up to `most` jobs of a list, none that came after `latest`. Returns how many, and since when the next waits.
+local function take(list, most, latest)
+  local now = fitting(list.need)
+  local given = left.claim(list.queue, math.min(most, now + ahead_of(list.need)), now, latest)
+  if given > 0 then
+    subtract(list.need, math.min(given, now))
+    left.ahead = math.max(0, left.ahead - math.max(0, given - now))
+  end
+  local since = look_at_head(list.queue)
+  touched[list.queue] = since or false
+  return given, since
+end
+
+-- Hold room for the first job of a list, unless another worker does.
+local function hold(queue)
+  local holder = key('reserved', queue)
+  if redis.call('SET', holder, left.worker, 'NX', 'PX', left.hold_ms) then
+    return true
+  end
+  return redis.call('GET', holder) == left.worker and redis.call('PEXPIRE', holder, left.hold_ms) == 1
+end
+
+local function reserve(queue, need)
+  left.reserved, left.ahead = queue, 0
+  subtract(need, 1)
+end
+
+-- It does not fit. Nothing is claimed ahead of what fits as soon as the next job ends.
+local function pass_over(level, list)
+  local need = list.need
+  level.at, level.passed[list.queue] = level.at + 1, true
+  if need.kind ~= 'a' and need.kind ~= 'x' and need.cpus <= left.next_cpus and need.mebibytes <= left.mebibytes then
+    left.ahead = 0
+  end
+  local waits_for_room = need.kind ~= 'a' or left.slots > 0
+  if waits_for_room and NOW_MS - list.since >= left.reserve_ms and left.reserved == '' then
+    local since = look_at_head(list.queue) -- it may have been taken away
+    if since and NOW_MS - since >= left.reserve_ms and hold(list.queue) then
+      reserve(list.queue, need)
+    end
+  end
+end
+
+-- Take from the first list of a level, or pass it over.
+local function serve(level, most)
+  local list, second = first_of(level), level.found[level.at + 1]
+  if fitting(list.need) + ahead_of(list.need) < 1 then
+    pass_over(level, list)
+    return
+  end
+  local given, since = take(list, most, second and second.since + BATCH_MS)
+  level.at = level.at + 1
+  if given > 0 then
+    level.served, level.is_served = NOW_MS, true
+  end
+  if since and given == 0 and since <= list.since then
+    level.passed[list.queue] = true -- a job that may not be claimed ahead
+  elseif since then
+    list.since = since
+    insert(level, list)
+  end
+end
+
+-- --- levels --------------------------------------------------------------------------------------
+
+-- The levels of a base of which the worker satisfies sets, and level 0: `known` is what it packed,
+-- PRIORITY;DIGEST=NEED;DIGEST=NEED;|PRIORITY;...
+local function levels_of(base, known, plain)
+  local levels, priorities = {}, {}
+  local function open(priority, text)
+    levels[#levels + 1] = {priority = tonumber(priority), base = base, known = text, passed = {},
+      heads = key('heads', base, priority), page = PAGE, plain = priority == '0' and plain}
+    priorities[#levels] = priority
+  end
+  for priority, text in string.gmatch(known, '(-?%d+)(;[^|]*)') do
+    open(priority, text)
+  end
+  if not string.find('|' .. known, '|0;', 1, true) then
+    open('0', ';')
+  end
+  local served = try('HMGET', key('served', base), unpack(priorities)) or {}
+  for i, level in ipairs(levels) do
+    level.served, level.is_served = tonumber(served[i] or NOW_MS) or NOW_MS, not served[i]
+  end
+  return levels
+end
+
+local function score(level)
+  local list = first_of(level)
+  local neglect = list and math.max(0, NOW_MS - math.max(level.served, list.since))
+  return list and level.priority + neglect / left.ageing_ms
+end
+
+-- Whose turn it is, and how many jobs in a row: one that comes before its better waits for another turn.
+local function best_of(levels)
+  local best, highest
+  for _, level in ipairs(levels) do
+    local its = score(level)
+    if its and (not best or its > highest) then
+      best, highest = level, its
+    end
+  end
+  for _, level in ipairs(best and levels or {}) do
+    if level.priority > best.priority and first_of(level) then
+      return best, 1
+    end
+  end
+  return best, MANY
+end
+
+-- Claim from the lists of a base.
+function place.claim_from(base, known)
+  local levels = levels_of(base, known, left.plain)
+  while left.slots > 0 or left.ahead > 0 do
+    local level, most = best_of(levels)
+    if not level then
+      break
+    end
+    serve(level, most)
+  end
+  local served = {}
+  for _, level in ipairs(levels) do
+    if level.is_served then
+      served[#served + 1], served[#served + 2] = level.priority, digits[level.served]
+    end
+  end
+  if #served > 0 then
+    try('HSET', key('served', base), unpack(served))
+  end
+end
+
+-- The list for which this worker holds room comes before all others; the room goes once a job of it was given,
+-- or others took them.
+local function serve_reserved(queue, need)
+  local base = string.match(queue, '^[^@]*')
+  local waits = redis.pcall('LLEN', key('queue', queue))
+  local is_ours = waits ~= 0 and type(waits) == 'number' and redis.call('SISMEMBER', K.PAUSED, base) == 0 and hold(queue)
+  if is_ours and (fitting(need) == 0 or take({queue = queue, need = need}, 1) == 0) then
+    reserve(queue, need)
+  elseif redis.call('GET', key('reserved', queue)) == left.worker then
+    redis.call('DEL', key('reserved', queue))
+  end
+end
+
+local function words_of(text)
+  local words = {}
+  for word in string.gmatch(text, '%S+') do
+    words[#words + 1] = word
+  end
+  return words
+end
+
+-- `text`: what the worker has free, and what jobs count there, as fleet/placement.py packs it. `claim` is
+-- given a list, how many jobs are wanted of it, how many of these begin at once, and the latest that counts, ms.
+function place.begin(text, worker, slots, ahead, claim)
+  local cpus, mebibytes, next_cpus, in_use, plain, ageing, reserve_ms, hold_ms, held, need =
+    unpack(words_of(text))
+  left = {worker = worker, slots = slots, ahead = ahead, claim = claim, cpus = tonumber(cpus),
+    mebibytes = tonumber(mebibytes), next_cpus = tonumber(next_cpus), in_use = in_use == '1', plain = need_of(plain),
+    ageing_ms = tonumber(ageing), reserve_ms = tonumber(reserve_ms), hold_ms = tonumber(hold_ms), reserved = ''}
+  if held then
+    serve_reserved(held, need_of(need))
+  end
+end
+
+-- The worker took tokens of these lists: they may be unknown among the heads, and must be rung for again if
+-- this call leaves jobs in them.
+function place.heed(popped)
+  for _, queue in ipairs(words_of(popped)) do
+    if redis.call('SISMEMBER', K.PAUSED, string.match(queue, '^[^@]*')) == 0 then
+      touched[queue] = look_at_head(queue) or false
+    end
+  end
+end
+
+-- Returns 1 if more may fit, for which the worker must count its GPUs anew, and the list for which it holds room.
+function place.finish()
+  for queue, since in pairs(touched) do
+    if since then
+      ring(queue)
+    else
+      redis.call('DEL', key('wake', queue))
+    end
+  end
+  return left.gpus_given and left.slots > 0 and 1 or 0, left.reserved
+end

@@ -1,0 +1,225 @@
+"""Which jobs this worker may be given: the sets of requirements that it satisfies, and what fits now.
+
+A set is judged when it is first seen. With a claim goes what that came to, packed for the scripts
+(broker/scripts/_place.lua), and what is free; a worker that satisfies no set says nothing, and pays nothing.
+For one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from broker import clock
+from broker.requirements import SEPARATOR, Offer, Requirements
+from broker.sets import Known, News
+from broker.work import NO_PLACES, Places
+from broker.worker_settings import WorkerSettings
+from fleet.room import Grant, Room, mebibytes_of
+
+#: a reservation holds for so many beats; each claim renews it
+_HOLD_BEATS = 2
+_FOREVER = float("inf")
+
+
+@dataclass(frozen=True)
+class _Mine:
+    """A sublist that the worker satisfies, and what a job of it counts: in thousandths of a CPU, and MiB."""
+
+    base: str
+    digest: str
+    need: Requirements
+    milli_cpus: int
+    mebibytes: int
+
+
+class NoRoom(Exception):
+    """A job came for which there is no room any more; another worker may have some."""
+
+
+class Placement:
+    """The worker's side of placement; `room` is shared with nobody."""
+
+    def __init__(self, bases: Sequence[str], offer: Offer, room: Room, settings: WorkerSettings) -> None:
+        self._bases = tuple(bases)
+        self._offer = offer
+        self.room = room
+        self._settings = settings
+        self._known: dict[str, dict[str, Requirements]] = {base: {} for base in bases}
+        self._mine: dict[str, _Mine] = {}
+        #: of the sets that it knows
+        self.version = 0
+        #: the list for whose first job room is held, or ''
+        self.held = ""
+        self._packed: Mapping[str, str] | None = None
+        #: when the first of its sets asks for more time than is left, seconds of the epoch
+        self._until = _FOREVER
+
+    # --- sets ------------------------------------------------------------------------------------
+
+    def learn(self, found: Known) -> None:
+        """Forget what was known, and know these."""
+        self.version = found.version
+        self._known = {base: dict(found.sets.get(base, {})) for base in self._bases}
+        self._judge()
+
+    def hear(self, news: News) -> bool:
+        """One more set. False: something was missed, and all must be read anew."""
+        if news.version != self.version + 1:
+            return news.version <= self.version
+        self.version = news.version
+        if news.base in self._known:
+            self._known[news.base][news.digest] = news.need
+            self._judge_one(news.base, news.digest, news.need, clock.wall().timestamp())
+        return True
+
+    def offer(self, offer: Offer) -> None:
+        """The worker is something else from now on: its labels have changed."""
+        self._offer = offer
+        self._judge()
+
+    def _judge(self) -> None:
+        self._mine, self._until, now = {}, _FOREVER, clock.wall().timestamp()
+        for base, sets in self._known.items():
+            for digest, need in sets.items():
+                self._judge_one(base, digest, need, now)
+
+    def _judge_one(self, base: str, digest: str, need: Requirements, now: float) -> None:
+        self._packed = None
+        if not need.matches(self._offer, now):
+            return
+        cost = self.room.milli_cpus_of(need), mebibytes_of(need)
+        self._mine[f"{base}{SEPARATOR}{digest}"] = _Mine(base, digest, need, *cost)
+        if need.time_seconds and self._offer.ends_at is not None:
+            self._until = min(self._until, self._offer.ends_at - need.time_seconds)
+
+    def _keep_time(self) -> None:
+        """Drop the sets for which too little is left of this worker's life."""
+        if clock.wall().timestamp() > self._until:
+            self._judge()
+
+    # --- claims ----------------------------------------------------------------------------------
+
+    def places(self, popped: Iterable[str]) -> Places:
+        """What to say with a claim; `popped`: lists of which tokens were taken."""
+        self._keep_time()
+        if not self._mine:
+            return NO_PLACES
+        if self._packed is None:
+            self._packed = {base: self._pack(base) for base in self._bases}
+        return Places(self._free(), tuple(popped), self._packed)
+
+    def _pack(self, base: str) -> str:
+        levels: dict[int, list[str]] = {}
+        for mine in self._mine.values():
+            if mine.base == base:
+                entry = f"{mine.digest}={mine.milli_cpus},{mine.mebibytes},{self._kind(mine.need)};"
+                levels.setdefault(mine.need.priority, []).append(entry)
+        return "|".join(f"{priority};{''.join(entries)}" for priority, entries in levels.items())
+
+    def _kind(self, need: Requirements) -> str:
+        """As _place.lua has it."""
+        if not need.takes_room():
+            return "a"
+        if need.exclusive:
+            return "x"
+        if need.gpus:
+            return "g" if self._gpus_fit(need) else "G"
+        return "r"
+
+    def _gpus_fit(self, need: Requirements) -> bool:
+        held = self._mine.get(self.held)
+        if not held or held.need == need or not held.need.gpus:
+            return self.room.gpus_fit(need)
+        whole = sum(share == 1 for share in self.room.free().gpus)
+        return self.room.gpus_fit(need) and need.gpus + held.need.gpus <= whole
+
+    def _free(self) -> str:
+        """The first argument of place.begin."""
+        free, plain = self.room.free(), self.room.plain_milli_cpus
+        words = [
+            free.milli_cpus,
+            free.mebibytes,
+            free.milli_cpus + plain * bool(self.room.plain),
+            int(self.room.is_used),
+            f"{plain},0,a",
+            int(self._settings.priority_ageing_seconds * 1000),
+            int(self._settings.reserve_after_seconds * 1000),
+            int(self._settings.heartbeat_seconds * 1000 * _HOLD_BEATS),
+        ]
+        if held := self._mine.get(self.held):
+            words += [self.held, f"{held.milli_cpus},{held.mebibytes},{self._kind(held.need)}"]
+        return " ".join(map(str, words))
+
+    def hold(self, queue: str) -> bool:
+        """Room is to be held for the first job of that list; '': for none. Says whether that is new."""
+        if queue == self.held:
+            return False
+        self.held, self._packed = queue, None
+        return True
+
+    # --- waiting ---------------------------------------------------------------------------------
+
+    def lists(self) -> tuple[str, ...]:
+        """The lists of which one more job could begin now: tokens of others would be of no use."""
+        if not self._mine:
+            return self._bases
+        self._keep_time()
+        return tuple(self._fitting())
+
+    def _fitting(self) -> Iterator[str]:
+        free = self.room.free()
+        slots, milli_cpus, mebibytes = free.slots, free.milli_cpus, free.mebibytes
+        if held := self._mine.get(self.held):
+            slots, milli_cpus, mebibytes = slots - 1, milli_cpus - held.milli_cpus, mebibytes - held.mebibytes
+            if held.need.exclusive:
+                return
+        if slots < 1:
+            return
+        if self.room.plain_milli_cpus <= milli_cpus:
+            yield from self._bases
+        for queue, mine in self._mine.items():
+            if mine.milli_cpus <= milli_cpus and mine.mebibytes <= mebibytes and self._is_open_to(mine.need):
+                yield queue
+
+    def _is_open_to(self, need: Requirements) -> bool:
+        if need.exclusive:
+            return not self.room.is_used
+        return not need.gpus or self._gpus_fit(need)
+
+    # --- jobs ------------------------------------------------------------------------------------
+
+    def count(self, jobs: int) -> None:
+        """So many jobs run here, or are held to run."""
+        self.room.plain = max(0, jobs - len(self.room))
+
+    def take(self, lease: str, queue: str) -> Grant | None:
+        """Take room for a job of that list; None where it counts as any other. Raises NoRoom."""
+        if SEPARATOR not in queue:
+            return None
+        base, _, digest = queue.partition(SEPARATOR)
+        need = self._known.get(base, {}).get(digest)
+        if need is None or not need.takes_room():
+            return None
+        self._forget_gpus()
+        try:
+            return self.room.take(lease, need)
+        except ValueError as exc:
+            raise NoRoom(str(exc)) from exc
+
+    def give_back(self, lease: str) -> None:
+        """The job has ended, or will not begin here."""
+        if lease in self.room:
+            self.room.give_back(lease)
+            self._forget_gpus()
+
+    def _forget_gpus(self) -> None:
+        """Those that were packed as free may be so no longer, and the other way round."""
+        if self._offer.gpus:
+            self._packed = None
+
+    def free(self) -> Mapping[str, object]:
+        """What is left, for the worker's record."""
+        free = self.room.free()
+        whole = sum(share == 1 for share in free.gpus)
+        return {"slots": free.slots, "cpus": free.cpus, "memory_bytes": free.memory_bytes, "gpus": whole}
