@@ -141,14 +141,17 @@ def no_two_leases(evidence: Evidence) -> Found:
 
 
 def dependents_wait(evidence: Evidence) -> Found:
-    """7. A dependent starts only after its condition is met."""
+    """7. A dependent starts only after its condition is met, and fails without a run only if it cannot be."""
     states: dict[str, JobState] = {}
     for _, together in groupby(evidence.changes, key=lambda change: change.step):
         changes = list(together)  # the end of a parent and the claim of what waited for it may be one step
         states.update((change.job, change.after) for change in changes)
         for change in changes:
+            intent = evidence.intents.get(change.job, {})
             if change.given:
-                yield from _unmet(change, evidence.intents.get(change.job, {}), states)
+                yield from _unmet(change, intent, states)
+            if change.after.status == "failed" != change.before.status and not change.records:
+                yield from _unblamed(change, intent, states)
 
 
 def the_worker_is_fit(evidence: Evidence) -> Found:
@@ -233,6 +236,15 @@ def _unmet(change: Change, intent: Event, states: Mapping[str, JobState]) -> Fou
         status = states[parent].status if parent in states else "unknown"
         if not (status == "finished" or (status == "failed" and intent.get("allow_failure"))):
             yield Violation(7, change.job, f"given out while {parent} was {status}", (change,))
+    for parent in intent.get("after_any", ()):
+        if parent not in states or not states[parent].is_terminal:
+            yield Violation(7, change.job, f"given out before {parent} had ended", (change,))
+
+
+def _unblamed(change: Change, intent: Event, states: Mapping[str, JobState]) -> Found:
+    found = [states[parent] for parent in intent.get("after", ()) if parent in states]
+    if not any(parent.is_terminal and parent.status != "finished" for parent in found):
+        yield Violation(7, change.job, "failed for a job that it waits for, and none of them did", (change,))
 
 
 def _is_sound(place: str) -> bool:

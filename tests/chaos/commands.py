@@ -15,6 +15,11 @@ def work(seconds: float = 0.0) -> tuple[str, ...]:
     return ("sh", "-c", f"{_NOTE} note start; {ticks} note end")
 
 
+def fail() -> tuple[str, ...]:
+    """Fail, always."""
+    return ("sh", "-c", f"{_NOTE} note start; note end; exit 3")
+
+
 def fail_at_first() -> tuple[str, ...]:
     """Fail in the first run, as told by a file beside the history."""
     script = f'{_NOTE} note start; mark="$CHAOS_HISTORY.$FLEET_JOB_ID"; note end; '

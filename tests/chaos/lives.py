@@ -13,7 +13,7 @@ import redis
 
 from broker.command import Command
 from broker.session import retire
-from broker.submit import Options, submit_commands
+from broker.submit import Options, Submission, submit_all, submit_commands
 from tests.chaos import commands, journal, story
 from tests.chaos.evidence import Evidence
 from tests.chaos.failpoints import HOWS
@@ -23,7 +23,7 @@ from tests.chaos.roles import depend
 
 #: lives lived side by side, each in a database of its own
 _AT_ONCE = 24
-_KINDS = ("plain", "long", "retried", "dependent")
+_KINDS = ("plain", "long", "retried", "dependent", "failing", "hopeless", "anyway")
 _LONGEST_SECONDS = 150.0
 
 
@@ -99,8 +99,13 @@ class Life:
             assert retire(client, self.name, ["default"])
 
     def _submit(self, client: redis.Redis) -> None:
-        plain, long, retried, dependent = self.ids
-        more: dict[str, dict[str, Any]] = {retried: {"retries": 1}, dependent: {"after": [plain]}}
+        plain, long, retried, dependent, failing, hopeless, anyway = self.ids
+        more: dict[str, dict[str, Any]] = {
+            retried: {"retries": 1},
+            dependent: {"after": [plain]},
+            hopeless: {"after": [failing]},
+            anyway: {"after": [plain], "after_any": [hopeless]},
+        }
         for job in self.ids:
             own = {"retries": 0} | more.get(job, {})
             self.harness.history.note("intent", job=job, queue="default", **own)
@@ -109,6 +114,14 @@ class Life:
         once_more = Options(retries=1, retry_delay_seconds=0.6)
         submit_commands(client, "default", [(retried, Command(commands.fail_at_first()))], once_more)
         depend(client, "default", plain, dependent)
+        tree = [
+            Submission(Command(commands.fail()), job_id=failing),
+            Submission(Command(commands.work()), Options(after=(failing,)), job_id=hopeless),
+            Submission(
+                Command(commands.work()), Options(after=(plain,), after_any=(hopeless,)), job_id=anyway
+            ),
+        ]
+        submit_all(client, tree)
         self.harness.history.note("ack", jobs=self.ids)
 
 

@@ -27,7 +27,7 @@ from broker.command import FUNCTION, Command
 from broker.connection import connect
 from broker.errors import Conflict
 from broker.queue import Queue
-from broker.submit import Options, submit_commands
+from broker.submit import Options, Submission, submit_all
 from tests.chaos import commands, witness
 from tests.chaos.failpoints import Failpoints
 from tests.chaos.history import VARIABLE, History
@@ -77,7 +77,7 @@ class _Submitter:
         self._serial = 0
 
     def run(self) -> None:
-        kinds = (self._commands, self._functions, self._retried, self._dependents)
+        kinds = (self._commands, self._functions, self._retried, self._dependents, self._trees)
         while self._left > 0:
             batch = min(self._left, self._random.randint(1, self._order["batch"]))
             kind = self._random.choices(kinds, self._order["shares"])[0]
@@ -91,27 +91,36 @@ class _Submitter:
         self._history.note("intent", job=job, queue=queue, **({"retries": 0, "after": []} | more))
         return job
 
+    def _some(self, ids: list[str]) -> list[str]:
+        """Two at most, of the last ones."""
+        recent = ids[-6:]
+        return self._random.sample(recent, min(len(recent), self._random.randint(0, 2)))
+
     def _seconds(self) -> float:
         """How long a job is to run: most end at once."""
         return self._random.choice((0.1, 0.3, 0.6)) if self._random.random() < self._order["slow"] else 0.0
 
     def _commands(self, queue: str, count: int) -> int:
-        rows = [(self._intend(queue), Command(commands.work(self._seconds()))) for _ in range(count)]
-        self._insist(queue, rows, Options())
+        rows = [self._command(queue, commands.work(self._seconds())) for _ in range(count)]
+        self._insist(rows)
         return count
+
+    def _command(self, queue: str, argv: tuple[str, ...], **options: Any) -> Submission:
+        job = self._intend(queue, retries=options.get("retries", 0))
+        return Submission(Command(argv), Options(**options), queue, job)
 
     def _retried(self, queue: str, count: int) -> int:
-        rows = [(self._intend(queue, retries=2), Command(commands.fail_at_first())) for _ in range(count)]
-        self._insist(queue, rows, Options(retries=2, retry_delay_seconds=self._random.choice((0.0, 1.0))))
+        how = {"retries": 2, "retry_delay_seconds": self._random.choice((0.0, 1.0))}
+        self._insist([self._command(queue, commands.fail_at_first(), **how) for _ in range(count)])
         return count
 
-    def _insist(self, queue: str, rows: list[tuple[str, Command]], options: Options) -> None:
+    def _insist(self, rows: list[Submission]) -> None:
         """One atomic batch; asked for again it is refused only because it is in."""
         while True:
             with suppress(redis.RedisError, OSError):
                 with suppress(Conflict):
-                    submit_commands(self._client, queue, rows, options)
-                self._history.note("ack", jobs=[job for job, _ in rows])
+                    submit_all(self._client, rows)
+                self._history.note("ack", jobs=[row.job_id for row in rows])
                 return
             time.sleep(0.2)
 
@@ -140,6 +149,24 @@ class _Submitter:
         if self._try([first], lambda: plain.enqueue("chaos_jobs.work", 0.0, **how)):
             second = self._intend(queue, after=[first])
             self._try([second], lambda: depend(self._client, queue, first, second))
+
+    def _trees(self, queue: str, count: int) -> int:
+        """Commands that wait for one another, in any queue, and for a job of plain RQ; some of them fail."""
+        plain = rq.Queue(queue, connection=self._client)
+        first = self._intend(queue, retries=2)
+        how: dict[str, Any] = {"job_id": first, "retry": rq.Retry(max=2), "result_ttl": 604800}
+        ids = [first] if self._try([first], lambda: plain.enqueue("chaos_jobs.work", 0.0, **how)) else []
+        rows = []
+        for _ in range(count):
+            after, other = self._some(ids), self._random.choice(self._order["queues"])
+            after_any = [job for job in self._some(ids) if job not in after]
+            job = self._intend(other, after=after, after_any=after_any)
+            argv = commands.fail() if self._random.random() < 0.2 else commands.work(self._seconds())
+            options = Options(after=tuple(after), after_any=tuple(after_any))
+            rows.append(Submission(Command(argv), options, other, job))
+            ids.append(job)
+        self._insist(rows)
+        return 1 + count
 
     def _try(self, ids: list[str], submit: Callable[[], Any]) -> int:
         try:

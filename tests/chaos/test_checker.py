@@ -363,6 +363,21 @@ def test_7_a_dependent_that_starts_though_its_parent_failed() -> None:
     assert not objections(evidence([intent("a"), allowed, ack("a", "d")], steps))
 
 
+def test_7_what_may_wait_for_any_end_waits_for_it() -> None:
+    wants = [intent("a"), intent("d", after_any=["a"]), ack("a", "d")]
+    early = [submitted("a"), claimed("a", 1), *whole("d", 2), failed("a", 1)]
+    assert objections(evidence(wants, early)) == {7}
+    assert not objections(evidence(wants, [submitted("a"), claimed("a", 1), failed("a", 1), *whole("d", 2)]))
+
+
+def test_7_a_job_fails_only_for_one_that_failed() -> None:
+    wants = [intent("a"), intent("d", after=["a"]), ack("a", "d")]
+    gone = step("ZREM rq:deferred:default d", "HSET rq:job:d status failed", "ZADD rq:failed:default 1 d")
+    begun = [submitted("a"), deferred("d"), claimed("a", 1)]
+    assert objections(evidence(wants, [*begun, gone, failed("a", 1)])) == {7}
+    assert not objections(evidence(wants, [*begun, failed("a", 1) + gone]))
+
+
 @pytest.mark.parametrize("asked", [{"queue": "gpu"}, {"labels": {"gpu": "a*"}}])
 def test_8_a_job_at_a_worker_that_is_not_fit_for_it(asked: dict[str, Any]) -> None:
     found = good()
