@@ -152,7 +152,7 @@ class Index:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 index.asked.set()
-                index.may_answer.wait(60)
+                index.may_answer.wait(150)
                 self.send_response(200)
                 self.send_header(
                     "Content-Type", "text/html" if self.path.endswith("/") else "application/zip"
@@ -202,7 +202,7 @@ def test_an_install_killed_midway_is_mended_by_the_next_though_its_pip_goes_on(f
 
     async def killed(launcher: SshLauncher) -> None:
         installing = asyncio.create_task(launcher.install(bundle))
-        await asyncio.to_thread(index.asked.wait, 60)
+        await asyncio.to_thread(index.asked.wait, 150)
         (agent_there,) = agents(host)
         agent_there.kill()
         with pytest.raises(base.HostError):
@@ -226,7 +226,7 @@ def test_a_connection_cut_midway_lets_the_install_end_and_the_next_finds_it(farm
 
     async def cut(launcher: SshLauncher) -> None:
         installing = asyncio.create_task(launcher.install(bundle))
-        await asyncio.to_thread(index.asked.wait, 60)
+        await asyncio.to_thread(index.asked.wait, 150)
         await asyncio.to_thread(host.stop)
         with pytest.raises(base.Disconnected):
             await installing
@@ -324,7 +324,7 @@ def test_an_interrupt_while_wheels_are_gathered_leaves_nothing(index, tmp_path, 
         found = await LocalLauncher().probe()
         bundle = tiny_bundle("one", requires=DEPENDENCY)
         gathering = asyncio.create_task(Wheelhouses(tmp_path / "cache").for_host(bundle, found))
-        await asyncio.to_thread(index.asked.wait, 60)
+        await asyncio.to_thread(index.asked.wait, 150)
         gathering.cancel()
 
     asyncio.run(interrupted())

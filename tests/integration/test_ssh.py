@@ -85,7 +85,7 @@ def test_what_is_no_ssh_server_is_told(farm, spawn, eventually, free_port):
     farm.alias("web", port)
     eventually(lambda: listens(port))
     with pytest.raises(base.ConnectError, match=r"broke off|SSH") as caught:
-        probe(farm, "web", connect_timeout_seconds=5)
+        probe(farm, "web", connect_timeout_seconds=60)
     assert not isinstance(caught.value, base.Refused)
 
 
@@ -417,7 +417,7 @@ def test_two_hosts_with_one_folder_stop_at_the_same_time(farm, spawn, tmp_path):
     async def stop(name: str) -> str:
         launcher = await open_launcher(Address(name), SshOptions(config=farm.config))
         try:
-            (stopped,) = await launcher.stop(str(run.parent), name, grace_seconds=60)
+            (stopped,) = await launcher.stop(str(run.parent), name, grace_seconds=150)
         finally:
             await launcher.close()
         return stopped.how
@@ -427,7 +427,7 @@ def test_two_hosts_with_one_folder_stop_at_the_same_time(farm, spawn, tmp_path):
 
     began = time.monotonic()
     assert asyncio.run(both()) == ["stopped", "stopped"], "each ended only as the other was told to"
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 150
 
 
 def test_a_forced_stop_does_not_sit_out_the_grace_of_another_and_a_start_waits(farm, spawn, eventually):

@@ -24,6 +24,8 @@ NAMES = tuple(f"node{number:02}" for number in range(1, 21))
 DOWN, OLD, BARE, FULL = "node04", "node08", "node12", "node16"
 GOOD = tuple(name for name in NAMES if name not in (DOWN, OLD, BARE, FULL))
 JOBS = 200
+#: half of the workers are lost, and no other is
+_LEASE = {"FLEET_WORKER__LEASE_SECONDS": "10"}
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def test_each_of_twenty_hosts_gets_what_is_right_for_it_and_half_of_them_may_die
     old, missing = python_with("0.0.9", tmp_path / "old"), tmp_path / "later/python3"
     hosts = lines_for({OLD: old, BARE: str(missing)})
 
-    first = fleet("up", *hosts, options=("--no-install", "--python", PYTHON))
+    first = fleet("up", *hosts, options=("--no-install", "--python", PYTHON), env=_LEASE)
     assert first.returncode == 3, first.stdout + first.stderr
     told = {line.split()[0]: line for line in first.stdout.splitlines() if not line.startswith(" ")}
     assert all(f"started: {name}-0" in told[name] for name in GOOD)
@@ -87,7 +89,8 @@ def test_each_of_twenty_hosts_gets_what_is_right_for_it_and_half_of_them_may_die
     missing.parent.mkdir()
     missing.symlink_to(PYTHON)
     mount("remount,size=64m", disk)
-    again = fleet("up", *lines_for({}), options=("--no-install", "--python", PYTHON, "--json"))
+    options = ("--no-install", "--python", PYTHON, "--json")
+    again = fleet("up", *lines_for({}), options=options, env=_LEASE)
     assert again.returncode == 0, again.stdout + again.stderr
     found = rows(again)
     assert {name for name, row in found.items() if row["outcome"] == "running"} == set(GOOD)
@@ -102,7 +105,7 @@ def test_each_of_twenty_hosts_gets_what_is_right_for_it_and_half_of_them_may_die
     eventually(lambda: len(list(board.iterdir())) >= JOBS // 10)
     for name in NAMES[::2]:
         os.kill(pids(found)[f"{name}-0"], signal.SIGKILL)
-    eventually(lambda: states(redis_client, ids) == {"finished"}, timeout_seconds=60)
+    eventually(lambda: states(redis_client, ids) == {"finished"}, timeout_seconds=150)
     for job_id in ids:
         outcomes = [attempt.outcome for attempt in jobs.show(redis_client, job_id).attempts]
         assert outcomes.count("finished") == 1, (job_id, outcomes)

@@ -14,6 +14,7 @@ import pytest
 
 from broker import __version__, keys
 from tests.conftest import fleet_script
+from tests.integration.conftest import HASTY
 
 _WORKER = {
     *("name", "host", "pid", "state", "probe", "queues", "slots", "running", "labels", "version", "cpus"),
@@ -62,7 +63,7 @@ def test_finished_and_failed_jobs_are_counted(read, workers, submit, fleet, even
 
 
 def test_a_dead_worker_is_shown_offline(read, fleet, workers, eventually):
-    workers.kill(workers.start("w0"))
+    workers.kill(workers.start("w0", settings=HASTY))
     eventually(lambda: read("status")["workers"][0]["state"] == "offline")
     assert "offline" in fleet("status").stdout
 

@@ -71,7 +71,7 @@ class Broker(EmbeddedBroker):
         With appendfsync everysec Redis puts writes off while the disk is busy with an fsync.
         """
         with self.client() as client:
-            assert redis_server.wait_until(lambda: not client.info("persistence")["aof_buffer_length"], 10)
+            assert redis_server.wait_until(lambda: not client.info("persistence")["aof_buffer_length"], 60)
         self.kill_at_once()
 
     def kill_at_once(self) -> None:
@@ -79,7 +79,7 @@ class Broker(EmbeddedBroker):
         pid = self.folder.read_pid()
         if pid is not None and self.folder.is_locked():
             os.kill(pid, signal.SIGKILL)
-        assert redis_server.wait_until(lambda: not self.folder.is_locked(), 10), "it outlived SIGKILL"
+        assert redis_server.wait_until(lambda: not self.folder.is_locked(), 60), "it outlived SIGKILL"
 
 
 @pytest.fixture
