@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from broker import control, keys, status
+from tests.integration.conftest import HASTY
 
 
 def labels_of(workers: Any, name: str = "w0") -> dict[str, str]:
@@ -50,7 +51,7 @@ def test_a_worker_has_labels_of_its_own_beside_those_it_is_started_with(workers,
 
 
 def test_an_operator_is_heard_at_once_and_outranks_the_start(workers, told, shows):
-    slow = {"heartbeat_seconds": 20.0, "lease_seconds": 60.0}
+    slow = {"heartbeat_seconds": 300.0, "lease_seconds": 600.0}
     workers.start("w0", labels={"zone": "a"}, settings=slow)
     assert told({"zone": "b", "disk": "ssd"}) == {"disk": "ssd", "zone": "b"}
     shows(zone="b", disk="ssd")
@@ -63,7 +64,7 @@ def test_labels_hold_across_a_restart(workers, told, shows, number):
     first = workers.start("w0", labels={"zone": "a"})
     told({"zone": "b"})
     workers.kill(first, number)
-    first.wait(30)
+    first.wait(60)
     told({"disk": "ssd"})
     workers.start("w0", labels={"zone": "c"})
     shows(zone="b", disk="ssd")
@@ -92,7 +93,7 @@ def test_the_last_label_that_is_taken_away_does_not_come_back(workers, told, sho
 
 
 def test_forget_takes_them_along(workers, told, shows):
-    worker = workers.start("w0")
+    worker = workers.start("w0", settings=HASTY)
     told({"zone": "b"})
     workers.kill(worker)
     workers.until(lambda: control.forget(workers.client, "w0")[0] == "forgotten", "it is forgotten")

@@ -343,7 +343,7 @@ def test_workers_that_race_promise_nothing_twice(redis_url: str, redis_client: r
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(200)
     assert not faults
     assert sorted(given) == sorted(expected)
 

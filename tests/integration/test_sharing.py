@@ -58,10 +58,10 @@ def _ended(process: Any) -> bool:
 
 
 def test_a_worker_with_a_time_limit_ends_in_time_and_hands_back(workers, tmp_path):
-    began = time.monotonic()
-    worker = workers.start("w0", time_limit_seconds=6.0, settings={"stop_grace_seconds": 2.0})
     mark = tmp_path / "started"
     job = workers.submit("sh", "-c", f"touch {mark}; sleep 600")
+    began = time.monotonic()
+    worker = workers.start("w0", time_limit_seconds=10.0, settings={"stop_grace_seconds": 3.0})
     workers.until(mark.exists, "it runs")
 
     def drains() -> bool:
@@ -72,7 +72,7 @@ def test_a_worker_with_a_time_limit_ends_in_time_and_hands_back(workers, tmp_pat
     late = workers.submit("true")
     workers.until(lambda: _ended(worker), "it has ended")
     assert worker.returncode == 0
-    assert time.monotonic() - began >= 5.5
+    assert time.monotonic() - began >= 9.5
     assert [workers.state(one) for one in (job, late)] == ["queued", "queued"]
     workers.assert_clean()
 
