@@ -72,7 +72,7 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:sets:idle               hash    -          chores: sublist -> since when it has no job, ms
 
     our fields in rq:job:ID
-    fleet_lease      FENCE:EXECUTION of the attempt that holds the job; gone when it ended
+    fleet_lease      FENCE:EXECUTION of the attempt that holds the job; empty when it ended
     fleet_losses     times lost with a worker since it was submitted; gone when it ended
     fleet_stop       an operator's wish to stop it while it runs; gone when it ended
     fleet_retries    how many retries were asked for, known once one is used up; for `fleet retry`

@@ -268,15 +268,15 @@ def _own_address(client: redis.Redis) -> str:
 def _claims(rows: Sequence[Any], given: Sequence[bytes]) -> tuple[Claim, ...]:
     """The jobs of a round's reply, each with its hash as it is now."""
     changed = _pairs(given)
-    return tuple(
-        Claim(
-            job_id.decode(),
-            queue.decode(),
-            lease.decode(),
-            {**_pairs(flat), **changed, b"fleet_lease": lease, b"origin": queue},
-        )
-        for queue, job_id, lease, flat in rows
-    )
+    return tuple(_claim(row, changed) for row in rows)
+
+
+def _claim(row: Sequence[Any], changed: Mapping[bytes, bytes]) -> Claim:
+    queue, job_id, lease, flat = row
+    fields = _pairs(flat)
+    fields.update(changed)
+    fields[b"fleet_lease"], fields[b"origin"] = lease, queue
+    return Claim(job_id.decode(), queue.decode(), lease.decode(), fields)
 
 
 def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:

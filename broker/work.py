@@ -1,11 +1,14 @@
-"""What passes between a worker and Redis: a claim, the end of an attempt, a round of both."""
+"""What passes between a worker and Redis: a claim, the end of an attempt, a round of both.
+
+What is made for each job is a named tuple: a frozen dataclass takes three times as long.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from broker.usage import Usage
 
@@ -15,8 +18,7 @@ _compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 Outcome = Literal["finished", "failed", "stopped", "retry", "handed-back", "lost"]
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """A job given to this worker. `lease` is FENCE:EXECUTION; `fields` the job's hash as it is now."""
 
     job_id: str
@@ -35,8 +37,7 @@ class Claim:
         return self.lease.partition(":")[2]
 
 
-@dataclass(frozen=True)
-class Tails:
+class Tails(NamedTuple):
     """The last bytes of a job's output, and how many bytes there were in all."""
 
     stdout: bytes = b""
@@ -45,8 +46,7 @@ class Tails:
     stderr_end: int = 0
 
 
-@dataclass(frozen=True)
-class End:
+class End(NamedTuple):
     """The end of an attempt, as its worker reports it.
 
     `duration_seconds` is None where it never started; `callback_seconds` passed after it, before this

@@ -7,9 +7,8 @@ import signal
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fleet.executor_main import hand_over, pack
 from fleet.executor_process import Executor
@@ -20,8 +19,7 @@ _TAIL_LINES = 20
 _SLOW_SECONDS = 0.05
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How an execution ended.
 
     `return_value_b64` and `exc_string` are what RQ stores and shows: base64 of the serialised value
@@ -132,11 +130,11 @@ class Lane:
         """Whether what it runs has taken long enough to let nothing wait behind it."""
         return bool(self._line) and time.monotonic() - (self._line[0].begun_at or 0.0) > _SLOW_SECONDS
 
-    def add(self, execution: Execution, task: Mapping[str, Any], fields: Mapping[bytes, bytes]) -> None:
-        """One more, behind what is there; `send` lets the executor have it."""
+    def add(self, execution: Execution, task: dict[str, Any], fields: Mapping[bytes, bytes]) -> None:
+        """One more, behind what is there; `send` lets the executor have it. `task` gets its number."""
         self._number += 1
-        execution.number = self._number
-        self._unsent.append((self._number, pack({**task, "number": self._number}, fields)))
+        execution.number = task["number"] = self._number
+        self._unsent.append((self._number, pack(task, fields)))
         self._line.append(execution)
         if len(self._line) == 1:
             execution.begun_at = time.monotonic()
@@ -258,9 +256,8 @@ class Lane:
 def _told(end: Mapping[str, Any], blobs: Mapping[bytes, bytes]) -> Outcome:
     """The outcome in an executor's own words."""
     value, exc_string, retry = blobs.get(b"return_value"), blobs.get(b"exc_string"), end.get("retry")
-    death = _death(end["status"]) if end["kind"] == "died" else {}
     cpu_seconds, peak_bytes = end.get("used", (None, 0))
-    return Outcome(
+    outcome = Outcome(
         kind=end["kind"],
         duration_seconds=end["seconds"],
         callback_seconds=end.get("callback_seconds", 0.0),
@@ -271,8 +268,9 @@ def _told(end: Mapping[str, Any], blobs: Mapping[bytes, bytes]) -> Outcome:
         stdout_bytes=end.get("stdout", 0),
         stderr_bytes=end.get("stderr", 0),
         output_error=end.get("output_error"),
-        **({"exc_string": exc_string.decode() if exc_string else None} | death),
+        exc_string=exc_string.decode() if exc_string else None,
     )
+    return outcome._replace(**_death(end["status"])) if outcome.kind == "died" else outcome
 
 
 def _death(status: int | None) -> dict[str, Any]:

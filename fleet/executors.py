@@ -210,7 +210,7 @@ class ExecutorPool:
         self,
         job_id: str,
         fields: Mapping[bytes, bytes],
-        task: Mapping[str, Any],
+        task: dict[str, Any],
         targets: tuple[str | Path | None, str | Path | None],
         timeout_seconds: float | None,
     ) -> Execution:
@@ -223,14 +223,15 @@ class ExecutorPool:
         lane: Lane,
         job_id: str,
         fields: Mapping[bytes, bytes],
-        task: Mapping[str, Any],
+        task: dict[str, Any],
         targets: tuple[str | Path | None, str | Path | None],
         timeout_seconds: float | None,
     ) -> Execution:
         stdout, stderr = (None if path is None else str(path) for path in targets)
         limit = None if timeout_seconds is None else timeout_seconds + BACKSTOP_SECONDS
         execution = Execution(lane, job_id, (stdout, stderr), limit)
-        lane.add(execution, {**task, "id": job_id, "stdout": stdout, "stderr": stderr}, fields)
+        task |= {"id": job_id, "stdout": stdout, "stderr": stderr}
+        lane.add(execution, task, fields)
         return execution
 
     def _take(self) -> Lane:
@@ -281,14 +282,18 @@ class ExecutorPool:
 
     def _shortest(self) -> Lane | None:
         """The executor to line up behind: one that is running short jobs, and has a place left."""
-        lanes = [lane for lane in self._busy if len(lane) <= LINE and self._may_line_up(lane)]
-        return min(lanes, key=len, default=None) if self._config.mode == "warm" else None
+        if self._config.mode != "warm":
+            return None
+        shortest = min(self._busy, key=len, default=None)
+        if shortest is None or self._may_line_up(shortest):  # nearly always
+            return shortest
+        return min(filter(self._may_line_up, self._busy), key=len, default=None)
 
     def _may_line_up(self, lane: Lane) -> bool:
-        executor = lane.executor
-        if not executor.ready or executor.channel.wants_write or lane.is_slow():
+        executor, length = lane.executor, len(lane)
+        if length > LINE or not executor.ready or executor.channel.wants_write or lane.is_slow():
             return False
-        return not self._is_worn(executor, len(lane))
+        return not self._is_worn(executor, length)
 
     def _spawn(self) -> Executor:
         near, far = socket.socketpair()

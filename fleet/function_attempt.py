@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from broker import failures
 from broker.usage import Usage
@@ -85,7 +85,7 @@ class FunctionAttempt(Attempt):
     def _judged(self, outcome: Outcome) -> Outcome:
         """The death of an executor by a signal that we did not send."""
         reason = self.memory.verdict(Exit(None, outcome.signal, max_rss_bytes=outcome.peak_bytes))
-        return replace(outcome, exc_string=reason) if reason else outcome
+        return outcome._replace(exc_string=reason) if reason else outcome
 
     def output_ends(self) -> tuple[int, int]:
         execution = self.execution
@@ -118,12 +118,12 @@ def _limited(outcome: Outcome, limit: int) -> Outcome:
             f"ResultTooLarge: {size} bytes, more than worker.max_result_bytes; "
             "let the job write a file and return its path"
         )
-        return replace(outcome, kind="failed", return_value_b64=None, retry=None, exc_string=reason)
+        return outcome._replace(kind="failed", return_value_b64=None, retry=None, exc_string=reason)
     text = outcome.exc_string or ""
     if len(text) > limit:
         half = limit // 2
         cut = f"{text[:half]}\n... {len(text) - 2 * half} characters ...\n{text[-half:]}"
-        return replace(outcome, exc_string=cut)
+        return outcome._replace(exc_string=cut)
     return outcome
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from broker import clock, command
 from broker.work import Claim, End, Outcome
@@ -32,8 +32,7 @@ log = logging.getLogger("fleet.worker")
 _HOST_FAULT_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class _Waiting:
+class _Waiting(NamedTuple):
     """A claim that is not begun: what it runs (None: a function), until when it may wait, how many came
     before it, and what it was given of this worker, if it asked for something: then it need not wait."""
 
@@ -163,8 +162,9 @@ class Slots:
             self._start(waiting)
         if self._held and clock.monotonic() > self._patient_until():
             self._give_back()
-        while self._waiting and self._line_up(self._waiting[0]):
-            self._waiting.popleft()
+        if not any(map(_may_come_first_again, self._attempts.values())):
+            while self._waiting and self._line_up(self._waiting[0]):
+                self._waiting.popleft()
         self._pool.send()
 
     def _start_granted(self) -> None:
@@ -193,7 +193,7 @@ class Slots:
 
     def _line_up(self, waiting: _Waiting) -> bool:
         """Let it wait in an executor, where it begins as soon as the one before it ends; False: no room."""
-        if waiting.what is not None or any(map(_may_come_first_again, self._attempts.values())):
+        if waiting.what is not None:
             return False
         attempt = FunctionAttempt.line_up(waiting.claim, self._pool, self._context)
         if attempt is None:

@@ -195,6 +195,9 @@ local function job_fields(id)
   if values.err or not (status or origin) then
     return nil
   end
+  if lease == '' then
+    lease = false
+  end
   if lease and status ~= 'started' and is_painted(id, status, origin or '') then
     status = 'started'
     redis.call('HSET', key('job', id), 'status', 'started')
@@ -361,7 +364,8 @@ local function execution_of(lease)
   return string.match(lease, ':(.*)$') or ''
 end
 
--- Take the lease away from whoever holds it; the job's next state is the caller's to write.
+-- Take the lease away from whoever holds it; the job's next state is the caller's to write, and with it
+-- that its fleet_lease is ''.
 local function release(id, fields)
   local execution = execution_of(fields.fleet_lease)
   later('ZREM', K.LEASES, id)
@@ -369,7 +373,6 @@ local function release(id, fields)
   later('ZREM', key('wip', fields.origin or ''), id .. ':' .. execution)
   delete_later(key('execution', id, execution))
   delete_later(key('executions', id)) -- the only one: nobody runs a job but under its lease
-  redis.call('HDEL', key('job', id), 'fleet_lease')
 end
 
 -- The job's record of its attempts, with what became of this one.
@@ -697,8 +700,8 @@ local function stamp(id, fields, ended, status, outcome)
     redis.call('HDEL', key('job', id),
       'fleet_losses', 'fleet_stop', 'fleet_reason', 'fleet_exit_code', 'fleet_usage')
   end
-  local changes = {'status', status, 'ended_at', ended.ended_at, 'started_at', began or NOW,
-    'fleet_attempts', attempts(fields, outcome, ended.reason, began)}
+  local changes = {'status', status, 'fleet_lease', '', 'ended_at', ended.ended_at,
+    'started_at', began or NOW, 'fleet_attempts', attempts(fields, outcome, ended.reason, began)}
   local last = #changes
   if ended.usage and ended.usage ~= '' then
     changes[last + 1], changes[last + 2] = 'fleet_usage', ended.usage
@@ -715,7 +718,7 @@ end
 local function leave(id, fields, outcome, ended)
   tell_times(ended)
   release(id, fields)
-  redis.call('HSET', key('job', id),
+  redis.call('HSET', key('job', id), 'fleet_lease', '',
     'fleet_attempts', attempts(fields, outcome, ended.reason, ended.began_at or fields.started_at))
   task_moves(id, fields, 'running', 'waiting')
 end

@@ -22,7 +22,7 @@ end
 -- Where a task is, by its job's hash.
 local function place_of(id)
   local f = redis.pcall('HMGET', key('job', id), 'status', 'fleet_lease')
-  if f[1] == 'started' and f[2] then
+  if f[1] == 'started' and f[2] and f[2] ~= '' then
     return 'running'
   elseif f[1] == 'finished' or f[1] == 'failed' then
     return f[1]

@@ -98,6 +98,7 @@ local function retry_one(id, f)
   end
   if f.fleet_lease then
     release(id, f)
+    redis.call('HSET', key('job', id), 'fleet_lease', '')
   end
   begin_anew(id)
   tell_array(id, f)

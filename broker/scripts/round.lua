@@ -45,9 +45,16 @@ local RETURNS = {finished = true, retry = true}
 -- The end whose arguments begin at that index, and where the next one's do.
 local function read_end(at)
   local more = ARGV[at + 6]
-  local ended = more ~= '' and cjson.decode(more) or {}
-  ended.job, ended.lease, ended.queue, ended.outcome = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
-  ended.duration, ended.usage = tonumber(ARGV[at + 4]), ARGV[at + 7]
+  local ended = { -- made at once: a table that grows is made anew each time
+    job = ARGV[at], lease = ARGV[at + 1], queue = ARGV[at + 2], outcome = ARGV[at + 3],
+    duration = tonumber(ARGV[at + 4]), usage = ARGV[at + 7],
+    ended_at = nil, ended_unix = nil, began_at = nil, began_unix = nil,
+  }
+  if more ~= '' then
+    for name, value in pairs(cjson.decode(more)) do
+      ended[name] = value
+    end
+  end
   if ARGV[at + 5] ~= '' then
     ended[RETURNS[ended.outcome] and 'return_value' or 'exc_string'] = ARGV[at + 5]
   end
@@ -161,7 +168,7 @@ local function look_up(queue, id)
       array = flat[i + 1]
     end
   end
-  if #flat == 0 or ENDED_OR_ELSEWHERE[status] or (status == 'started' and lease) then
+  if #flat == 0 or ENDED_OR_ELSEWHERE[status] or (status == 'started' and lease and lease ~= '') then
     return nil
   end
   return flat, number(losses, 0), since, is_array, array

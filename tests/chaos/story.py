@@ -301,9 +301,11 @@ class _Replay:
         if only_new:
             pairs = {key: value for key, value in pairs.items() if key not in job.fields}
         self._read_clock(pairs)
-        if b"fleet_lease" in pairs:
+        if pairs.get(b"fleet_lease"):
             self._give(name, job, pairs)
         job.fields.update((key, value) for key, value in pairs.items() if key in _FIELDS)
+        if not job.fields.get(b"fleet_lease"):
+            job.fields.pop(b"fleet_lease", None)
         if b"fleet_attempts" in pairs:
             self._record(name, job, pairs[b"fleet_attempts"])
 
