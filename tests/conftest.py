@@ -65,7 +65,7 @@ PACKAGES = dict(
 #: carried by every process that tests start; how those that outlive them are found
 SESSION_MARK = "RQ_FLEET_TEST_SESSION"
 #: seconds that processes get to end by themselves after the last test
-LEAK_GRACE_SECONDS = 20.0
+LEAK_GRACE_SECONDS = 10.0
 #: of Python's own, ends with the interpreter that started it
 _HELPERS_OF_PYTHON = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 

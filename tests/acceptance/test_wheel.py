@@ -54,7 +54,7 @@ def _pip(python, *arguments):
 
 
 def _run(folder, *argv):
-    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False, timeout=250)
 
 
 def test_the_wheel_holds_every_file_of_the_packages(wheel):

@@ -199,7 +199,7 @@ def test_a_probe_tells_what_the_host_is(farm):
     assert found.output_dir == str(host.output_dir)
     assert (found.memory_bytes, found.cpus) == (find_memory(), find_cpus())
     assert 0 < found.free_disk_bytes <= shutil.disk_usage(host.home).total
-    assert abs(found.clock_skew_seconds) < 2
+    assert abs(found.clock_skew_seconds) < 30
     assert found.venvs == found.gpus == ()
 
 
@@ -279,16 +279,18 @@ def test_a_host_that_freezes_amid_a_command_ends_as_an_error(farm, eventually, e
 
 def test_a_connection_that_breaks_is_told(farm, eventually):
     host = farm.add("host1")
-    running = host.home / "running"
+    running, over = host.home / "running", host.home / "over"
+    forever = f"touch {running}; until [ -e {over} ]; do sleep 0.05; done"
 
     async def broken(launcher: SshLauncher) -> None:
-        command = asyncio.create_task(launcher._execute(f"touch {running}; exec sleep 2", "", 20))
+        command = asyncio.create_task(launcher._execute(forever, "", 100))
         await asyncio.to_thread(eventually, running.exists)
         await asyncio.to_thread(host.stop)
         await command
 
     with pytest.raises(base.Disconnected, match="the SSH connection broke"):
         at(farm, "host1", broken)
+    over.touch()
 
 
 def test_a_user_who_cannot_run_commands_is_told(farm):
