@@ -17,6 +17,7 @@ import redis
 
 from broker import dependents, failures, keys, names, scripts
 from broker.errors import UsageError
+from broker.requirements import base_of
 from broker.worker_settings import WorkerSettings
 
 #: ms for which one worker does the chores without saying so again
@@ -29,6 +30,7 @@ _BATCH = 100
 _QUEUES_AT_ONCE = 500
 _WORKERS_AT_ONCE = 1000
 _GROUPS_AT_ONCE = 25
+_SETS_AT_ONCE = 100
 #: members of a group looked at by one call: if many of them are gone, more are looked at
 _SAMPLE = 20
 #: leases and mirrors looked at by one script call
@@ -96,7 +98,7 @@ def queue_names(members: Iterable[bytes]) -> list[str]:
 
 def _is_name(name: str) -> bool:
     try:
-        names.queue_name(name.partition("@")[0])
+        names.queue_name(base_of(name))
     except UsageError:
         return False
     return True
@@ -307,11 +309,31 @@ class MendArrays:
         )
 
 
+@dataclass(frozen=True)
+class RetireSets:
+    """Sets of requirements of which no job is left for an hour are forgotten, and so is their sublist."""
+
+    interval_seconds: float = 60.0
+    patience_seconds: float = 3600.0
+
+    def run(self, client: redis.Redis) -> int:
+        bases = {base_of(queue) for queue in known_queues(client) if queue != base_of(queue)}
+        return sum(self._retire(client, base) for base in sorted(bases))
+
+    def _retire(self, client: redis.Redis, base: str) -> int:
+        digests: list[Any] = client.hkeys(keys.sets(base))
+        patience_ms = _ms(self.patience_seconds)
+        return sum(
+            scripts.RETIRE_SETS(client, [keys.sets(base)], [patience_ms, base, *some])
+            for some in _batches(digests, _SETS_AT_ONCE)
+        )
+
+
 def _batches(items: list[T], size: int) -> Iterator[list[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def table(settings: WorkerSettings) -> list[Chore]:
     """All chores with their intervals."""
-    rest: list[Chore] = [Ring(), Sweep(), Tidy(), PruneGroups(), MendArrays()]
+    rest: list[Chore] = [Ring(), Sweep(), Tidy(), PruneGroups(), MendArrays(), RetireSets()]
     return [Recovery(settings), Due(), Settle(), Deferred(), *rest]

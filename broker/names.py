@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 
 from broker.errors import UsageError
 
 _WORKER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,127}")
+_WEIGHTED = re.compile(r"(.+):([0-9]{1,9})", re.DOTALL)
+_LARGEST_WEIGHT = 1_000_000
 _JOB = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _LONGEST_LABEL_VALUE = 256
@@ -30,6 +33,25 @@ def queue_name(name: str) -> str:
     Raises UsageError.
     """
     return _checked(_QUEUE, name, "queue name", "letters, digits, '_', '.', ':' and '-'")
+
+
+def weighted_queues(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The names of queues a worker serves, and their weights: none, where it serves them in strict order.
+
+    `words` are all NAME, or all NAME:WEIGHT. Raises UsageError.
+    """
+    found = [_WEIGHTED.fullmatch(word) for word in words]
+    if not any(found):
+        return tuple(map(queue_name, words)), ()
+    pairs = [(queue_name(one[1]), int(one[2])) for one in found if one]
+    if len(pairs) < len(words):
+        raise UsageError(
+            f"{','.join(words)}: some of these queues have a weight and others none",
+            "Give all of them one (a:3,b:1), or none for strict order (a,b).",
+        )
+    if not all(0 < weight <= _LARGEST_WEIGHT for _, weight in pairs):
+        raise UsageError(f"{','.join(words)}: a weight is a whole number from 1 to {_LARGEST_WEIGHT}")
+    return tuple(name for name, _ in pairs), tuple(weight for _, weight in pairs)
 
 
 def job_id(name: str) -> str:

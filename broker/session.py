@@ -7,6 +7,7 @@ beat, and an end whose reply was lost is reported again and recognised if it had
 
 from __future__ import annotations
 
+import random
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Identity:
     pid: int
     python_version: str
     ephemeral: bool = False
+    #: of the queues: how often each comes first; none: always in this order
+    weights: tuple[int, ...] = ()
     incarnation: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
@@ -81,8 +84,6 @@ class Session:
             keys.rq_worker(name),
             keys.worker_ended(name),
         ]
-        for queue in identity.queues:
-            self._round_keys += [keys.queue(queue), keys.wake(queue)]
 
     def register(self, client: redis.Redis, record: str, *, replaces: str = "") -> str:
         """Enter the registry. Returns '' or the JSON record of the live worker that has the name.
@@ -136,12 +137,28 @@ class Session:
         """
         self.claims_sent += 1
         taken = _that_fit(ends)
-        arguments = self._round_arguments(taken, wanted, ahead, is_deaf, places)
-        return Exchange(self.claims_sent, tuple(taken), wanted, ahead, arguments)
+        queues = self._in_order()
+        names = [name for queue in queues for name in (keys.queue(queue), keys.wake(queue))]
+        arguments = self._round_arguments(wanted, ahead, is_deaf)
+        arguments += _placing(queues, places)
+        for end in taken:
+            arguments += end.arguments()
+        return Exchange(self.claims_sent, tuple(taken), wanted, ahead, self._round_keys + names, arguments)
+
+    def _in_order(self) -> Sequence[str]:
+        """The queues, with the first to be claimed from in front: by weight, drawn anew each time.
+
+        By u ** (1 / weight), u uniform: P. Efraimidis, P. Spirakis, Weighted random sampling (2006).
+        """
+        who = self.identity
+        if not who.weights:
+            return who.queues
+        lots = {q: random.random() ** (1 / weight) for q, weight in zip(who.queues, who.weights, strict=True)}
+        return sorted(who.queues, key=lambda queue: -lots[queue])
 
     def send(self, line: Line, exchange: Exchange) -> None:
         """Send it; the answer is what `complete` is to be given."""
-        line.send(scripts.ROUND, self._round_keys, exchange.arguments)
+        line.send(scripts.ROUND, exchange.keys, exchange.arguments)
 
     def complete(self, exchange: Exchange, reply: Any) -> Round:
         """What the answer means. Call `settle` once its claims are where a beat will see them."""
@@ -163,18 +180,12 @@ class Session:
         give back what the server holds of it and the beat does not name."""
         self.claims_settled = exchange.number
 
-    def _round_arguments(
-        self, ends: Sequence[End], wanted: int, ahead: int, is_deaf: bool, places: Places
-    ) -> list[Any]:
+    def _round_arguments(self, wanted: int, ahead: int, is_deaf: bool) -> list[Any]:
         who, settings, number = self.identity, self.settings, self.claims_sent
         arguments: list[Any] = [who.name, who.incarnation, self.lease_ms, settings.result_ttl_seconds]
         arguments += [settings.losses_limit, number, wanted, ahead, f"{who.incarnation}{number:012x}"]
         arguments += [self.finished, self.failed, self.seconds_worked]
-        arguments += [int(is_deaf), places.free, " ".join(places.popped), len(who.queues)]
-        for queue in who.queues:
-            arguments += [queue, places.sets.get(queue, "")]
-        for end in ends:
-            arguments += end.arguments()
+        arguments.append(int(is_deaf))
         return arguments
 
     def _tally(self, ends: Sequence[End], accepted: Sequence[bool]) -> None:
@@ -245,6 +256,12 @@ def retire(
     names += [keys.worker_signals(name), keys.worker_leases(name), keys.worker_ended(name)]
     names.append(keys.worker_left(name))
     return bool(scripts.RETIRE(client, names, [name, incarnation, known_seconds, *queues]) == 1)
+
+
+def _placing(queues: Sequence[str], places: Places) -> list[Any]:
+    """The arguments of round.lua about where to claim."""
+    rows = [word for queue in queues for word in (queue, places.sets.get(queue, ""))]
+    return [places.free, " ".join(places.popped), len(queues), *rows]
 
 
 def _that_fit(ends: Sequence[End]) -> Sequence[End]:

@@ -27,12 +27,12 @@ class Known:
 
 @dataclass(frozen=True)
 class News:
-    """One set that is new, and the version with it."""
+    """One set that is new, or gone (then it needs None), and the version with it."""
 
     version: int
     base: str
     digest: str
-    need: Requirements
+    need: Requirements | None
 
 
 def add(client: redis.Redis, base: str, need: Requirements) -> None:
@@ -68,8 +68,7 @@ def _need(text: Any) -> Requirements | None:
 
 def news(document: Mapping[str, Any]) -> News | None:
     """A message of the channel `keys.NEWS`; None for anything that is none."""
-    need = _need(document.get("set", ""))
     version, base, digest = (document.get(name) for name in ("version", "base", "digest"))
-    if need is None or not (isinstance(version, int) and isinstance(base, str) and isinstance(digest, str)):
+    if not (isinstance(version, int) and isinstance(base, str) and isinstance(digest, str)):
         return None
-    return News(version, base, digest, need)
+    return News(version, base, digest, _need(document.get("set", "")))

@@ -134,6 +134,7 @@ class Exchange:
     ends: tuple[End, ...]
     wanted: int
     ahead: int
+    keys: Sequence[str]
     arguments: Sequence[Any]
 
 

@@ -31,7 +31,12 @@ Options = dict[str, Any]
 @click.option(
     "--slots", type=click.IntRange(min=1), metavar="N", help="Jobs at once; default: CPUs / workers."
 )
-@click.option("--queues", default="default", show_default=True, help="Queues, most urgent first: a,b,c.")
+@click.option(
+    "--queues",
+    default="default",
+    show_default=True,
+    help="Queues, most urgent first: a,b,c; or with weights: a:3,b:1.",
+)
 @click.option("--label", "labels", multiple=True, metavar="K=V", help="A label of the workers; repeatable.")
 @click.option("--output-dir", metavar="DIR", help="Where jobs run and write, at the hosts; kept.")
 @click.option(
@@ -167,7 +172,8 @@ def _orders(context: Context, options: Options) -> Orders:
     from cli.params import labels, resources
     from fleet.bootstrap import Orders
 
-    queues = tuple(names.queue_name(part.strip()) for part in options["queues"].split(","))
+    queues = tuple(part.strip() for part in options["queues"].split(","))
+    names.weighted_queues(queues)
     output_dir = options["output_dir"]
     if options["offline"] and options["no_install"]:
         raise UsageError("--offline and --no-install exclude each other", "--no-install brings nothing.")

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--name", help="Name of the worker; default: this host's name and a number, HOST-0.")
-@click.option("--queues", default="default", show_default=True, help="Queues, most urgent first: a,b,c.")
+@click.option(
+    "--queues",
+    default="default",
+    show_default=True,
+    help="Queues, most urgent first: a,b,c; or with weights: a:3,b:1.",
+)
 @click.option("--slots", type=click.IntRange(min=1), help="Jobs at once; default 1.")
 @click.option("--burst", is_flag=True, help="Leave when the queues are empty.")
 @click.option("--until-done", is_flag=True, help="Leave when no work remains: queued, to come, or running.")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import redis
 
-from broker import __version__, clock
+from broker import __version__, clock, names
 from broker.connection import address, connect, translated
 from broker.errors import FleetError, UsageError
 from broker.session import Identity, Session
@@ -108,13 +108,15 @@ def _run_locked(
     signals: StopSignals,
     offering: Offering,
 ) -> int:
+    queues, weights = names.weighted_queues(config.queues)
     who = Identity(
         config.name,
         config.host,
-        config.queues,
+        queues,
         os.getpid(),
         platform.python_version(),
         ephemeral=config.ephemeral,
+        weights=weights,
     )
     session = Session(who, settings)
     client = _connect(config, settings)
@@ -211,7 +213,7 @@ def _parts(
         folders, outputs, working, encoded, null, home, Memory(), settings.max_result_bytes
     )
     placement = Placement(
-        config.queues,
+        session.identity.queues,
         offering.offer(),
         Room(offering.share.total, config.slots, offering.share.cpu_ids),
         settings,

@@ -19,6 +19,7 @@ from typing import Any
 import redis
 
 from broker import chores, clock, jobs, keys, names, scripts, tunnels
+from broker.requirements import base_of
 from broker.session import Session
 from fleet import jitter
 from fleet.outputs import Folders
@@ -235,7 +236,10 @@ class _Peeks:
             return
         self._listed_at = clock.monotonic()
         for queue in chores.known_queues(self._client):
-            if queue not in self._connections and len(self._connections) < _MOST_PEEKS:
+            if len(self._connections) >= _MOST_PEEKS:
+                break
+            # who pushes to a sublist mostly rings; for the others it is rung once a second
+            if queue not in self._connections and queue == base_of(queue):
                 self._open(queue)
 
     def _open(self, queue: str) -> None:

@@ -292,7 +292,9 @@ def _count(name: str, value: str) -> int:
 
 
 def _queues(name: str, value: str) -> tuple[str, ...]:
-    return tuple(names.queue_name(queue) for queue in _path(name, value).split(","))
+    queues = tuple(_path(name, value).split(","))
+    names.weighted_queues(queues)
+    return queues
 
 
 def _path(name: str, value: str) -> str:

@@ -122,14 +122,17 @@ class WorkerLoop:
         self._draining = False
         #: shown in `fleet status`: why it takes no jobs
         self.notice = ""
-        #: what is left of it for jobs, for its record
-        self.free: Mapping[str, object] = {}
         self.beater: Beater | None = None
 
     def request_stop(self) -> None:
         """Finish what runs, within the grace; asked a second time, at once. Safe in a signal handler."""
         now = clock.monotonic()
         self._stop_at = now if self._stop_at is not None else now + self._settings.stop_grace_seconds
+
+    @property
+    def free(self) -> Mapping[str, object]:
+        """What is left of it for jobs, for its record. Safe in other threads."""
+        return self._placement.free()
 
     @property
     def is_stopping(self) -> bool:

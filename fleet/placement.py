@@ -8,7 +8,7 @@ For one thread.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from broker import clock
 from broker.requirements import SEPARATOR, Offer, Requirements
@@ -64,11 +64,14 @@ class Placement:
         self._judge()
 
     def hear(self, news: News) -> bool:
-        """One more set. False: something was missed, and all must be read anew."""
+        """One set more, or less. False: something was missed, and all must be read anew."""
         if news.version != self.version + 1:
             return news.version <= self.version
         self.version = news.version
-        if news.base in self._known:
+        if news.base in self._known and news.need is None:
+            self._known[news.base].pop(news.digest, None)
+            self._judge()
+        elif news.base in self._known and news.need:
             self._known[news.base][news.digest] = news.need
             self._judge_one(news.base, news.digest, news.need, clock.wall().timestamp())
         return True
@@ -79,7 +82,8 @@ class Placement:
         self._judge()
 
     def _judge(self) -> None:
-        self._mine, self._until, now = {}, _FOREVER, clock.wall().timestamp()
+        self._mine, self._packed, self._until = {}, None, _FOREVER
+        now = clock.wall().timestamp()
         for base, sets in self._known.items():
             for digest, need in sets.items():
                 self._judge_one(base, digest, need, now)
@@ -219,7 +223,5 @@ class Placement:
             self._packed = None
 
     def free(self) -> Mapping[str, object]:
-        """What is left, for the worker's record."""
-        free = self.room.free()
-        whole = sum(share == 1 for share in free.gpus)
-        return {"slots": free.slots, "cpus": free.cpus, "memory_bytes": free.memory_bytes, "gpus": whole}
+        """What is left, for the worker's record. Safe in other threads."""
+        return asdict(self.room.free())

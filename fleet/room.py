@@ -75,6 +75,7 @@ class Room:
         self._milli_cpus = round(total.cpus * _MILLI)
         self._mebibytes = total.memory_bytes // MEBIBYTE
         self._cpu_ids = tuple(cpu_ids)[: math.floor(total.cpus)] if len(cpu_ids) >= total.cpus else ()
+        #: by lease; made anew with each change, so that other threads may ask what is free
         self._held: dict[str, _Holding] = {}
         #: what a job counts that asks for no CPUs
         self.plain_milli_cpus = min(_MILLI, self._milli_cpus // slots)
@@ -141,12 +142,12 @@ class Room:
         grant = self._whole_worker(need) if need.exclusive else self._grant(need)
         share = _milli_gpus(need) if 0 < need.gpus < 1 else _MILLI
         held = _Holding(self.milli_cpus_of(need), mebibytes_of(need), share, need.exclusive, grant)
-        self._held[lease] = held
+        self._held = {**self._held, lease: held}
         return grant
 
     def give_back(self, lease: str) -> None:
         """The job ended; one that holds nothing changes nothing."""
-        self._held.pop(lease, None)
+        self._held = {other: held for other, held in self._held.items() if other != lease}
 
     def _grant(self, need: Requirements) -> Grant:
         return Grant(

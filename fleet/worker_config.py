@@ -32,6 +32,7 @@ class WorkerConfig:
     host: str
     redis_url: str
     output_dir: str
+    #: names, or all with a weight: NAME:3
     queues: tuple[str, ...] = ("default",)
     slots: int = 1
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -66,8 +67,7 @@ class WorkerConfig:
         names.worker_name(self.name)
         if not self.queues:
             raise UsageError("a worker needs at least one queue", "Use --queues default.")
-        for queue in self.queues:
-            names.queue_name(queue)
+        names.weighted_queues(self.queues)
         if self.slots < 1:
             raise UsageError(f"--slots must be at least 1, got {self.slots}")
         if self.ephemeral and (self.slots, self.max_jobs) != (1, 1):

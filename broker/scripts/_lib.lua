@@ -305,14 +305,19 @@ local function announce(queue)
   ring(queue)
 end
 
--- What jobs of a sublist ask for; of a set that is new the workers hear at once. Returns whether it is.
-local function add_set(base, digest, canonical)
-  if redis.call('HSETNX', key('sets', base), digest, canonical) == 0 then
-    return false
-  end
+-- Tell the workers of a set: `canonical` is what it asks for, nil where it is gone.
+local function tell_of_set(base, digest, canonical)
   local version = redis.call('INCR', K.SETS_VERSION)
   redis.call('PUBLISH', K.NEWS, cjson.encode({version = version, base = base, digest = digest, set = canonical}))
-  return true
+end
+
+-- What jobs of a sublist ask for; of a set that is new the workers hear at once. Returns whether it is.
+local function add_set(base, digest, canonical)
+  local is_new = redis.call('HSETNX', key('sets', base), digest, canonical) == 1
+  if is_new then
+    tell_of_set(base, digest, canonical)
+  end
+  return is_new
 end
 
 local function schedule(id, queue, delay_seconds, ttl)

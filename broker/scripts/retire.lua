@@ -19,10 +19,18 @@ if ARGV[3] ~= '0' then
 end
 redis.call('SREM', K.FLEET_WORKERS, ARGV[1])
 redis.call('SREM', K.WORKERS, KEYS[3])
+
+local function take_tokens(queue)
+  if redis.pcall('LLEN', key('queue', queue)) == 0 then
+    redis.call('DEL', key('wake', queue))
+  end
+end
+
 for i = 4, #ARGV do
   redis.call('SREM', key('queue_workers', ARGV[i]), KEYS[3])
-  if redis.pcall('LLEN', key('queue', ARGV[i])) == 0 then
-    redis.call('DEL', key('wake', ARGV[i]))
+  take_tokens(ARGV[i])
+  for _, digest in ipairs(redis.pcall('HKEYS', key('sets', ARGV[i]))) do
+    take_tokens(ARGV[i] .. '@' .. digest)
   end
 end
 return 1

@@ -18,12 +18,12 @@ from broker import chores, control, keys, scripts, sets
 from broker.connection import connect
 from broker.queue import Queue
 from broker.requirements import Offer, parse
+from broker.session import Identity, Session
 from broker.work import Claim, End, Round
 from broker.worker_settings import WorkerSettings
 from fleet.placement import Placement
 from fleet.resources import Gpu, Resources
 from fleet.room import Room
-from tests.integration.test_claims import session
 
 GIB = 2**30
 
@@ -42,11 +42,14 @@ class Worker:
         gpus: int = 0,
         labels: dict[str, str] | None = None,
         ends_at: float | None = None,
+        weights: tuple[int, ...] = (),
         **settings: float,
     ) -> None:
         options: Any = {"heartbeat_seconds": 10, "lease_seconds": 30} | settings
         self.client, self.slots = client, slots
-        self.who = session(client, name, *queues, settings=WorkerSettings(**options))
+        who = Identity(name, "here", queues or ("default",), 1, "3", weights=weights)
+        self.who = Session(who, WorkerSettings(**options))
+        assert self.who.register(client, "{}") == ""
         found = Resources(cpus, memory_gib * GIB, (Gpu("a100", 40 * GIB),) * gpus)
         offer = Offer(labels or {}, cpus, memory_gib * GIB, (40 * GIB,) * gpus, slots, ends_at)
         self.placement = Placement(self.who.identity.queues, offer, Room(found, slots), self.who.settings)
@@ -63,9 +66,7 @@ class Worker:
         self.placement.count(len(self.running))
         room = self.slots - len(self.running) if wanted is None else wanted
         exchange = self.who.begin(ends, room, ahead, places=self.placement.places(popped))
-        done = self.who.complete(
-            exchange, scripts.ROUND(self.client, self.who._round_keys, exchange.arguments)
-        )
+        done = self.who.complete(exchange, scripts.ROUND(self.client, exchange.keys, exchange.arguments))
         self.who.settle(exchange)
         self.placement.hold(done.held)
         self.placement.count(len(self.running))
@@ -83,6 +84,12 @@ class Worker:
     def finish(self, *job_ids: str) -> list[str]:
         """Report their ends and claim what fits then."""
         return [claim.job_id for claim in self.round([self.end(job_id) for job_id in job_ids]).claims]
+
+    def claim_and_finish(self) -> str:
+        """One job, from its claim to its end; returns its id."""
+        (job_id,) = self.claim(1)
+        self.finish_with(job_id, "finished")
+        return job_id
 
     def finish_with(self, job_id: str, outcome: Any) -> None:
         """Report that end and claim nothing."""
@@ -443,3 +450,59 @@ def test_heads_that_somebody_damaged_stop_nobody_elses_jobs(redis_client: redis.
     assert worker.claim() == ["plain"]
     ring(redis_client)
     assert worker.claim() == ["a"], "they are a hint, and made anew"
+
+
+# --- queues ------------------------------------------------------------------------------------------
+
+
+def test_queues_with_weights_have_their_share_and_those_without_strict_order(
+    redis_client: redis.Redis,
+) -> None:
+    for number in range(60):
+        put(redis_client, f"a{number}", "a")
+        put(redis_client, f"b{number}", "b", cpus=1)
+    random.seed(1)
+    weighted = Worker(redis_client, "w0", "a", "b", slots=1, weights=(3, 1))
+    first = [weighted.claim_and_finish()[0] for _ in range(50)]
+    assert first.count("a") > first.count("b") > 0
+    strict = Worker(redis_client, "w1", "b", "a", slots=1)
+    left = 60 - first.count("b")
+    assert {strict.claim_and_finish()[0] for _ in range(left)} == {"b"}
+    assert strict.claim_and_finish()[0] == "a"
+
+
+# --- sets that nobody uses ---------------------------------------------------------------------------
+
+
+def test_a_set_is_forgotten_once_nothing_was_left_of_it_for_an_hour(redis_client: redis.Redis) -> None:
+    put(redis_client, "a", cpus=1, priority="high")
+    name = parse({"cpus": 1, "priority": "high"}).queue_of("default")
+    worker = Worker(redis_client)
+    patient, at_once = chores.RetireSets(), chores.RetireSets(patience_seconds=0)
+    at_once.run(redis_client)
+    assert at_once.run(redis_client) == 0, "a job waits"
+    worker.claim_and_finish()
+    at_once.run(redis_client)
+    assert at_once.run(redis_client) == 0, "its result is kept"
+    redis_client.delete(keys.of("finished", name))
+    assert patient.run(redis_client) + patient.run(redis_client) == 0
+    version = sets.known(redis_client, ["default"]).version
+    assert at_once.run(redis_client) == 1
+    known = sets.known(redis_client, ["default"])
+    assert (known.version, known.sets["default"]) == (version + 1, {})
+    left = [key for key in redis_client.scan_iter() if name.partition("@")[2] in key.decode()]
+    assert left == []
+    assert not redis_client.exists(keys.of("served", "default"), keys.SETS_IDLE)
+    assert keys.queue(name).encode() not in redis_client.smembers(keys.QUEUES)
+    put(redis_client, "b", cpus=1, priority="high")
+    assert worker.claim() == ["b"], "and known again when it is asked for again"
+
+
+def test_a_worker_that_leaves_takes_the_tokens_of_empty_sublists_along(redis_client: redis.Redis) -> None:
+    put(redis_client, "a", cpus=1)
+    name = parse({"cpus": 1}).queue_of("default")
+    worker = Worker(redis_client)
+    worker.claim_and_finish()
+    redis_client.rpush(keys.wake(name), "1")
+    assert worker.who.retire(redis_client)
+    assert not redis_client.exists(keys.wake(name))
