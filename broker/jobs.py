@@ -18,6 +18,7 @@ from broker import chores, command, failures, keys, outputs, usage
 from broker.clock import from_iso
 from broker.connection import replies
 from broker.errors import NotFound
+from broker.requirements import apart, base_of
 from broker.usage import Usage
 from broker.work import Tails
 
@@ -84,6 +85,8 @@ class JobView:
     usage: Usage | None = None
     attempts: tuple[AttemptView, ...] = ()
     result: Any = None
+    #: what it asks for of its worker, '' for nothing
+    requirements: str = ""
     dependencies: tuple[Related, ...] = ()
     dependents: tuple[Related, ...] = ()
 
@@ -191,10 +194,13 @@ def failed_ids(client: redis.Redis, queue: str | None = None) -> list[str]:
 
 
 def _chosen(client: redis.Redis, queue: str | None) -> list[str]:
-    queues = chores.known_queues(client)
-    if queue is not None and queue not in queues:
+    """All lists, or those of one queue."""
+    lists = chores.known_queues(client)
+    chosen = [name for name in lists if queue in (None, base_of(name))]
+    if queue is not None and not chosen:
+        queues = sorted({base_of(name) for name in lists})
         raise NotFound(f"no queue {queue}", f"There are: {', '.join(queues) or 'none yet'}.")
-    return queues if queue is None else [queue]
+    return chosen
 
 
 def output(client: redis.Redis, job_id: str) -> Tails:
@@ -230,10 +236,11 @@ def _heads(client: redis.Redis, ids: Sequence[str]) -> Iterator[_Head]:
         some = ids[start : start + _AT_ONCE]
         with client.pipeline(transaction=False) as pipe:
             for job_id in some:
-                pipe.hmget(keys.job(job_id), "status", "description", "created_at")
+                pipe.hmget(keys.job(job_id), "status", "description", "origin", "created_at")
             for job_id, fields in zip(some, replies(pipe), strict=True):
                 if isinstance(fields, list) and fields[0]:
-                    yield _Head(job_id, _text(fields[0]), _text(fields[1]), from_iso(fields[2]))
+                    name, _ = apart(_text(fields[1]), _text(fields[2]))
+                    yield _Head(job_id, _text(fields[0]), name, from_iso(fields[3]))
 
 
 def _views(client: redis.Redis, ids: Sequence[str]) -> Iterator[JobView]:
@@ -260,11 +267,12 @@ def _view(job_id: str, fields: Mapping[bytes, bytes], result: Any = None) -> Job
     def text(name: str) -> str:
         return _text(fields.get(name.encode()))
 
-    argv, function = _what(fields.get(b"data"), text("description"))
+    name, asks = apart(text("description"), text("origin"))
+    argv, function = _what(fields.get(b"data"), name)
     timeout = _integer(text("timeout"))
     return JobView(
         id=job_id,
-        name=text("description"),
+        name=name,
         state=text("status") or "created",
         queue=text("origin"),
         argv=argv,
@@ -279,6 +287,7 @@ def _view(job_id: str, fields: Mapping[bytes, bytes], result: Any = None) -> Job
         usage=usage.from_json(text("fleet_usage")),
         attempts=tuple(_attempts(text)),
         result=result,
+        requirements=asks,
     )
 
 

@@ -12,6 +12,7 @@ import click
 
 from broker import clock
 from broker.errors import NotFound
+from broker.requirements import base_of
 from cli.context import Context, json_value, pass_context, print_json
 from cli.outcomes import NOT_FOUND, exit_code
 from cli.params import JobId, QueueName, json_option
@@ -74,7 +75,16 @@ def _job_row(job: JobView, now: datetime) -> list[Cell]:
     since = age(_seconds(job.submitted_at, now))
     reason = (job.reason or "") if job.state in ("failed", "stopped") else ""
     name = job.name or "(damaged)"
-    return [job.id, state(job.state), job.queue, since, duration(took), name, reason, job.worker or ""]
+    return [
+        job.id,
+        state(job.state),
+        base_of(job.queue),
+        since,
+        duration(took),
+        name,
+        reason,
+        job.worker or "",
+    ]
 
 
 def _seconds(since: datetime | None, until: datetime | None) -> float | None:
@@ -94,7 +104,8 @@ def _fields(job: JobView) -> dict[str, Any]:
         "id": job.id,
         "name": job.name,
         "state": job.state,
-        "queue": job.queue,
+        "queue": base_of(job.queue),
+        "requirements": job.requirements,
         **what,
         "exit_code": job.exit_code,
         "reason": job.reason,
@@ -144,7 +155,8 @@ def _lines(job: JobView) -> Iterator[tuple[str, Cell]]:
         "Job": job.id,
         "Name": job.name if job.name != described(" ".join(job.argv or ())) else None,
         "State": state(job.state),
-        "Queue": job.queue,
+        "Queue": base_of(job.queue),
+        "Asks for": job.requirements,
         "Command" if job.function is None else "Function": what,
         "Exit code": None if job.exit_code is None else str(job.exit_code),
         "Reason": job.reason,

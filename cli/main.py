@@ -42,6 +42,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "submit": ("cli.submit", "submit", "Submit a command as a job; prints its id."),
     "jobs": ("cli.jobs", "jobs", "List jobs."),
     "show": ("cli.jobs", "show", "Everything about one job."),
+    "explain": ("cli.explain", "explain", "Why a job is not running, with numbers."),
     "logs": ("cli.logs", "logs", "What a job printed, also while it runs."),
     "wait": ("cli.wait", "wait", "Wait until jobs have ended."),
     "cancel": ("cli.jobs", "cancel", "Stop jobs, or take them from their queues."),

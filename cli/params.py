@@ -9,6 +9,7 @@ import click
 
 from broker import amounts, names
 from broker.errors import UsageError
+from broker.requirements import FIELDS, FieldError, Requirements, parse
 from cli.context import Context
 
 if TYPE_CHECKING:
@@ -183,6 +184,41 @@ def resources(options: Mapping[str, Any]) -> dict[str, int]:
         "num_gpus": options["num_gpus"],
     }
     return {name: value for name, value in said.items() if value is not None}
+
+
+def requirement_options(command: Any) -> Any:
+    """What a job needs of the worker that runs it, for a verb that submits; `requirements` reads them."""
+    for option in (
+        click.option(
+            "--priority", metavar="P", help="low, normal, high, urgent, critical, or any whole number."
+        ),
+        click.option("--exclusive", is_flag=True, help="Nothing else runs on its worker meanwhile."),
+        click.option(
+            "--time-request", metavar="TIME", help="Least that is left of its worker's life: 90, 5m, 2h."
+        ),
+        click.option(
+            "--label",
+            "labels",
+            multiple=True,
+            metavar="K=GLOB",
+            help="Only on workers with such a label; K!=GLOB: without it; repeatable.",
+        ),
+        click.option("--gpu-memory", metavar="SIZE", help="Least memory of each GPU: 40G."),
+        click.option("--gpus", metavar="N", help="GPUs for it alone; below 1 a share of one: 0.5."),
+        click.option("--memory", metavar="SIZE", help="Memory for it: 512M, 4G."),
+        click.option("--cpus", metavar="N", help="CPUs for it: 4, 0.5."),
+    ):
+        command = option(command)
+    return command
+
+
+def requirements(options: Mapping[str, Any]) -> Requirements:
+    """What `requirement_options` said. Raises UsageError."""
+    try:
+        return parse({field: options[field] for field in FIELDS})
+    except FieldError as exc:
+        option = {"labels": "label"}.get(exc.name, exc.name).replace("_", "-")
+        raise UsageError(f"--{option}: {exc.why}", exc.hint) from exc
 
 
 def json_option(command: Any) -> Any:

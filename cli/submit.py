@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from broker.errors import UsageError
+from broker.requirements import NOTHING
 from cli.context import Context, pass_context, print_json
-from cli.params import Duration, JobId, QueueName, files, json_option, pairs
+from cli.params import (
+    Duration,
+    JobId,
+    QueueName,
+    files,
+    json_option,
+    pairs,
+    requirement_options,
+    requirements,
+)
 from cli.submit_file import refuse_other_options, submit_file
 
 if TYPE_CHECKING:
@@ -55,6 +65,7 @@ Given = dict[str, Any]
     shell_complete=files,
     help="The jobs of a file: .toml, .yaml or .json; '-' reads stdin.",
 )
+@requirement_options
 @click.option("--wait", is_flag=True, help="Wait until it has ended; exit code 1 if it did not finish.")
 @click.option("--follow", is_flag=True, help="Wait, and print what it prints while it runs.")
 @json_option
@@ -101,6 +112,7 @@ def _options(context: Context, given: Given) -> Options:
         retry_delay_seconds=given["retry_delay"],
         after=given["after"],
         after_any=given["after_any"],
+        requirements=requirements(given),
         on_failed_dependency=given["on_failed_dependency"] or context.settings.jobs.on_failed_dependency,
     )
 
@@ -129,7 +141,9 @@ def _told(context: Context, client: redis.Redis, job: Submitted, given: Given) -
         return _wait(context, client, job_id, given)
     if job.state == "failed":
         context.say(f"Job {job_id} failed at once, for one that it was to wait for did not finish.")
-    if not client.scard(keys.of("queue_workers", given["queue"])):
+    if requirements(given) != NOTHING:
+        _warn_without_worker(context, client, job_id, given)
+    elif not client.scard(keys.of("queue_workers", given["queue"])):
         _say_nobody_listens(context, given["queue"])
     return 0
 
@@ -138,7 +152,7 @@ def _wait(context: Context, client: redis.Redis, job_id: str, given: Given) -> i
     from broker import control, jobs
     from cli.logs import follow
 
-    _warn_without_worker(context, client, given["queue"])
+    _warn_without_worker(context, client, job_id, given)
     try:
         if given["follow"]:
             follow(context, client, job_id, both=True)
@@ -155,13 +169,18 @@ def _wait(context: Context, client: redis.Redis, job_id: str, given: Given) -> i
     return 0 if job.state == "finished" else 1
 
 
-def _warn_without_worker(context: Context, client: redis.Redis, queue: str) -> None:
+def _warn_without_worker(context: Context, client: redis.Redis, job_id: str, given: Given) -> None:
     """A job that nobody will take is no reason to wait in silence."""
     from broker import status
 
-    workers = status.read(client).workers
-    if not any(queue in worker.queues and worker.state != "offline" for worker in workers):
-        _say_nobody_listens(context, queue)
+    found, need = status.read(client), requirements(given)
+    workers = [worker for worker in found.workers if given["queue"] in worker.queues]
+    if all(worker.state == "offline" for worker in workers):
+        _say_nobody_listens(context, given["queue"])
+    elif not any(need.matches(worker.offer(), found.at.timestamp()) for worker in workers):
+        context.say(
+            f"No worker has what it asks for; the job waits for one. 'fleet explain {job_id}' tells more."
+        )
 
 
 def _say_nobody_listens(context: Context, queue: str) -> None:
