@@ -73,3 +73,19 @@ def readable_duration(seconds: float) -> str:
         if seconds >= _SECONDS[unit] and seconds % _SECONDS[unit] == 0:
             return f"{seconds / _SECONDS[unit]:.0f}{unit}"
     return f"{seconds:.3f}".rstrip("0").rstrip(".") + "s"
+
+
+def rough_size(size_bytes: float) -> str:
+    """For people: `39.9G`, never more than there is."""
+    for unit in "PTG":
+        if size_bytes >= _BYTES[unit]:
+            return f"{math.floor(size_bytes / _BYTES[unit] * 10) / 10:g}{unit}"
+    return f"{size_bytes // _BYTES['M']:.0f}M"
+
+
+def rough_duration(seconds: float) -> str:
+    """For people: `2h05m`, `12m`, `45s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 60}m" if whole >= 120 else f"{whole}s"

@@ -11,12 +11,9 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from broker.errors import UsageError
-
-#: where a command has places for arguments: in all of its words, or in the line for a shell
-Template = Literal["words", "shell"]
 
 #: what stands where RQ has the name of a function
 FUNCTION = "fleet.command"
@@ -30,16 +27,11 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """What to run: `argv` as execve takes it, `env` added to the worker's, `cwd` or its own folder.
-
-    `template`: the words have places for arguments, or the last one has, which a shell reads; see
-    broker/template.py.
-    """
+    """What to run: `argv` as execve takes it, `env` added to the worker's, `cwd` or its own folder."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: str | None = None
-    template: Template | None = None
 
     def checked(self) -> Command:
         """Return itself. Raises UsageError for what no machine could run."""
@@ -65,8 +57,6 @@ class Command:
             document["env"] = dict(self.env)
         if self.cwd is not None:
             document["cwd"] = self.cwd
-        if self.template:
-            document["template"] = self.template
         return zlib.compress(json.dumps([FUNCTION, None, [document], {}]).encode(), 1)
 
 
@@ -94,7 +84,6 @@ def from_data(data: bytes | None) -> Command | None:
             return None
         document = args[0]
         env = {str(name): str(value) for name, value in document.get("env", {}).items()}
-        template = document.get("template")
-        return Command(tuple(map(str, document["argv"])), env, document.get("cwd"), template).checked()
+        return Command(tuple(map(str, document["argv"])), env, document.get("cwd")).checked()
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, UsageError) as exc:
         raise Damaged(f"the job's data cannot be read: {exc}") from exc

@@ -169,6 +169,11 @@ class Requirements:
             words.append(f"priority={readable_priority(self.priority)}")
         return " ".join(words)
 
+    def beside(self, description: str) -> str:
+        """A job's description with what it asks for, for RQ's tools; `apart` parts them again."""
+        readable = self.readable()
+        return f"{description} [{readable}]" if readable else description
+
     # --- against a worker ------------------------------------------------------------------------
 
     def takes_room(self) -> bool:
@@ -212,15 +217,24 @@ def base_of(queue: str) -> str:
     return queue.partition(SEPARATOR)[0]
 
 
+def apart(description: str, queue: str) -> tuple[str, str]:
+    """What a job of that list is called, and what it asks for, as far as its description says so."""
+    name, bracket, asks = description.rpartition(" [")
+    if SEPARATOR in queue and bracket and asks.endswith("]"):
+        return name, asks[:-1]
+    return description, ""
+
+
 # --- what people write ---------------------------------------------------------------------------
 
 
 class FieldError(UsageError):
-    """A field of requirements cannot be; `name` says which, for whoever knows the line it stands in."""
+    """A field of requirements cannot be: `name` says which and `why`, for whoever knows where it stands."""
 
-    def __init__(self, name: str, message: str, hint: str = "") -> None:
-        super().__init__(f"{name}: {message}", hint)
+    def __init__(self, name: str, why: str, hint: str = "") -> None:
+        super().__init__(f"{name}: {why}", hint)
         self.name = name
+        self.why = why
 
 
 def parse(said: Mapping[str, Any]) -> Requirements:
@@ -365,3 +379,7 @@ def _whole_mebibytes(size_bytes: int | None) -> int | None:
 
 def _quoted(word: str) -> str:
     return f'"{word}"' if " " in word else word
+
+
+#: what a job asks for that asks for nothing
+NOTHING = Requirements()

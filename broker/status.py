@@ -1,7 +1,7 @@
 """What `fleet status` shows: workers and queues, in a constant number of round trips.
 
 One call lists names, a second fetches everything about them, a third the first job of each
-queue, a fourth and a fifth what arrays have not given out yet, however many there are.
+queue, however many there are.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import redis
 
-from broker import chores, clock, keys, tasks, tunnels
+from broker import chores, clock, keys, tunnels
 from broker.clock import from_iso
 from broker.connection import replies
+from broker.fitting import Free
+from broker.requirements import SEPARATOR, Offer, Requirements, base_of
 
 WorkerState = Literal["idle", "busy", "draining", "connecting", "offline"]
 
@@ -45,15 +47,26 @@ class WorkerStatus:
     notice: str = ""
     #: when it has to be gone; None: it stays
     ends_at: datetime | None = None
+    #: what it had left for jobs at its last heartbeat; None: it did not say
+    free: Free | None = None
     #: the tunnel through which it finds Redis, how that is, and by whom it is held, or why it is down
     tunnel_id: str = ""
     tunnel: Literal["up", "down"] | None = None
     tunnel_note: str = ""
 
+    def offer(self) -> Offer:
+        """What sets of requirements are judged by."""
+        memories = tuple(int(gpu.get("memory_bytes", 0)) for gpu in self.gpus)
+        ends_at = self.ends_at.timestamp() if self.ends_at else None
+        return Offer(self.labels, self.cpus, self.memory_bytes, memories, self.slots, ends_at)
+
 
 @dataclass(frozen=True)
 class QueueStatus:
-    """One queue. `oldest_age_seconds` is how long its first job waits; None for an empty queue."""
+    """One queue, or a sublist of one: `requirements` say of which jobs.
+
+    `oldest_age_seconds` is how long its first job waits; None for an empty one.
+    """
 
     name: str
     queued: int
@@ -64,6 +77,7 @@ class QueueStatus:
     deferred: int
     oldest_age_seconds: float | None
     paused: bool
+    requirements: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,13 +116,17 @@ def _read(client: redis.Redis, names: _Names) -> FleetStatus:
         _ask_workers(pipe, names.workers)
         for name in names.queues:
             _ask_queue(pipe, name)
+        sublists = [name for name in names.queues if SEPARATOR in name]
+        for name in sublists:
+            base, _, digest = name.partition(SEPARATOR)
+            pipe.hget(keys.sets(base), digest)
         rows = iter(replies(pipe))
     workers = [_worker(name, parts, names.now) for name, parts in _parts(names.workers, rows)]
     counts = {name: [next(rows) for _ in range(_QUEUE_PARTS)] for name in names.queues}
+    asks = dict.fromkeys(names.queues, "") | {name: _readable(next(rows)) for name in sublists}
     since = _oldest(client, {name: parts[-1] for name, parts in counts.items()})
-    more = tasks.unclaimed(client)
     queues = [
-        _queue(name, parts, _age(names.now, since[name]), name in names.paused, more.get(name))
+        _queue(name, parts, _age(names.now, since[name]), base_of(name) in names.paused, asks[name])
         for name, parts in counts.items()
     ]
     found = _with_tunnels(client, [worker for worker in workers if worker])
@@ -224,8 +242,15 @@ def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus
         failed=int(counts[2] or fields.get("failed", 0)),
         notice=str(fields.get("notice", "")),
         ends_at=from_iso(fields.get("ends_at")),
+        free=_free(fields.get("free")),
         tunnel_id=str(fields.get("tunnel") or ""),
     )
+
+
+def _free(left: Mapping[str, Any] | None) -> Free | None:
+    if not left:
+        return None
+    return Free(int(left["slots"]), float(left["cpus"]), int(left["memory_bytes"]), tuple(left["gpus"]))
 
 
 def _state(alive: bool, late: bool, draining: bool, busy: bool) -> WorkerState:
@@ -249,13 +274,17 @@ def _ask_queue(pipe: Any, name: str) -> None:
     pipe.lindex(keys.queue(name), 0)
 
 
-def _queue(
-    name: str, parts: Sequence[Any], age: float | None, paused: bool, more: tasks.Unclaimed | None
-) -> QueueStatus:
+def _queue(name: str, parts: Sequence[Any], age: float | None, paused: bool, asks: str) -> QueueStatus:
     queued, running, finished, failed, scheduled, deferred = (_count(part) for part in parts[:6])
-    if more:
-        queued, deferred = max(0, queued + more.queued), max(0, deferred + more.deferred)
-    return QueueStatus(name, queued, running, finished, failed, scheduled, deferred, age, paused)
+    return QueueStatus(name, queued, running, finished, failed, scheduled, deferred, age, paused, asks)
+
+
+def _readable(canonical: Any) -> str:
+    """What jobs of a set ask for, as people write it."""
+    try:
+        return Requirements.from_canonical(canonical).readable()
+    except ValueError:
+        return "unknown"
 
 
 def _count(reply: Any) -> int:

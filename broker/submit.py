@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from broker import dependents, jobs, keys, names, scripts
 from broker.command import Command
 from broker.errors import Conflict, FleetError, NotFound, UsageError
+from broker.requirements import NOTHING, Requirements
 
 if TYPE_CHECKING:
     import redis
@@ -36,8 +37,8 @@ OnFailedDependency = Literal["fail", "wait"]
 class Options:
     """How a command is to be treated; times in seconds, None: no limit or the default.
 
-    `after` and `after_any` are ids of jobs that it waits for: until they have finished, or have ended
-    in whatever way.
+    `requirements` say what it needs of the worker that runs it. `after` and `after_any` are ids of jobs that
+    it waits for: until they have finished, or have ended in whatever way.
     """
 
     name: str | None = None
@@ -50,6 +51,7 @@ class Options:
     on_failed_dependency: OnFailedDependency = "fail"
     #: how many tasks it has, for an array: broker.arrays submits these
     tasks: int | None = None
+    requirements: Requirements = NOTHING
 
     def checked(self) -> Options:
         """Return itself. Raises UsageError for a number out of range."""
@@ -132,10 +134,11 @@ def submit_together(client: redis.Redis, submissions: Iterable[Submission]) -> l
 
 @dataclass(frozen=True)
 class _Row:
-    """A submission as submit.lua takes it."""
+    """A submission as submit.lua takes it; `base` is its queue, `need` what it asks for there."""
 
     id: str
-    queue: str
+    base: str
+    need: Requirements
     parents: tuple[str, ...]
     fields: Mapping[str, Any]
 
@@ -152,7 +155,8 @@ class _Row:
         if parents and chosen:
             parents += ("!",)
         fields = _fields(submission.command, options)
-        return cls(chosen or names.new_job_id(), submission.queue, parents, fields)
+        job_id = chosen or names.new_job_id()
+        return cls(job_id, submission.queue, options.requirements, parents, fields)
 
     def behind(self, gate: str) -> _Row:
         return replace(self, parents=(gate, *self.parents))
@@ -165,9 +169,13 @@ def _batches(rows: Sequence[_Row], size: int) -> Iterator[Sequence[_Row]]:
 def _submit_batch(client: redis.Redis, rows: Sequence[_Row]) -> list[Submitted]:
     if not rows:
         return []
-    arguments: list[Any] = [len(rows[0].fields), *rows[0].fields]
+    asked = dict.fromkeys((row.base, row.need) for row in rows if row.need != NOTHING)
+    arguments: list[Any] = [len(rows[0].fields), *rows[0].fields, len(asked)]
+    for base, need in asked:
+        arguments += [base, need.digest(), need.canonical()]
+    queues = {(row.base, row.need): row.need.queue_of(row.base) for row in rows}
     for row in rows:
-        arguments += [row.id, row.queue, " ".join(row.parents), *row.fields.values()]
+        arguments += [row.id, queues[row.base, row.need], " ".join(row.parents), *row.fields.values()]
     first, *others = (part.decode("utf-8", "replace") for part in scripts.SUBMIT(client, [], arguments))
     if first:
         raise _refused(first, *others)
@@ -214,7 +222,7 @@ def _fields(command: Command, options: Options) -> Mapping[str, Any]:
     own = {} if options.tasks is None else {"fleet_array": options.tasks}
     return own | {
         "data": command.to_data(),
-        "description": described(options.name or " ".join(command.argv)),
+        "description": options.requirements.beside(described(options.name or " ".join(command.argv))),
         "timeout": options.timeout_seconds or -1,
         "result_ttl": options.result_ttl_seconds,
         "failure_ttl": options.result_ttl_seconds,

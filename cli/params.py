@@ -9,13 +9,12 @@ import click
 
 from broker import amounts, names
 from broker.errors import UsageError
+from broker.requirements import FIELDS, FieldError, Requirements, parse
 from cli.context import Context
 
 if TYPE_CHECKING:
     import redis
     from click.shell_completion import CompletionItem
-
-    from broker.selection import Word
 
     _ParamType = click.ParamType[Any]
 else:
@@ -77,7 +76,7 @@ class JobId(_ParamType):
 
     name = "job"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return names.job_id(value)
 
     def shell_complete(
@@ -86,23 +85,6 @@ class JobId(_ParamType):
         from broker import jobs
 
         return _offer(ctx, incomplete, lambda client: [job.id for job in jobs.listed(client, limit=_OFFERED)])
-
-
-class JobWord(JobId):
-    """A job, an array, or some of its tasks: `ID`, `ID-7`, `ID[1,4-6]`, `last`; `all` if the verb may."""
-
-    name = "jobs"
-
-    def __init__(self, *, may_be_all: bool = False) -> None:
-        self._may_be_all = may_be_all
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Word:
-        from broker import selection
-
-        word = selection.parse(value)
-        if word.job_id == selection.ALL and not self._may_be_all:
-            self.fail("'all' are too many here: name jobs.", param, ctx)
-        return word
 
 
 class QueueName(_ParamType):
@@ -202,6 +184,41 @@ def resources(options: Mapping[str, Any]) -> dict[str, int]:
         "num_gpus": options["num_gpus"],
     }
     return {name: value for name, value in said.items() if value is not None}
+
+
+def requirement_options(command: Any) -> Any:
+    """What a job needs of the worker that runs it, for a verb that submits; `requirements` reads them."""
+    for option in (
+        click.option(
+            "--priority", metavar="P", help="low, normal, high, urgent, critical, or any whole number."
+        ),
+        click.option("--exclusive", is_flag=True, help="Nothing else runs on its worker meanwhile."),
+        click.option(
+            "--time-request", metavar="TIME", help="Least that is left of its worker's life: 90, 5m, 2h."
+        ),
+        click.option(
+            "--label",
+            "labels",
+            multiple=True,
+            metavar="K=GLOB",
+            help="Only on workers with such a label; K!=GLOB: without it; repeatable.",
+        ),
+        click.option("--gpu-memory", metavar="SIZE", help="Least memory of each GPU: 40G."),
+        click.option("--gpus", metavar="N", help="GPUs for it alone; below 1 a share of one: 0.5."),
+        click.option("--memory", metavar="SIZE", help="Memory for it: 512M, 4G."),
+        click.option("--cpus", metavar="N", help="CPUs for it: 4, 0.5."),
+    ):
+        command = option(command)
+    return command
+
+
+def requirements(options: Mapping[str, Any]) -> Requirements:
+    """What `requirement_options` said. Raises UsageError."""
+    try:
+        return parse({field: options[field] for field in FIELDS})
+    except FieldError as exc:
+        option = {"labels": "label"}.get(exc.name, exc.name).replace("_", "-")
+        raise UsageError(f"--{option}: {exc.why}", exc.hint) from exc
 
 
 def json_option(command: Any) -> Any:

@@ -30,6 +30,7 @@ QUEUE_COLUMNS = (
     Column("FAILED", rank=1, right=True),
     Column("OLDEST", right=True),
     Column("STATE", rank=1),
+    Column("ASKS FOR", rank=3, least=12),
 )
 #: what people read of an outcome
 _WORDS = {
@@ -62,7 +63,8 @@ def queue_row(queue: QueueStatus) -> list[Cell]:
     counts = (queue.queued, queue.running, queue.scheduled, queue.deferred, queue.finished)
     failed: Cell = (str(queue.failed), "bold red" if queue.failed else "")
     oldest = age(queue.oldest_age_seconds)
-    return [queue.name, *map(str, counts), failed, oldest, state("paused") if queue.paused else ""]
+    held = state("paused") if queue.paused else ""
+    return [queue.name, *map(str, counts), failed, oldest, held, queue.requirements]
 
 
 @click.command()

@@ -51,7 +51,16 @@ _WORKER_FIELDS = (
     *("cpus", "memory_bytes", "gpus", "started_at", "last_heartbeat", "heartbeat_age_seconds"),
     *("finished", "failed", "tunnel", "ends_at"),
 )
-_QUEUE_FIELDS = ("name", "queued", "running", "finished", "failed", "oldest_age_seconds", "paused")
+_QUEUE_FIELDS = (
+    "name",
+    "queued",
+    "running",
+    "finished",
+    "failed",
+    "oldest_age_seconds",
+    "paused",
+    "requirements",
+)
 #: workers that a terminal is shown, and in --watch the fewest of them and the lines that are no workers:
 #: the headline, the heads of both tables, blank lines, what was left out
 _MOST_WORKERS, _LEAST_WORKERS, _OTHER_LINES = 200, 5, 7

@@ -480,6 +480,11 @@ local function words(text)
   return found
 end
 
+-- A client of RQ may have canceled a job that runs: its worker ends it when it hears of that.
+local function is_being_ended(id, state)
+  return state == 'canceled' and tonumber(redis.call('ZSCORE', K.LEASES, id) or 0) > NOW_MS
+end
+
 -- What a job of ours is to do as far as `other` goes, which may have just ended in `status`: 'met', 'wait', or
 -- 'fail', with the state of that one, nil: it is gone. What need not be waited for any more is forgotten, for
 -- it may be gone tomorrow.
@@ -488,7 +493,9 @@ local function judge_one(job, other, status)
   if status == 'finished' or not state then
     state = status
   end
-  if state == 'finished' or (job.any[other] and (not state or ENDED[state])) then
+  if is_being_ended(other, state) then
+    return 'wait'
+  elseif state == 'finished' or (job.any[other] and (not state or ENDED[state])) then
     redis.call('SREM', key('dependencies', job.id), other)
     return 'met'
   elseif not state or (ENDED[state] and (job.on_failed == 'fail' or string.find(other, GATE))) then

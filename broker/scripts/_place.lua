@@ -132,6 +132,7 @@ local function take(list, most, latest)
   local now = fitting(list.need)
   local given = left.claim(list.queue, math.min(most, now + ahead_of(list.need)), now, latest)
   if given > 0 then
+    left.has_given_gpus = left.has_given_gpus or list.need.kind == 'g'
     subtract(list.need, math.min(given, now))
     left.ahead = math.max(0, left.ahead - math.max(0, given - now))
   end
@@ -311,5 +312,5 @@ function place.finish()
       redis.call('DEL', key('wake', queue))
     end
   end
-  return left.gpus_given and left.slots > 0 and 1 or 0, left.reserved
+  return left.has_given_gpus and left.slots > 0 and 1 or 0, left.reserved
 end

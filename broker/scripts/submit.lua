@@ -2,8 +2,10 @@
 --
 -- KEYS  none but those of the jobs named
 -- ARGV  1 number of field names, then those names
---       then for each job: id, queue, the jobs it waits for, values in the order of the names
---       Those are words: ID, and ~ID where that may end in whatever way; a job of this very call comes
+--       then the number of sets of requirements, and for each: queue, digest, what it asks for as JSON
+--       then for each job: id, list (`QUEUE` or `QUEUE@DIGEST`), the jobs it waits for, values in the order of
+--       the names
+--       The jobs it waits for are words: ID, and ~ID where that may end in whatever way; a job of this very call comes
 --       before those that wait for it. '!': this job's id was chosen; '?': it waits where another fails
 -- Returns {'taken', id}, {'unknown', id of what it would wait for, id}, {'cycle', id}, or
 --         {'', then for each job that is not queued: id, its state}
@@ -12,7 +14,8 @@
 local MOST_ANCESTORS = 1000 -- looked at in search of a cycle
 
 local width = tonumber(ARGV[1])
-local first, step = 2 + width, 3 + width
+local set_count = tonumber(ARGV[2 + width])
+local first, step = 3 + width + 3 * set_count, 3 + width
 local are_arrays = false
 for column = 1, width do
   are_arrays = are_arrays or ARGV[1 + column] == 'fleet_array'
@@ -113,6 +116,9 @@ end
 local refused = refusal()
 if refused then
   return refused
+end
+for i = 3 + width, first - 1, 3 do
+  add_set(ARGV[i], ARGV[i + 1], ARGV[i + 2])
 end
 local queues, reply = {}, {''}
 for i = first, #ARGV, step do

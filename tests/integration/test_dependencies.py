@@ -11,6 +11,7 @@ from broker.command import Command
 from broker.errors import Conflict, NotFound
 from broker.submit import Options, Submission, submit_all, submit_together
 from tests.integration.conftest import Workers
+from tests.integration.test_claims import claim, session
 
 TRUE, FALSE = Command(("true",)), Command(("false",))
 
@@ -150,6 +151,17 @@ def test_what_rq_takes_away_is_not_waited_for(client: redis.Redis, how: str) -> 
     assert state(client, "b", "c", "d") == ["failed", "deferred", "queued"]
     gone = {"cancel": "was canceled", "delete": "is gone"}[how]
     assert reason(client, "b") == f"dependency a {gone}"
+
+
+def test_what_rq_cancels_is_waited_for_while_it_runs(client: redis.Redis) -> None:
+    put(client, "a"), put(client, "b", after_any=("a",)), put(client, "c", "a")
+    assert len(claim(client, session(client, "w0"), 1)) == 1
+    rq.job.Job.fetch("a", connection=client).cancel()
+    assert chores.Deferred().run(client) == 0
+    assert state(client, "a", "b", "c") == ["canceled", "deferred", "deferred"]
+    client.zrem(keys.LEASES, "a")
+    assert chores.Deferred().run(client) == 2
+    assert state(client, "b", "c") == ["queued", "failed"]
 
 
 def test_plain_jobs_of_rq_wait_as_ever(client: redis.Redis) -> None:

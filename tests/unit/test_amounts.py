@@ -56,3 +56,17 @@ def test_a_duration_reads_as_it_was_written(milliseconds):
 )
 def test_how_a_duration_reads(seconds, text):
     assert amounts.readable_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(45.4, "45s"), (125, "2m"), (7500, "2h05m"), (90000, "25h00m")]
+)
+def test_how_a_duration_reads_roughly(seconds, text):
+    assert amounts.rough_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"), [(64 * 2**30 - 1, "63.9G"), (64 * 2**30, "64G"), (3 * 2**19, "1M"), (2**50, "1P")]
+)
+def test_how_a_size_reads_roughly(size_bytes, text):
+    assert amounts.rough_size(size_bytes) == text

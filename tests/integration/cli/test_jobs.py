@@ -14,9 +14,19 @@ from broker.command import Command
 from broker.submit import Options, submit_commands
 
 _SHOW = {
-    *("schema", "id", "name", "state", "queue", "argv", "exit_code", "reason", "submitted_at"),
+    *(
+        "schema",
+        "id",
+        "requirements",
+        "name",
+        "state",
+        "queue",
+        "argv",
+        "exit_code",
+        "reason",
+        "submitted_at",
+    ),
     *("started_at", "ended_at", "usage", "attempts", "result", "dependencies", "dependents"),
-    *("tasks", "array"),
 }
 
 

@@ -22,7 +22,7 @@ _WORKER = {
     "tunnel",
     "ends_at",
 }
-_QUEUE = {"name", "queued", "running", "finished", "failed", "oldest_age_seconds", "paused"}
+_QUEUE = {"name", "queued", "running", "finished", "failed", "oldest_age_seconds", "paused", "requirements"}
 
 
 def test_json_has_the_promised_fields(read, workers, submit, eventually, redis_url):

@@ -1,0 +1,286 @@
+"""`fleet explain`: why a job is where it is, every reason with its numbers.
+
+What can be wrong is looked at in the order in which a worker would come upon it: what holds the job back
+by itself (a time, other jobs), who gives out nothing (paused, suspended), who could run it at all, who
+of these has room, and what comes before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import redis
+
+from broker import amounts, fitting, jobs, keys, status
+from broker.connection import replies
+from broker.fitting import Free, Reason
+from broker.jobs import JobView, Related
+from broker.requirements import NOTHING, SEPARATOR, Offer, Requirements, base_of
+from broker.status import FleetStatus, WorkerStatus
+
+#: jobs that one waits for which are named one by one
+_NAMED = 20
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A job, what it asks for (None: nobody knows), and why it is where it is."""
+
+    job: JobView
+    need: Requirements | None
+    reasons: tuple[Reason, ...]
+
+
+def explain(client: redis.Redis, job_id: str) -> Explanation:
+    """Ask Redis. Raises NotFound for a job that is not there, and what redis-py raises."""
+    job = jobs.show(client, job_id)
+    need = _need(client, job.queue)
+    return Explanation(job, need, tuple(_reasons(client, job, need)))
+
+
+def _need(client: redis.Redis, queue: str) -> Requirements | None:
+    """What jobs of that list ask for."""
+    base, _, digest = queue.partition(SEPARATOR)
+    if not digest:
+        return NOTHING
+    try:
+        return Requirements.from_canonical(client.hget(keys.sets(base), digest) or "")
+    except ValueError:
+        return None
+
+
+def _reasons(client: redis.Redis, job: JobView, need: Requirements | None) -> Iterator[Reason]:
+    if job.state == "queued":
+        yield from _queued(client, job, need)
+    elif job.state == "deferred":
+        yield from _deferred(client, job)
+    elif job.state == "scheduled":
+        yield from _scheduled(client, job)
+    elif job.state == "started":
+        yield _running(client, job)
+    else:
+        yield _ended(job)
+
+
+# --- it runs, or has ended -------------------------------------------------------------------------
+
+
+def _running(client: redis.Redis, job: JobView) -> Reason:
+    workers = {worker.name: worker for worker in status.read(client).workers}
+    worker, numbers = workers.get(job.worker or ""), {"worker": job.worker, "attempt": len(job.attempts)}
+    if worker is None or worker.state in ("offline", "connecting"):
+        silent = worker.heartbeat_age_seconds if worker else None
+        since = "" if silent is None else f" for {amounts.rough_duration(silent)}"
+        return Reason(
+            "silent",
+            f"it was started on {job.worker}, which has been silent{since}; "
+            "once its lease has run out the job goes back to the front of its queue",
+            numbers,
+        )
+    since = f" since {_time(job.started_at)}" if job.started_at else ""
+    return Reason("running", f"it runs on {job.worker}{since}, attempt {len(job.attempts)}", numbers)
+
+
+def _ended(job: JobView) -> Reason:
+    where = f" on {job.worker}" if job.worker else ""
+    when = f" at {_time(job.ended_at)}" if job.ended_at else ""
+    why = f": {job.reason}" if job.reason else ""
+    how = "was " * (job.state in ("stopped", "canceled"))
+    hint = "" if job.state == "finished" else f"; 'fleet retry {job.id}' runs it again"
+    numbers = {"worker": job.worker, "exit_code": job.exit_code, "reason": job.reason}
+    return Reason("ended", f"it {how}{job.state}{where}{when}{why}{hint}", numbers)
+
+
+def _time(at: datetime | None) -> str:
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC" if at else "?"
+
+
+# --- it waits for a time, or for others ------------------------------------------------------------
+
+
+def _scheduled(client: redis.Redis, job: JobView) -> Iterator[Reason]:
+    with client.pipeline(transaction=False) as pipe:
+        pipe.zscore(keys.of("scheduled", job.queue), job.id)
+        pipe.time()
+        pipe.get(keys.CHORES)
+        at, (seconds, micros), chores = replies(pipe)
+    if not isinstance(at, float):
+        yield Reason("unlisted", f"it is called scheduled, yet nothing will queue it: {_DOCTOR}")
+        return
+    left, due = at - seconds - micros / 1e6, datetime.fromtimestamp(at, UTC)
+    again = " again, after it failed," if any(one.outcome == "failed" for one in job.attempts) else ""
+    if left > 0:
+        words = f"it is to run{again} at {_time(due)}, in {amounts.rough_duration(left)}"
+        yield Reason("time", words, {"at": due, "in_seconds": left})
+    if chores is None:
+        yield Reason(
+            "no_worker", "no worker is up, and only workers queue what is due: 'fleet up', 'fleet worker'"
+        )
+    elif left <= 0:
+        yield Reason("time", "it is due, and will be queued within a second")
+
+
+def _deferred(client: redis.Redis, job: JobView) -> Iterator[Reason]:
+    members: Any = client.smembers(keys.of("dependencies", job.id))
+    ids = sorted(member.decode("utf-8", "replace") for member in members)
+    waits_for = [Related(*row) for row in jobs.states(client, ids).items() if row[1] != "finished"]
+    for parent in waits_for[:_NAMED]:
+        yield Reason("dependency", _parent(parent), {"job": parent.id, "state": parent.state})
+    if len(waits_for) > _NAMED:
+        yield Reason("dependency", f"it waits for {len(waits_for) - _NAMED} more jobs")
+    if not waits_for:
+        yield Reason("dependency", f"nothing that it waits for is left, yet it was not queued: {_DOCTOR}")
+
+
+def _parent(parent: Related) -> str:
+    if parent.id.startswith("gate:"):
+        return "the rest of its submission is still on its way"
+    if parent.state is None:
+        return f"it waits for {parent.id}, which is gone: nothing will start it, 'fleet cancel' ends it"
+    if parent.state in jobs.ENDED:
+        how = parent.state if parent.state == "failed" else f"was {parent.state}"
+        return f"it waits for {parent.id} to finish, which {how}: 'fleet retry {parent.id}'"
+    return f"it waits for {parent.id}, which is {parent.state}"
+
+
+_DOCTOR = "'fleet doctor' looks into it"
+
+
+# --- it waits for a worker -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """What concerns a job that waits in a list."""
+
+    position: int | None
+    fleet: FleetStatus
+    suspended: bool
+    #: list -> the worker that holds room for its first job
+    reserved: Mapping[str, str]
+    #: list of the same base -> its priority
+    priorities: Mapping[str, int]
+
+
+def _queued(client: redis.Redis, job: JobView, need: Requirements | None) -> Iterator[Reason]:
+    facts = _look(client, job)
+    yield from _held_back(job, facts)
+    if facts.position is None:
+        yield Reason("unlisted", f"it is called queued, yet stands in no list: {_DOCTOR}")
+    elif need is None:
+        yield Reason("unknown_set", f"nobody knows what jobs of {job.queue} ask for: no worker will take it")
+    else:
+        yield from _workers(job, need, facts)
+        yield from _before(job, need, facts)
+
+
+def _look(client: redis.Redis, job: JobView) -> _Queued:
+    fleet, base = status.read(client), base_of(job.queue)
+    lists = [queue.name for queue in fleet.queues if base_of(queue.name) == base]
+    with client.pipeline(transaction=False) as pipe:
+        pipe.lpos(keys.queue(job.queue), job.id)
+        pipe.exists(keys.SUSPENDED)
+        pipe.hgetall(keys.sets(base))
+        pipe.mget([keys.of("reserved", name) for name in lists] or [keys.of("reserved", base)])
+        position, suspended, sets, holders = replies(pipe)
+    reserved = {name: holder.decode() for name, holder in zip(lists, holders, strict=False) if holder}
+    return _Queued(position, fleet, suspended == 1, reserved, dict(_priorities(base, sets)))
+
+
+def _priorities(base: str, sets: Mapping[bytes, bytes]) -> Iterator[tuple[str, int]]:
+    yield base, 0
+    for digest, text in sets.items():
+        try:
+            yield f"{base}{SEPARATOR}{digest.decode()}", Requirements.from_canonical(text).priority
+        except ValueError:
+            continue
+
+
+def _held_back(job: JobView, facts: _Queued) -> Iterator[Reason]:
+    if facts.suspended:
+        yield Reason("suspended", "all workers are suspended: 'rq resume' lets them go on")
+    base = base_of(job.queue)
+    if any(queue.paused for queue in facts.fleet.queues if queue.name == base):
+        yield Reason("paused", f"queue {base} is paused: 'fleet resume {base}' lets it go on")
+
+
+def _workers(job: JobView, need: Requirements, facts: _Queued) -> Iterator[Reason]:
+    """Who could run it, and why these do not."""
+    base, now = base_of(job.queue), facts.fleet.at.timestamp()
+    listening = [worker for worker in facts.fleet.workers if base in worker.queues]
+    alive = [worker for worker in listening if worker.state != "offline"]
+    offers = {worker.name: worker.offer() for worker in alive}
+    matching = [worker for worker in alive if need.matches(offers[worker.name], now)]
+    if not alive:
+        yield _nobody(base, listening, facts.fleet.workers)
+    elif not matching:
+        yield from fitting.unmatched(need, [offers[worker.name] for worker in alive], now)
+    else:
+        yield from _those_that_match(need, matching, offers)
+
+
+def _nobody(base: str, listening: Sequence[WorkerStatus], workers: Sequence[WorkerStatus]) -> Reason:
+    if listening:
+        message = f"all {len(listening)} workers on queue {base} are offline"
+    else:
+        others = sorted({queue for worker in workers if worker.state != "offline" for queue in worker.queues})
+        elsewhere = f"; there are some on {', '.join(others)}" if others else ""
+        message = f"no worker listens on queue {base}{elsewhere}"
+    return Reason("no_worker", f"{message}: 'fleet up', or 'fleet worker --queues {base}'")
+
+
+def _those_that_match(
+    need: Requirements, matching: Sequence[WorkerStatus], offers: Mapping[str, Offer]
+) -> Iterator[Reason]:
+    for state, words in (("draining", "take nothing new"), ("connecting", "have been silent for a while")):
+        found = [worker.name for worker in matching if worker.state == state]
+        if found:
+            yield Reason(
+                state,
+                f"of {len(matching)} that match {len(found)} {words}: {_some(found)}",
+                {"workers": found},
+            )
+    ready = [worker for worker in matching if worker.state in ("idle", "busy")]
+    free = {worker.name: _free(worker) for worker in ready}
+    with_room = [name for name, left in free.items() if fitting.fits(need, offers[name], left)]
+    if with_room:
+        names = _some(with_room)
+        yield Reason(
+            "room", f"there is room for it on {names}: it starts when its turn comes", {"workers": with_room}
+        )
+    elif ready:
+        yield fitting.without_room(need, [(offers[name], left) for name, left in free.items()])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _free(worker: WorkerStatus) -> Free:
+    """As its last beat said, but for the slots: these are known. One that does not say has room for all."""
+    slots = max(0, worker.slots - len(worker.running))
+    if worker.free is None:
+        return Free(slots, worker.cpus, worker.memory_bytes, (1.0,) * len(worker.gpus))
+    return replace(worker.free, slots=min(slots, worker.free.slots))
+
+
+def _before(job: JobView, need: Requirements, facts: _Queued) -> Iterator[Reason]:
+    """What is given out first, and for what room is held."""
+    waiting = {queue.name: queue.queued for queue in facts.fleet.queues}
+    higher = sum(
+        waiting.get(name, 0) for name, priority in facts.priorities.items() if priority > need.priority
+    )
+    if facts.position:
+        yield Reason(
+            "ahead", f"{facts.position} that ask for the same came before it", {"jobs": facts.position}
+        )
+    if higher:
+        yield Reason("priority", f"{higher} of its queue have a higher priority", {"jobs": higher})
+    for name, worker in facts.reserved.items():
+        whose = (
+            "the first of those that ask for the same" if name == job.queue else f"the first job of {name}"
+        )
+        yield Reason("reserved", f"{worker} holds room for {whose}", {"worker": worker, "queue": name})
