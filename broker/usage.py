@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 _NUMBER = (int, float)
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     """CPU time of all its processes, seconds; the most memory they had, bytes. None: not known.
 
     `gpu_memory_bytes`: the most that was taken on the GPUs that it had to itself.
@@ -33,5 +32,5 @@ def from_json(text: str) -> Usage | None:
         found = Usage(**json.loads(text))
     except (ValueError, TypeError):
         return None
-    numbers = [value for value in asdict(found).values() if value is not None]
+    numbers = [value for value in found if value is not None]
     return found if all(isinstance(value, _NUMBER) and value >= 0 for value in numbers) else None

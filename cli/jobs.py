@@ -112,7 +112,7 @@ def _fields(job: JobView) -> dict[str, Any]:
         "submitted_at": job.submitted_at,
         "started_at": job.started_at,
         "ended_at": job.ended_at,
-        "usage": asdict(job.usage) if job.usage else None,
+        "usage": job.usage._asdict() if job.usage else None,
         "attempts": [asdict(attempt) for attempt in job.attempts],
         "result": json_value(job.result),
         "dependencies": [asdict(other) for other in job.dependencies],

@@ -35,6 +35,7 @@ from fleet.chores import AllDone, ChoreThread
 from fleet.executors import ExecutorConfig, ExecutorPool
 from fleet.guard import Guard
 from fleet.launchers.agent import TOKEN_VARIABLE
+from fleet.limits import Limits
 from fleet.links import Links
 from fleet.loop import Parts, WorkerLoop
 from fleet.mailbox import Mailbox
@@ -209,13 +210,16 @@ def _parts(
     outputs = Outputs(folders)
     stack.callback(outputs.clear)
     encoded = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
+    limits = Limits()
+    stack.callback(limits.close)
     context = CommandContext(
-        folders, outputs, working, encoded, null, home, Memory(), settings.max_result_bytes
+        folders, outputs, working, encoded, null, home, Memory(), limits, settings.max_result_bytes
     )
+    share = offering.share
     placement = Placement(
         session.identity.queues,
         offering.offer(),
-        Room(offering.share.total, config.slots, offering.share.cpu_ids),
+        Room(share.total, config.slots, share.cpu_ids, [gpu.index for gpu in share.total.gpus]),
         settings,
     )
     slots = Slots(config.slots, settings, context, pool, guard, placement)

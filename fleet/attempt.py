@@ -17,17 +17,20 @@ from broker.command import Command
 from broker.usage import Usage
 from broker.work import Claim, End, Outcome, Tails
 from fleet import process
+from fleet.limits import Limit, Limits
 from fleet.memory import Memory
 from fleet.outputs import Folders, OutputFiles, Outputs, WorkingFolders
+from fleet.room import Grant
 
 #: why an attempt was interrupted: its time ran out, an operator or RQ's stop-job, RQ's kill-horse,
-#: its lease is gone, or this worker leaves
-Cause = Literal["timeout", "stop", "kill", "lost", "hand-back"]
+#: it has more memory than it asked for, its lease is gone, or this worker leaves
+Cause = Literal["timeout", "stop", "kill", "memory", "lost", "hand-back"]
 
 _OUTCOMES: Mapping[Cause, Outcome] = {
     "timeout": "failed",
     "stop": "stopped",
     "kill": "failed",
+    "memory": "failed",
     "lost": "lost",
     "hand-back": "handed-back",
 }
@@ -52,6 +55,8 @@ class Attempt(ABC):
     kill_at: float | None = None
     #: lost while Redis was away: nobody's fault
     uncounted: bool = False
+    #: what it is held to, if it asked for something of its worker
+    limit: Limit | None = None
 
     @property
     def timeout_at(self) -> float | None:
@@ -84,7 +89,7 @@ class Attempt(ABC):
 
     def interrupted_end(self, cause: Cause, tails: Tails, usage: Usage | None = None) -> End:
         """The end of an attempt that was interrupted."""
-        reason = self._reason(cause)
+        reason = self._reason(cause, usage)
         text = failures.encoded(reason) if cause != "hand-back" else None
         return End(
             self.claim,
@@ -97,7 +102,19 @@ class Attempt(ABC):
             usage=usage,
         )
 
-    def _reason(self, cause: Cause) -> str:
+    def used(self, cpu_seconds: float | None, largest_bytes: int) -> Usage:
+        """What it used, by what was measured of its processes; asked once, for its limit ends here."""
+        if self.limit is None:
+            return Usage(cpu_seconds, largest_bytes or None)
+        usage = self.limit.usage(cpu_seconds, largest_bytes)
+        if self.limit.ran_out:
+            self.cause = self.cause or "memory"
+        self.limit.close()
+        return usage
+
+    def _reason(self, cause: Cause, usage: Usage | None) -> str:
+        if cause == "memory" and self.limit:
+            return self.limit.verdict(usage or Usage())
         return {
             "timeout": f"Timeout: ran longer than {self.timeout_seconds or 0:g} s",
             "stop": "Job stopped by user, work-horse terminated.",  # rq's own words
@@ -136,6 +153,7 @@ class CommandContext:
     null: int
     home: int
     memory: Memory
+    limits: Limits
     #: of a function's return value, or traceback
     max_result_bytes: int
 
@@ -151,18 +169,25 @@ class CommandAttempt(Attempt):
     memory: Memory = field(kw_only=True)
 
     @classmethod
-    def start(cls, claim: Claim, command: Command, context: CommandContext) -> CommandAttempt:
-        """Start it. Raises fleet.process.CannotStart."""
+    def start(
+        cls, claim: Claim, command: Command, context: CommandContext, grant: Grant | None = None
+    ) -> CommandAttempt:
+        """Start it, held to what it was given. Raises fleet.process.CannotStart."""
         files = context.outputs.open(claim)
         folder: str | None = None
+        limit = context.limits.of(claim, grant)
         try:
             folder = None if command.cwd else context.working.enter(claim.job_id)
             env = {**context.environ, **_encoded(job_variables(claim)), **_encoded(command.env)}
-            stdio = (context.null, files.stdout, files.stderr)
-            pid = process.spawn(command.argv, env, command.cwd or folder or "", stdio, context.home)
+            cwd, stdio = command.cwd or folder or "", (context.null, files.stdout, files.stderr)
+            argv, cpu_ids = _limited(command.argv, env, cwd, limit)
+            with process.bound_to(cpu_ids):
+                pid = process.spawn(argv, env, cwd, stdio, context.home)
         except BaseException:
             context.outputs.close(files)
             context.working.leave(folder or "")
+            if limit:
+                limit.close()
             raise
         return cls(
             claim,
@@ -173,6 +198,7 @@ class CommandAttempt(Attempt):
             outputs=context.outputs,
             working=context.working,
             memory=context.memory,
+            limit=limit,
         )
 
     def has_ended(self) -> bool:
@@ -185,7 +211,7 @@ class CommandAttempt(Attempt):
         tails = self.outputs.close(self.files, tail_bytes)
         if self.folder:
             self.working.leave(self.folder)
-        usage = Usage(ended.cpu_seconds, ended.max_rss_bytes)
+        usage = self.used(ended.cpu_seconds, ended.max_rss_bytes)
         if self.cause:
             return self.interrupted_end(self.cause, tails, usage)
         if ended.code == 0:
@@ -193,7 +219,10 @@ class CommandAttempt(Attempt):
         return self._failure(ended, duration, tails, usage)
 
     def _failure(self, ended: process.Exit, duration: float, tails: Tails, usage: Usage) -> End:
-        reason = self.memory.verdict(ended, tails) or _how(ended)
+        reason = self.memory.verdict(ended, tails)
+        if reason and self.limit:
+            reason = self.limit.explained(reason, usage)
+        reason = reason or _how(ended)
         text = failures.encoded(_with_output(reason, tails))
         code = ended.code if ended.signal is None else 128 + ended.signal
         return End(self.claim, "failed", reason, duration, code, exc_string=text, tails=tails, usage=usage)
@@ -203,6 +232,20 @@ class CommandAttempt(Attempt):
 
     def tails(self, limit: int) -> Tails:
         return self.files.tails(limit)
+
+
+def _limited(
+    argv: tuple[str, ...], env: dict[bytes, bytes], cwd: str, limit: Limit | None
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """What to run on which CPUs; `env` gets the variables. Raises CannotStart for what is no program."""
+    if limit is None:
+        return argv, ()
+    env |= _encoded(limit.variables())
+    if "/" not in argv[0]:
+        process.resolve(argv[0], os.fsdecode(env.get(b"PATH", os.fsencode(os.defpath))))
+    elif not os.access(os.path.join(cwd, argv[0]), os.X_OK):  # noqa: PTH118  # takes what Path does not
+        return argv, ()  # it cannot be run, and why is told best where that is tried
+    return limit.command(argv), limit.cpu_ids
 
 
 def _how(ended: process.Exit) -> str:

@@ -5,7 +5,8 @@ a pipe. This file stands alone: it needs Python 3.9 or newer, rq and redis, and 
 worker imports the frames and `hand_over` from it, so rq is imported where it is used.
 
     worker to executor    {"op": "hello", ...} once, then tasks: {"op": "job" | "stopped" | "webhooks",
-                          "number": N, ...}, each with the fields of the job's hash as its blobs;
+                          "number": N, ...}, each with the fields of the job's hash as its blobs, and
+                          to one that forks perhaps with "limits" (see `confine`);
                           and on TURNS the number of each, without which it is not begun
     executor to worker    {"op": "ready"} once, then {"op": "end", ...} for each task that was begun
 
@@ -744,6 +745,7 @@ class ForkServer:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _private.add(writer)
             pid = os.getpid()
+            confine(task.get("limits"))
             end, blobs = self.run_task(task, fields)
             if os.getpid() == pid:  # not where a job forked, and both returned
                 Wire(writer).send(end, blobs)
@@ -775,6 +777,20 @@ class ForkServer:
         except BlockingIOError:
             return False
         return True
+
+
+def confine(limits: Mapping[str, Any] | None) -> None:
+    """Hold this process, and all that it will start, to what its job was given; see fleet/limits.py."""
+    if not limits:
+        return
+    if limits["entrance"]:
+        Path(limits["entrance"]).write_text("0", encoding="ascii")
+    if limits["data_bytes"]:
+        resource.setrlimit(resource.RLIMIT_DATA, (limits["data_bytes"],) * 2)
+    if limits["cpu_ids"]:
+        os.sched_setaffinity(0, limits["cpu_ids"])
+    os.nice(limits["nice"])
+    os.environ.update(limits["variables"])
 
 
 class Meter:

@@ -27,6 +27,10 @@ _CHUNK = 1 << 18
 _SHORT = 1 << 14
 
 
+#: "warm": many jobs in one process, "fork": each job in a forked process of its own
+Mode = Literal["warm", "fork"]
+
+
 @dataclass(frozen=True)
 class ExecutorConfig:
     """What all executors of a worker have in common.
@@ -41,8 +45,7 @@ class ExecutorConfig:
     environ: Mapping[str, str] = field(repr=False)
     work_dir: str
     live_dir: Path
-    #: "warm": many jobs in one process, "fork": each job in a forked process of its own
-    mode: Literal["warm", "fork"] = "warm"
+    mode: Mode = "warm"
     #: put first on sys.path
     paths: tuple[str, ...] = ()
     #: jobs after which an executor is replaced
@@ -148,8 +151,11 @@ class Turns:
 class Executor:
     """One process of the pool, and what its worker needs to know of it."""
 
-    def __init__(self, channel: Channel, live: tuple[Path, Path], on_exit: Callable[[int], None]) -> None:
+    def __init__(
+        self, channel: Channel, live: tuple[Path, Path], on_exit: Callable[[int], None], mode: Mode
+    ) -> None:
         self.channel = channel
+        self.mode = mode
         self.turns = Turns()
         self.stdout_live_path, self.stderr_live_path = live
         self.ready = False

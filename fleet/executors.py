@@ -25,7 +25,7 @@ from typing import Any
 from broker import sentinel
 from fleet.executions import Execution, Lane, Outcome
 from fleet.executor_main import pack
-from fleet.executor_process import Channel, Executor, ExecutorConfig
+from fleet.executor_process import Channel, Executor, ExecutorConfig, Mode
 
 __all__ = ["Execution", "ExecutorConfig", "ExecutorPool", "Outcome"]
 
@@ -63,7 +63,8 @@ class ExecutorPool:
         self._config = config
         self._selector = selector
         self._on_spawn, self._on_exit = on_spawn, on_exit
-        self._idle: list[Lane] = []
+        #: those without work, by their mode
+        self._idle: dict[Mode, list[Lane]] = {"warm": [], "fork": []}
         self._busy: set[Lane] = set()
         #: what was lined up in lanes that are busy no more
         self._stranded: list[Execution] = []
@@ -79,15 +80,18 @@ class ExecutorPool:
         execution_id: str,
         stdout_path: str | Path | None = None,
         stderr_path: str | Path | None = None,
+        limits: Mapping[str, Any] | None = None,
     ) -> Execution:
-        """Run a job whose hash is `fields`. Does not wait.
+        """Run a job whose hash is `fields`; within `limits`, in a process forked for it. Does not wait.
 
         What it writes is in `stdout_path` and `stderr_path` when its outcome is there, behind what
         these hold already; if it wrote nothing they are not made. None drops it. Where no executor
         could be started the outcome says so. Raises OSError only where there are no descriptors left.
         """
         timeout = _seconds(fields.get(b"timeout"), DEFAULT_TIMEOUT_SECONDS)
-        task = {"op": "job", "execution_id": execution_id}
+        task: dict[str, Any] = {"op": "job", "execution_id": execution_id}
+        if limits:
+            task["limits"] = dict(limits)
         return self._run(job_id, fields, task, (stdout_path, stderr_path), timeout)
 
     def line_up(
@@ -176,10 +180,10 @@ class ExecutorPool:
         self._unwatch(lane)
         if execution.outcome is None or lane.executor.buried:
             self._bury(lane.executor)
-        elif self._is_worn(lane.executor) or len(self._idle) >= self._config.max_idle:
+        elif self._is_worn(lane.executor) or self._has_enough(lane.executor.mode):
             self._dismiss(lane.executor)
         else:
-            self._idle.append(lane)
+            self._idle[lane.executor.mode].append(lane)
         if self._leaving:
             self.reap()
 
@@ -198,10 +202,11 @@ class ExecutorPool:
         for lane in self._busy:
             self._unwatch(lane)
             self._bury(lane.executor)
-        for lane in self._idle:
-            self._dismiss(lane.executor, grace_seconds)
+        for lanes in self._idle.values():
+            for lane in lanes:
+                self._dismiss(lane.executor, grace_seconds)
+            lanes.clear()
         self._busy.clear()
-        self._idle.clear()
         while self._leaving:
             self.reap()
             time.sleep(0.005)
@@ -214,7 +219,8 @@ class ExecutorPool:
         targets: tuple[str | Path | None, str | Path | None],
         timeout_seconds: float | None,
     ) -> Execution:
-        execution = self._give(self._take(), job_id, fields, task, targets, timeout_seconds)
+        mode: Mode = "fork" if "limits" in task else self._config.mode
+        execution = self._give(self._take(mode), job_id, fields, task, targets, timeout_seconds)
         self._send(execution.lane)
         return execution
 
@@ -234,16 +240,16 @@ class ExecutorPool:
         lane.add(execution, task, fields)
         return execution
 
-    def _take(self) -> Lane:
+    def _take(self, mode: Mode) -> Lane:
         """An executor that waits for work and lives, else a new one."""
-        while self._idle:
-            lane = self._idle.pop()
+        while self._idle[mode]:
+            lane = self._idle[mode].pop()
             lane.look()
             if not lane.executor.channel.at_end:
                 break
             self._bury(lane.executor)
         else:
-            lane = Lane(self._spawn())
+            lane = Lane(self._spawn(mode))
         self._busy.add(lane)
         self._watch(lane)
         return lane
@@ -282,8 +288,6 @@ class ExecutorPool:
 
     def _shortest(self) -> Lane | None:
         """The executor to line up behind: one that is running short jobs, and has a place left."""
-        if self._config.mode != "warm":
-            return None
         shortest = min(self._busy, key=len, default=None)
         if shortest is None or self._may_line_up(shortest):  # nearly always
             return shortest
@@ -291,13 +295,19 @@ class ExecutorPool:
 
     def _may_line_up(self, lane: Lane) -> bool:
         executor, length = lane.executor, len(lane)
-        if length > LINE or not executor.ready or executor.channel.wants_write or lane.is_slow():
+        if executor.mode != "warm" or length > LINE or lane.is_slow():
+            return False
+        if not executor.ready or executor.channel.wants_write:
             return False
         return not self._is_worn(executor, length)
 
-    def _spawn(self) -> Executor:
+    def _has_enough(self, mode: Mode) -> bool:
+        """Whether as many wait without work as may."""
+        return len(self._idle[mode]) >= self._config.max_idle
+
+    def _spawn(self, mode: Mode) -> Executor:
         near, far = socket.socketpair()
-        executor = Executor(Channel(near), self._live_paths(), self._on_exit)
+        executor = Executor(Channel(near), self._live_paths(), self._on_exit, mode)
         try:
             executor.launch(self._config, far)
         except OSError as exc:
@@ -319,7 +329,7 @@ class ExecutorPool:
         config = self._config
         return {
             "op": "hello",
-            "mode": config.mode,
+            "mode": executor.mode,
             "redis_url": config.redis_url,
             "sentinel": _service(config.redis_url),
             "worker_name": config.worker_name,

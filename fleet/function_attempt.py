@@ -10,9 +10,11 @@ from broker.usage import Usage
 from broker.work import Claim, End, Tails
 from fleet.attempt import Attempt, CommandContext, never_started
 from fleet.executors import Execution, ExecutorPool, Outcome
+from fleet.limits import Limit
 from fleet.memory import Memory
 from fleet.outputs import file_end, output_paths, tail_of
 from fleet.process import Exit
+from fleet.room import Grant
 
 
 @dataclass
@@ -26,10 +28,21 @@ class FunctionAttempt(Attempt):
     max_result_bytes: int = field(kw_only=True)
 
     @classmethod
-    def start(cls, claim: Claim, pool: ExecutorPool, context: CommandContext) -> FunctionAttempt:
-        """Give it to an executor; where none can be started, its end says so."""
-        paths = output_paths(context.folders, claim)
-        return cls._of(claim, pool, context, paths, pool.start(*_work(claim), *paths))
+    def start(
+        cls, claim: Claim, pool: ExecutorPool, context: CommandContext, grant: Grant | None = None
+    ) -> FunctionAttempt:
+        """Give it to an executor, in a fresh process where it is held to what it was given.
+
+        Where none can be started, its end says so.
+        """
+        paths, limit = output_paths(context.folders, claim), context.limits.of(claim, grant)
+        try:
+            execution = pool.start(*_work(claim), *paths, limits=limit.for_executor() if limit else None)
+        except BaseException:
+            if limit:
+                limit.close()
+            raise
+        return cls._of(claim, pool, context, paths, execution, limit)
 
     @classmethod
     def line_up(cls, claim: Claim, pool: ExecutorPool, context: CommandContext) -> FunctionAttempt | None:
@@ -46,12 +59,13 @@ class FunctionAttempt(Attempt):
         context: CommandContext,
         paths: tuple[str, str],
         execution: Execution,
+        limit: Limit | None = None,
     ) -> FunctionAttempt:
-        limit = execution.kill_after_seconds
         return cls(
             claim,
             execution.pgid or 0,
-            limit,
+            execution.kill_after_seconds,
+            limit=limit,
             execution=execution,
             pool=pool,
             paths=paths,
@@ -71,21 +85,32 @@ class FunctionAttempt(Attempt):
         if outcome is None:
             raise RuntimeError("collected before it ended")
         tails = self._final_tails(outcome, tail_bytes)
-        if self.cause and (outcome.kind == "died" or self.cause == "lost"):
-            return self.interrupted_end(self.cause, tails, _usage(outcome))
+        usage = self.used(outcome.cpu_seconds, outcome.peak_bytes)
+        if self.cause and (outcome.kind == "died" or self.cause in ("lost", "memory")):
+            return self.interrupted_end(self.cause, tails, usage)
         if outcome.could_not_start:
             return never_started(self.claim, outcome.exc_string or "no executor", outcome="handed-back")
         if outcome.unbegun:
             return End(self.claim, "handed-back", "its executor died before it began", 0.0)
         if outcome.signal is not None:
             outcome = self._judged(outcome)
+        outcome = self._explained(outcome, usage)
         outcome = _limited(outcome, self.max_result_bytes)
-        return _ENDS[outcome.kind](self.claim, outcome, tails)
+        return _ENDS[outcome.kind](self.claim, outcome, tails, usage)
 
     def _judged(self, outcome: Outcome) -> Outcome:
         """The death of an executor by a signal that we did not send."""
         reason = self.memory.verdict(Exit(None, outcome.signal, max_rss_bytes=outcome.peak_bytes))
         return outcome._replace(exc_string=reason) if reason else outcome
+
+    def _explained(self, outcome: Outcome, usage: Usage) -> Outcome:
+        """A function that was refused memory says so itself."""
+        text = (outcome.exc_string or "").rstrip()
+        last_words = text.split("\n")[-1]
+        if outcome.kind != "failed" or not self.limit or not last_words.startswith("MemoryError"):
+            return outcome
+        why = self.limit.explained(f"OutOfMemory: {last_words}", usage)
+        return outcome._replace(exc_string=f"{text}\n{why}\n")
 
     def output_ends(self) -> tuple[int, int]:
         execution = self.execution
@@ -127,11 +152,7 @@ def _limited(outcome: Outcome, limit: int) -> Outcome:
     return outcome
 
 
-def _usage(outcome: Outcome) -> Usage:
-    return Usage(outcome.cpu_seconds, outcome.peak_bytes or None)
-
-
-def _finished(claim: Claim, outcome: Outcome, tails: Tails) -> End:
+def _finished(claim: Claim, outcome: Outcome, tails: Tails, usage: Usage) -> End:
     return End(
         claim,
         "finished",
@@ -139,11 +160,11 @@ def _finished(claim: Claim, outcome: Outcome, tails: Tails) -> End:
         callback_seconds=outcome.callback_seconds,
         return_value=outcome.return_value_b64,
         tails=tails,
-        usage=_usage(outcome),
+        usage=usage,
     )
 
 
-def _retry(claim: Claim, outcome: Outcome, tails: Tails) -> End:
+def _retry(claim: Claim, outcome: Outcome, tails: Tails, usage: Usage) -> End:
     return End(
         claim,
         "retry",
@@ -152,11 +173,11 @@ def _retry(claim: Claim, outcome: Outcome, tails: Tails) -> End:
         return_value=outcome.return_value_b64,
         retry=outcome.retry,
         tails=tails,
-        usage=_usage(outcome),
+        usage=usage,
     )
 
 
-def _failed(claim: Claim, outcome: Outcome, tails: Tails) -> End:
+def _failed(claim: Claim, outcome: Outcome, tails: Tails, usage: Usage) -> End:
     text = outcome.exc_string or "failed without a word"
     return End(
         claim,
@@ -166,11 +187,11 @@ def _failed(claim: Claim, outcome: Outcome, tails: Tails) -> End:
         callback_seconds=outcome.callback_seconds,
         exc_string=failures.encoded(text),
         tails=tails,
-        usage=_usage(outcome),
+        usage=usage,
     )
 
 
-_ENDS: dict[str, Callable[[Claim, Outcome, Tails], End]] = {
+_ENDS: dict[str, Callable[[Claim, Outcome, Tails, Usage], End]] = {
     "finished": _finished,
     "retry": _retry,
     "failed": _failed,

@@ -156,7 +156,7 @@ class WorkerLoop:
             self._slots.hand_back_waiting()
         self._enforce_stop()
         self._slots.start_waiting()
-        self._slots.enforce_times()
+        self._slots.enforce_limits()
         self._asides.collect()
         self._reconnect()
         self._give_up_foreign()

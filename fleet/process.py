@@ -6,7 +6,8 @@ import errno
 import functools
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,23 @@ class Exit:
 def host_error(exc: OSError, doing: str) -> CannotStart:
     """`exc` as a reason not to start, told apart by whose fault it is."""
     return CannotStart(f"{doing}: {exc.strerror or exc}", host_fault=exc.errno in _HOST_ERRORS)
+
+
+@contextmanager
+def bound_to(cpu_ids: tuple[int, ...]) -> Iterator[None]:
+    """What this thread starts inside may run on these CPUs alone; none: on all that the thread may.
+
+    It is the thread that is bound, for that moment, so that no instruction of the child runs elsewhere.
+    """
+    if not cpu_ids or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, cpu_ids)
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def spawn(

@@ -6,11 +6,12 @@ to hosts where nothing of ours is yet. ASCII only, for the same reason.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +205,26 @@ def _gpus_by_nvml() -> tuple[Gpu, ...] | None:
             return tuple(_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
     except (pynvml.NVMLError, OSError):
         return None
+
+
+def gpu_memory_in_use(indices: Iterable[int]) -> int | None:
+    """Bytes in use on GPUs of these numbers, by NVML; None where that is not there, or does not tell."""
+    try:
+        import pynvml
+
+        handles = [_handle(pynvml, index) for index in indices]
+        return sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
+    except ImportError:
+        return None
+    except (pynvml.NVMLError, OSError):
+        return None
+
+
+@functools.cache
+def _handle(nvml: Any, index: int) -> Any:
+    """For one that goes on asking: NVML stays initialised, for that may take a second."""
+    nvml.nvmlInit()
+    return nvml.nvmlDeviceGetHandleByIndex(index)
 
 
 @contextmanager

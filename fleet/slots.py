@@ -17,6 +17,7 @@ from typing import NamedTuple
 from broker import clock, command
 from broker.work import Claim, End, Outcome
 from broker.worker_settings import WorkerSettings
+from fleet import resources
 from fleet.attempt import Attempt, Cause, CommandAttempt, CommandContext, never_started
 from fleet.executors import Execution, ExecutorPool
 from fleet.function_attempt import FunctionAttempt
@@ -25,6 +26,7 @@ from fleet.pace import AHEAD_SECONDS, Pace
 from fleet.placement import NoRoom, Placement
 from fleet.process import CannotStart, host_error
 from fleet.room import Grant
+from fleet.watch import Watch, Watched
 
 log = logging.getLogger("fleet.worker")
 
@@ -73,6 +75,7 @@ class Slots:
         self._lined_up: dict[Execution, tuple[_Waiting, FunctionAttempt]] = {}
         self._waiting: deque[_Waiting] = deque()
         self._pace = Pace(count)
+        self._watch = Watch(resources.gpu_memory_in_use)
         #: whether something ended where nobody but `collect` will look
         self._overlooked = False
         #: why this host cannot run jobs at the moment, and when it may be tried again
@@ -232,9 +235,9 @@ class Slots:
         claim = waiting.claim
         try:
             if waiting.what is None:
-                self._run(FunctionAttempt.start(claim, self._pool, self._context))
+                self._run(FunctionAttempt.start(claim, self._pool, self._context, waiting.grant))
             else:
-                attempt = CommandAttempt.start(claim, waiting.what, self._context)
+                attempt = CommandAttempt.start(claim, waiting.what, self._context, waiting.grant)
                 self._guard.add(attempt.pgid)
                 self._run(attempt)
         except CannotStart as exc:
@@ -287,6 +290,10 @@ class Slots:
 
     def _run(self, attempt: Attempt) -> None:
         self._attempts[attempt.claim.lease] = attempt
+        if attempt.limit:
+            is_function = isinstance(attempt, FunctionAttempt)
+            watched = Watched(attempt.limit, lambda: attempt.pgid, is_function)
+            self._watch.add(attempt.claim.lease, watched)
         self.busy_at = clock.monotonic()
 
     def _could_not_start(self, claim: Claim, exc: CannotStart) -> None:
@@ -308,6 +315,7 @@ class Slots:
     def _finish(self, lease: str, attempt: Attempt) -> None:
         if isinstance(attempt, CommandAttempt):
             self._guard.remove(attempt.pgid)
+        self._watch.remove(lease)
         end = attempt.collect(self._settings.output_tail_bytes)
         if end.outcome == "failed" and _may_come_first_again(attempt):
             self.hand_back_waiting()
@@ -324,11 +332,14 @@ class Slots:
         if self._overlooked:
             return clock.monotonic()
         times = [at for attempt in self for at in (attempt.timeout_at, attempt.kill_at) if at is not None]
-        times.append(self._patient_until())
+        times += [self._patient_until(), self._watch.next_time]
         return min(times, default=float("inf"))
 
-    def enforce_times(self) -> None:
-        """Interrupt what ran too long, kill what was given its grace."""
+    def enforce_limits(self) -> None:
+        """Interrupt what ran too long, kill what was given its grace, or has too much memory."""
+        for lease in self._watch.look():
+            self._attempts[lease].kill("memory")
+            self._overlooked |= self._attempts[lease].has_ended()
         now = clock.monotonic()
         for attempt in self:
             if attempt.timeout_at is not None and now >= attempt.timeout_at:

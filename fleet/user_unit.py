@@ -43,6 +43,8 @@ ExecStart=$command
 KillMode=mixed
 # a job for which the kernel finds no memory ends alone
 OOMPolicy=continue
+# the worker makes cgroups below its own, for jobs with a limit of memory
+Delegate=yes
 TimeoutStopSec=$stop_seconds
 # who was told to end stays ended, and who died is seen to have died: 'fleet up' starts it again
 Restart=no

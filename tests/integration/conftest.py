@@ -46,6 +46,7 @@ class Workers:
     ) -> subprocess.Popen[Any]:
         """Start one and wait until it is registered; its log is `self.log(name)`."""
         options = {"host": "here", "output_dir": str(self.folder / "work"), "slots": 1} | fields
+        prefix = options.pop("prefix", ())
         paths = options.pop("paths", (str(Path(__file__).parent),))
         config = WorkerConfig(
             name=name, redis_url=self.url, paths=paths, settings=FAST | (settings or {}), **options
@@ -54,7 +55,7 @@ class Workers:
         file = self.folder / f"{name}.{self._started}.config.json"
         file.write_text(config.to_json())
         with open(self.folder / f"{name}.log", "ab") as log:
-            command = [sys.executable, "-I", "-m", "fleet.worker", "--config", str(file)]
+            command = [*prefix, sys.executable, "-I", "-m", "fleet.worker", "--config", str(file)]
             process = self._spawn(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         if wait:
             self.until(lambda: self.is_beating(name) or process.poll() is not None, f"{name} registered")

@@ -126,3 +126,18 @@ def use(size: int, cpu_seconds: float, number: int = 0) -> None:
         block[0] = 1
     if number:
         os.kill(os.getpid(), number)
+
+
+def hoard(mebibytes: int) -> None:
+    """Take so much memory, a little at a time, and live on."""
+    held = []
+    for _ in range(mebibytes // 5):
+        held.append(b"x" * (5 * 2**20))
+        time.sleep(0.02)
+    time.sleep(60)
+
+
+def where_am_i() -> dict[str, Any]:
+    """The process, the CPUs that it may run on, how nice it is, and what it was given."""
+    cpus = sorted(os.sched_getaffinity(0))
+    return {"pid": os.getpid(), "cpus": cpus, "nice": os.nice(0), "FLEET_CPUS": os.environ.get("FLEET_CPUS")}

@@ -18,6 +18,7 @@ from broker.requirements import Offer
 from broker.worker_settings import WorkerSettings
 from fleet.attempt import CommandContext
 from fleet.executors import Execution, Outcome
+from fleet.limits import Limits
 from fleet.memory import Memory
 from fleet.outputs import Folders, Outputs, WorkingFolders
 from fleet.placement import Placement
@@ -254,7 +255,7 @@ class Desk:
         folders.create()
         null = os.open(os.devnull, os.O_RDONLY)
         context = CommandContext(
-            folders, Outputs(folders), WorkingFolders(folders, "w0"), {}, null, null, Memory(), 1000
+            folders, Outputs(folders), WorkingFolders(folders, "w0"), {}, null, null, Memory(), Limits(), 1000
         )
         self.guard = CalmGuard()
         guard: Any = self.guard
