@@ -96,6 +96,12 @@ def queue_names(members: Iterable[bytes]) -> list[str]:
     return sorted(name for name in map(keys.queue_of, found) if _is_name(name))
 
 
+def lists_of(bases: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The lists of these queues: their own, and those of `known` that are sublists of them."""
+    wanted = dict.fromkeys(bases)
+    return [*wanted, *(name for name in known if name not in wanted and base_of(name) in wanted)]
+
+
 def _is_name(name: str) -> bool:
     try:
         names.queue_name(base_of(name))

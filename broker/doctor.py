@@ -17,6 +17,7 @@ from broker import __version__, chores, clock, keys
 from broker.connection import one_line, replies
 from broker.durability import check_eviction, check_failover, check_persistence
 from broker.findings import Finding, Patient, some
+from broker.requirements import SEPARATOR
 from broker.rights import check_rights
 
 #: oldest versions that will do, by name of the server
@@ -211,6 +212,30 @@ def check_queues(patient: Patient) -> Finding:
     )
 
 
+def check_sets(patient: Patient) -> Finding:
+    """Jobs in a sublist of which nobody knows what they ask for: no worker would dare."""
+    sublists = [name for name in chores.known_queues(patient.client) if SEPARATOR in name]
+    with patient.client.pipeline(transaction=False) as pipe:
+        for name in sublists:
+            base, _, digest = name.partition(SEPARATOR)
+            pipe.hexists(keys.sets(base), digest)
+            pipe.exists(keys.queue(name))
+        rows = replies(pipe)
+    unknown = [
+        name
+        for name, is_known, has_jobs in zip(sublists, rows[::2], rows[1::2], strict=True)
+        if has_jobs == 1 and is_known != 1
+    ]
+    if not unknown:
+        return Finding("requirements", "ok", f"{len(sublists)} sets that jobs ask for")
+    return Finding(
+        "requirements",
+        "error",
+        f"jobs wait where nobody knows what they ask for: {some(unknown)}",
+        "Nobody takes them: 'fleet cancel' them, and submit them anew with 'fleet submit --cpus ...'.",
+    )
+
+
 CHECKS: tuple[Callable[[Patient], Finding], ...] = (
     check_version,
     check_role,
@@ -225,4 +250,5 @@ CHECKS: tuple[Callable[[Patient], Finding], ...] = (
     check_taking_jobs,
     check_rq_workers,
     check_queues,
+    check_sets,
 )

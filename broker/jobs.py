@@ -170,14 +170,32 @@ def gone(client: redis.Redis, ids: Sequence[str]) -> set[str]:
 def unfinished(client: redis.Redis, queues: Iterable[str] | None = None) -> int:
     """How many jobs of `queues`, or of all there are, have not ended: queued, scheduled, deferred or running.
 
-    At one moment: a job that moves from one to another is not missed.
+    Those of their sublists, too. At one moment: a job that moves from one to another is not missed.
     """
+    bases = None if queues is None else list(queues)
+    lists, now = None, _lists_of(bases, chores.known_queues(client))
+    count = 0
+    while lists != now:  # another may have come up meanwhile
+        lists = now
+        count, known = _count_unfinished(client, lists)
+        now = _lists_of(bases, known)
+    return count
+
+
+def _lists_of(bases: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    return list(known) if bases is None else chores.lists_of(bases, known)
+
+
+def _count_unfinished(client: redis.Redis, lists: Sequence[str]) -> tuple[int, list[str]]:
+    """How many there are, and which queues there were at that moment."""
     with client.pipeline(transaction=True) as pipe:
-        for queue in chores.known_queues(client) if queues is None else queues:
+        for queue in lists:
             pipe.llen(keys.queue(queue))
             for registry in ("wip", "scheduled", "deferred"):
                 pipe.zcard(keys.of(registry, queue))
-        return sum(count for count in replies(pipe) if isinstance(count, int))
+        pipe.smembers(keys.QUEUES)
+        *counts, members = replies(pipe)
+    return sum(count for count in counts if isinstance(count, int)), chores.queue_names(members)
 
 
 def unfinished_ids(client: redis.Redis) -> list[str]:

@@ -61,6 +61,7 @@ def _questions() -> Iterator[str]:
     rows = [row for line in _COMMANDS.split("\n") for row in line.split("|") if row]
     for row in rows:
         yield row.replace("_K", _KEYS[0]).replace("_C", keys.pubsub("doctor"))
+    yield f"PUBLISH {keys.NEWS} v"
     for key in _KEYS[1:]:
         yield from (f"GET {key}", f"DEL {key}")
 
@@ -70,7 +71,7 @@ def _words(denied: Iterable[bytes]) -> list[str]:
 
 
 def _grant(name: str) -> str:
-    return f"redis-cli ACL SETUSER {name} '~rq:*' '~fleet:*' '&rq:*' +@all -@dangerous +info"
+    return f"redis-cli ACL SETUSER {name} '~rq:*' '~fleet:*' '&rq:*' '&fleet:*' +@all -@dangerous +info"
 
 
 def _rights_by_trying(client: redis.Redis, name: str) -> Finding:

@@ -105,6 +105,8 @@ class WorkerLoop:
         self._rung = False
         #: lists of which tokens were taken since the last claim
         self._popped: set[str] = set()
+        #: sublists that are new to it
+        self._unseen: set[str] = set()
         self._taken = 0
         self._found_nothing = False
         #: whether it has asked for jobs, or could have
@@ -268,8 +270,12 @@ class WorkerLoop:
             self._claim_due = True
 
     def _learn_sets(self) -> None:
-        """Read all sets of requirements; news tell of those to come."""
+        """Read all sets of requirements; news tell of those to come.
+
+        The next claim looks at their sublists as if there were tokens: who pushed may not have told.
+        """
         self._placement.learn(sets.known(self._links.client, self._session.identity.queues))
+        self._unseen.update(self._placement.sublists())
 
     def _give_up_foreign(self) -> None:
         """What an earlier life of this worker held is lost: the lock on our name says that it is over."""
@@ -292,8 +298,11 @@ class WorkerLoop:
     def _send(self, wanted: int, ahead: int) -> None:
         self._placement.count(len(self._slots))
         is_deaf = self._links.waiter.is_deaf(self._placement.lists())
-        self._rounds.send(wanted, ahead, is_deaf=is_deaf, places=self._placement.places(self._popped))
-        self._popped.clear()
+        places = self._placement.places(self._popped | self._unseen)
+        self._rounds.send(wanted, ahead, is_deaf=is_deaf, places=places)
+        if wanted + ahead:
+            self._popped.clear()
+            self._unseen.clear()
 
     def _on_answer(self) -> None:
         if not self._links.up:

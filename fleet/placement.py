@@ -102,6 +102,10 @@ class Placement:
         if clock.wall().timestamp() > self._until:
             self._judge()
 
+    def sublists(self) -> Iterable[str]:
+        """Those that the worker serves."""
+        return self._mine.keys()
+
     # --- claims ----------------------------------------------------------------------------------
 
     def places(self, popped: Iterable[str]) -> Places:

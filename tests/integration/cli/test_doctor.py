@@ -73,7 +73,7 @@ def test_a_redis_that_is_nearly_full_is_told(checks, own_redis):
     assert checks(server.url)["memory"]["level"] == "warning"
 
 
-_ALL = "~fleet:* ~rq:* &rq:* +@all -@dangerous +info"
+_ALL = "~fleet:* ~rq:* &rq:* &fleet:* +@all -@dangerous +info"
 
 
 @pytest.mark.parametrize(
