@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -54,10 +55,17 @@ def confined(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool
 
     monkeypatch.setattr(workers, "_spawn", spawn)
     yield True
-    for pid in (folder / "cgroup.procs").read_text().split():
-        os.kill(int(pid), 9)
-    workers.until(lambda: not (folder / "cgroup.procs").read_text(), "it is empty")
+    workers.until(lambda: not killed_in(folder), "it is empty")
     folder.rmdir()
+
+
+def killed_in(folder: Path) -> list[str]:
+    """Kill what is in a cgroup; returns what was."""
+    pids = (folder / "cgroup.procs").read_text().split()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), 9)
+    return pids
 
 
 def ended(workers: Workers, job_id: str) -> jobs.JobView:
