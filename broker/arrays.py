@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -11,11 +11,12 @@ from typing import Any, Literal
 import redis
 
 from broker import keys, names, scripts
-from broker.command import LONGEST_ARGUMENT, Command
+from broker import tasks as reading
+from broker.command import LONGEST_ARGUMENT
 from broker.connection import replies
-from broker.errors import Conflict, FleetError, UsageError
-from broker.ranges import LARGEST, Ranges, from_rows, of
-from broker.submit import Options, submit_commands
+from broker.errors import Conflict, FleetError, NotFound, UsageError
+from broker.ranges import LARGEST, Ranges, of
+from broker.submit import Submission, Submitted, submit_all
 
 #: what a task is given besides its number: a line, a JSON document, or a JSON list of arguments
 ItemKind = Literal["line", "json", "arguments"]
@@ -61,50 +62,24 @@ class Tasks:
         return self
 
 
-@dataclass(frozen=True)
-class TaskCounts:
-    """How many tasks of an array are where; `queued` are all that are still to run."""
-
-    total: int
-    queued: int
-    running: int
-    finished: int
-    failed: int
-    canceled: int
-
-    @property
-    def ended(self) -> int:
-        return self.finished + self.failed + self.canceled
-
-
 # --- submitting --------------------------------------------------------------------------------
 
 
-def submit(
-    client: redis.Redis,
-    queue: str,
-    command: Command,
-    options: Options,
-    tasks: Tasks,
-    array_id: str | None = None,
-) -> str:
-    """Submit an array and return its id; nothing of it runs unless all of it is there.
+def submit(client: redis.Redis, submission: Submission, tasks: Tasks) -> Submitted:
+    """Submit an array; nothing of it runs unless all of it is there.
 
-    Raises UsageError, Conflict for an id that is taken, and what redis-py raises: what was sent by then
-    goes within ten minutes.
+    Raises what `broker.submit.submit_all` does: what was sent by then goes within ten minutes.
     """
-    array = names.new_job_id() if array_id is None else _checked_id(array_id)
-    names.queue_name(queue)
-    command.checked()
-    options.checked()
-    _open(client, array, tasks.checked())
+    array = names.new_job_id() if submission.job_id is None else _checked_id(submission.job_id)
+    options = replace(submission.options, tasks=len(tasks.checked().numbers))
+    whole = replace(submission, job_id=array, options=options).checked()
+    _open(client, array, tasks)
     try:
         _upload(client, array, tasks)
-        submit_commands(client, queue, [(array, command)], replace(options, tasks=len(tasks.numbers)))
-    except Conflict:
+        return submit_all(client, [whole])[0]
+    except (Conflict, NotFound):
         client.delete(*_kept(array))
         raise
-    return array
 
 
 def _checked_id(array: str) -> str:
@@ -119,7 +94,7 @@ def _kept(array: str) -> list[str]:
 
 def _open(client: redis.Redis, array: str, tasks: Tasks) -> None:
     count = len(tasks.numbers)
-    fields: dict[str, Any] = {"total": count, "left": count}
+    fields: dict[str, Any] = {"total": count, "left": count, "numbers": str(tasks.numbers)}
     fields |= {"items": tasks.kind} if tasks.kind else {}
     for name in ("max_fails", "max_parallel"):
         if getattr(tasks, name) is not None:
@@ -157,44 +132,6 @@ def _chunks(items: Sequence[bytes]) -> Iterator[bytes]:
         yield b"".join(part for item in some for part in (struct.pack("<I", len(item)), item))
 
 
-# --- reading -----------------------------------------------------------------------------------
-
-_SETS = ("array_waiting", "array_running", "array_failed", "array_canceled")
-
-
-def counts(client: redis.Redis, ids: Iterable[str]) -> dict[str, TaskCounts]:
-    """The counts of each array of `ids`; of those that are none there is nothing."""
-    found: dict[str, TaskCounts] = {}
-    ordered = list(ids)
-    with client.pipeline(transaction=False) as pipe:
-        for array in ordered:
-            pipe.hmget(keys.array(array), "total", "left", "held", "finished")
-            for kind in _SETS:
-                pipe.scard(keys.of(kind, array))
-            pipe.lrange(keys.of("array_dropped", array), 0, -1)
-        rows = iter(replies(pipe)) if ordered else iter(())
-    for array in ordered:
-        fields, *sizes, dropped = (next(rows) for _ in range(len(_SETS) + 2))
-        if isinstance(fields, list) and fields[0]:
-            found[array] = _counted(list(map(_number, fields)), list(map(_number, sizes)), dropped)
-    return found
-
-
-def _counted(fields: Sequence[int], sizes: Sequence[int], dropped: Any) -> TaskCounts:
-    total, left, held, finished = fields
-    waiting, running, failed, canceled = sizes
-    never = len(from_rows(dropped)) if isinstance(dropped, list) else 0
-    return TaskCounts(total, left + held + waiting, running, finished, failed, canceled + never)
-
-
-def _number(value: Any) -> int:
-    """A count, or 0 where somebody keeps something else there."""
-    try:
-        return int(value or 0)
-    except (TypeError, ValueError):
-        return 0
-
-
 # --- changing ----------------------------------------------------------------------------------
 
 
@@ -202,31 +139,24 @@ def cancel(client: redis.Redis, array: str, chosen: Ranges | None = None) -> str
     """Cancel an array, or some of its tasks: what is not begun never will be, what runs is ended.
 
     Returns 'canceled', 'stopping' where something runs (its workers end it within two seconds), the state
-    in which the array had ended, or '' for no such array.
+    in which they had ended, or '' for no such array.
     """
-    outcome = ""
-    for ranges in _batches([] if chosen is None else of(chosen).rows()):
-        reply, _ = scripts.CANCEL_ARRAY(client, [keys.job(array)], [array, *ranges])
-        outcome = reply.decode("utf-8", "replace")
+    outcome, dropped = "", 0
+    for ranges in batches([] if chosen is None else of(chosen).rows()):
+        reply, count = scripts.CANCEL_ARRAY(client, [keys.job(array)], [array, *ranges])
+        outcome, dropped = reply.decode("utf-8", "replace"), dropped + count
     if outcome != "stopping":
         return outcome
-    numbers = _members(client, array, ("array_waiting", "array_running"), chosen)
-    told = _cancel_tasks(client, [f"{array}-{number}" for number in numbers])
-    return "stopping" if "stopping" in told else "canceled"
+    begun = reading.members(client, array, ("array_waiting", "array_running"), chosen)
+    told = _cancel_tasks(client, [f"{array}-{number}" for number in begun])
+    if chosen is None or dropped or told & {"stopping", "canceled"}:
+        return "stopping" if "stopping" in told else "canceled"
+    return next((state for state in reading.states(client, array, chosen).values() if state), "")
 
 
-def _batches(rows: list[str]) -> Iterator[list[str]]:
-    """At least one."""
+def batches(rows: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Ranges for one call each; at least one of these."""
     return (rows[start : start + _AT_ONCE] for start in range(0, max(1, len(rows)), _AT_ONCE))
-
-
-def _members(client: redis.Redis, array: str, kinds: Sequence[str], chosen: Ranges | None) -> list[int]:
-    """The numbers in these sets that are of `chosen`, in order; all: None."""
-    with client.pipeline(transaction=True) as pipe:
-        for kind in kinds:
-            pipe.smembers(keys.of(kind, array))
-        found = {_number(member) for reply in replies(pipe) if isinstance(reply, set) for member in reply}
-    return sorted(found if chosen is None else (number for number in found if number in chosen))
 
 
 def _cancel_tasks(client: redis.Redis, ids: Sequence[str]) -> set[str]:
@@ -236,21 +166,3 @@ def _cancel_tasks(client: redis.Redis, ids: Sequence[str]) -> set[str]:
         for job_id in ids
         if (outcome := scripts.CANCEL(client, [keys.job(job_id)], [job_id, _CANCELED_TTL]))
     }
-
-
-# --- what a task finds about itself ------------------------------------------------------------
-
-_VARIABLES = {b"fleet_task_line": "FLEET_TASK_LINE", b"fleet_task_json": "FLEET_TASK_JSON"}
-
-
-def variables(job_id: str, fields: Mapping[bytes, bytes]) -> dict[str, str]:
-    """What the job of that id and hash is told of its array, if it is a task of one."""
-    array = fields.get(b"fleet_array_of")
-    if array is None:
-        return {}
-    name = array.decode("utf-8", "replace")
-    found = {"FLEET_ARRAY_ID": name, "FLEET_TASK_ID": job_id[len(name) + 1 :]}
-    for field, variable in _VARIABLES.items():
-        if field in fields:
-            found[variable] = fields[field].decode("utf-8", "surrogateescape")
-    return found

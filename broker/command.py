@@ -11,9 +11,12 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from broker.errors import UsageError
+
+#: where a command has places for arguments: in all of its words, or in the line for a shell
+Template = Literal["words", "shell"]
 
 #: what stands where RQ has the name of a function
 FUNCTION = "fleet.command"
@@ -27,11 +30,16 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """What to run: `argv` as execve takes it, `env` added to the worker's, `cwd` or its own folder."""
+    """What to run: `argv` as execve takes it, `env` added to the worker's, `cwd` or its own folder.
+
+    `template`: the words have places for arguments, or the last one has, which a shell reads; see
+    broker/template.py.
+    """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: str | None = None
+    template: Template | None = None
 
     def checked(self) -> Command:
         """Return itself. Raises UsageError for what no machine could run."""
@@ -57,6 +65,8 @@ class Command:
             document["env"] = dict(self.env)
         if self.cwd is not None:
             document["cwd"] = self.cwd
+        if self.template:
+            document["template"] = self.template
         return zlib.compress(json.dumps([FUNCTION, None, [document], {}]).encode(), 1)
 
 
@@ -84,6 +94,7 @@ def from_data(data: bytes | None) -> Command | None:
             return None
         document = args[0]
         env = {str(name): str(value) for name, value in document.get("env", {}).items()}
-        return Command(tuple(map(str, document["argv"])), env, document.get("cwd")).checked()
+        template = document.get("template")
+        return Command(tuple(map(str, document["argv"])), env, document.get("cwd"), template).checked()
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, UsageError) as exc:
         raise Damaged(f"the job's data cannot be read: {exc}") from exc

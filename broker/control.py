@@ -10,9 +10,10 @@ from typing import Any
 
 import redis
 
-from broker import arrays, clock, dependents, jobs, keys, labels, scripts
+from broker import arrays, clock, dependents, jobs, keys, labels, scripts, tasks
 from broker.connection import replies
 from broker.errors import WaitTimeout
+from broker.ranges import Ranges
 from broker.session import EPHEMERAL_RECORD_TTL
 
 #: hears (done, total) of each look
@@ -247,25 +248,43 @@ def forget(client: redis.Redis, worker: str) -> tuple[str, int]:
 def wait(
     client: redis.Redis,
     ids: Sequence[str],
+    chosen: Mapping[str, Ranges] | None = None,
     *,
     timeout_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, str | None]:
     """Block until all jobs have ended; returns the state of each, None for one that is gone.
 
-    `progress(done, total)` hears of each look. Raises WaitTimeout.
+    `chosen` are tasks of arrays to wait for, too; each is `ID-7` in what is returned. `progress(done,
+    total)` hears of each look, and counts the tasks of arrays that are waited for as a whole. Raises
+    WaitTimeout.
     """
     ended: dict[str, str | None] = {}
     patience = _Patience(timeout_seconds)
-    left = list(ids)
-    while left:
+    left, tasks_left = list(ids), dict(chosen or {})
+    more = sum(map(len, tasks_left.values()))
+    while left or tasks_left:
         found = jobs.states(client, left)
+        for array, numbers in tasks_left.items():
+            known = tasks.states(client, array, numbers)
+            found |= {f"{array}-{number}": state for number, state in known.items()}
         ended |= {job: state for job, state in found.items() if state is None or state in jobs.ENDED}
         left = [job for job in left if job not in ended]
+        tasks_left = {array: some for array, some in tasks_left.items() if _any_left(array, some, ended)}
         if progress:
-            progress(len(ended), len(ids))
-        patience.pause(len(left))
+            progress(*_progress(client, len(ended), len(ids) + more, left))
+        patience.pause(len(left) + sum(map(len, tasks_left.values())))
     return ended
+
+
+def _any_left(array: str, numbers: Ranges, ended: Mapping[str, str | None]) -> bool:
+    return any(f"{array}-{number}" not in ended for number in numbers)
+
+
+def _progress(client: redis.Redis, done: int, total: int, left: Sequence[str]) -> tuple[int, int]:
+    """An array that goes on counts with all of its tasks."""
+    going = tasks.counts(client, left).values()
+    return done + sum(one.ended for one in going), total + sum(one.total - 1 for one in going)
 
 
 def wait_all(

@@ -10,15 +10,17 @@ from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
 import redis
 
-from broker import chores, command, failures, keys, outputs, usage
+from broker import chores, command, failures, keys, outputs, tasks, template, usage
 from broker.clock import from_iso
 from broker.connection import replies
 from broker.errors import NotFound
 from broker.requirements import apart, base_of
+from broker.tasks import TaskCounts
 from broker.usage import Usage
 from broker.work import Tails
 
@@ -89,6 +91,10 @@ class JobView:
     requirements: str = ""
     dependencies: tuple[Related, ...] = ()
     dependents: tuple[Related, ...] = ()
+    #: of an array: how many of its tasks are where
+    tasks: TaskCounts | None = None
+    #: of a task: its array
+    array: str | None = None
 
 
 def show(client: redis.Redis, job_id: str) -> JobView:
@@ -100,7 +106,7 @@ def show(client: redis.Redis, job_id: str) -> JobView:
         fields, results, waiting = replies(pipe)
     if isinstance(fields, Exception) or not fields:
         raise not_found(job_id, damaged=isinstance(fields, Exception))
-    view = _view(job_id, fields, _result(results, fields.get(b"data", b"")))
+    view = _counted(client, [_view(job_id, fields, _result(results, fields.get(b"data", b"")))])[0]
     after = _ids(fields.get(b"dependency_ids"))
     before = [] if isinstance(waiting, Exception) else sorted(map(_text, waiting))
     if not after and not before:
@@ -138,12 +144,65 @@ def listed(
     """Jobs, the newest first, at most `limit`; `name` is a glob. Raises NotFound for an unknown queue."""
     queues = _chosen(client, queue)
     states = (state,) if state else STATES
-    # some registries hold more than what is asked for
+    # some registries hold more than what is asked for, and those of all states tasks of arrays
     depth = _SEARCHED if name or state in ("failed", "stopped") else limit
+    heads, skipped = _newest(client, queues, states, name, depth)
+    if skipped and len(heads) < limit and depth < _SEARCHED:
+        heads, _ = _newest(client, queues, states, name, _SEARCHED)
+    return _counted(client, list(_views(client, [head.id for head in heads[:limit]])))
+
+
+def _newest(
+    client: redis.Redis, queues: Sequence[str], states: Sequence[str], name: str | None, depth: int
+) -> tuple[list[_Head], int]:
+    """Jobs of these states, the newest first, from the `depth` newest of each list; and how many of their
+    entries were tasks of arrays, which are left out."""
     ids = _candidates(client, queues, states, depth)
-    heads = [head for head in _heads(client, ids) if head.state in states and _matches(head.name, name)]
+    live: list[Any] = client.zrevrange(keys.ARRAYS, 0, depth - 1)
+    found = list(_heads(client, list(dict.fromkeys([*ids, *map(_text, live)]))))
+    known = frozenset(ids)
+    heads = [
+        head
+        for head in found
+        if not head.is_task
+        and head.state in states
+        and (head.queue in queues or head.id in known)
+        and _matches(head.name, name)
+    ]
     heads.sort(key=lambda head: head.submitted_at or _EARLIEST, reverse=True)
-    return list(_views(client, [head.id for head in heads[:limit]]))
+    return heads, sum(head.is_task for head in found)
+
+
+def tasks_of(
+    client: redis.Redis, array: str, *, state: str | None = None, name: str | None = None, limit: int = 100
+) -> list[JobView]:
+    """The first tasks of an array that are in a state, begun or not; `name` is a glob. Raises NotFound."""
+    whole = show(client, array)
+    if whole.tasks is None:
+        raise NotFound(f"{array} is no array", "'fleet jobs' lists arrays with their counts.")
+    numbers = tasks.numbers(client, array)
+    states = {
+        f"{array}-{number}": found
+        for number, found in tasks.states(client, array, numbers).items()
+        if found and state in (None, found)
+    }
+    some = states if name else dict(islice(states.items(), limit))
+    views = task_views(client, whole, some)
+    return list(islice((view for view in views if _matches(view.name, name)), limit))
+
+
+def task_views(client: redis.Redis, array: JobView, states: Mapping[str, str | None]) -> Iterator[JobView]:
+    """The tasks of an array that have these ids and states, begun or not, without what only `show` tells."""
+    begun = {view.id: view for view in _views(client, list(states))}
+    unbegun = replace(array, tasks=None, array=array.id, started_at=None, ended_at=None, reason=None)
+    for job_id, state in states.items():
+        yield begun.get(job_id) or replace(unbegun, id=job_id, state=state or "expired")
+
+
+def _counted(client: redis.Redis, views: list[JobView]) -> list[JobView]:
+    """The same; arrays with the counts of their tasks, and started from the first of them on."""
+    found = tasks.counts(client, [view.id for view in views if view.tasks])
+    return [replace(view, tasks=found.get(view.id)) if view.tasks else view for view in views]
 
 
 def _matches(text: str, pattern: str | None) -> bool:
@@ -203,6 +262,11 @@ def unfinished_ids(client: redis.Redis) -> list[str]:
     return _candidates(client, chores.known_queues(client), ("queued", "started", "scheduled", "deferred"), 0)
 
 
+def retriable_ids(client: redis.Redis) -> list[str]:
+    """The ids of the jobs of all queues that failed, were stopped or canceled."""
+    return _candidates(client, chores.known_queues(client), ("failed", "canceled"), 0)
+
+
 def failed_ids(client: redis.Redis, queue: str | None = None) -> list[str]:
     """The ids of the jobs that failed or were stopped, of one queue or all, the oldest first.
 
@@ -247,6 +311,8 @@ class _Head:
     state: str
     name: str
     submitted_at: datetime | None
+    queue: str
+    is_task: bool
 
 
 def _heads(client: redis.Redis, ids: Sequence[str]) -> Iterator[_Head]:
@@ -254,11 +320,24 @@ def _heads(client: redis.Redis, ids: Sequence[str]) -> Iterator[_Head]:
         some = ids[start : start + _AT_ONCE]
         with client.pipeline(transaction=False) as pipe:
             for job_id in some:
-                pipe.hmget(keys.job(job_id), "status", "description", "origin", "created_at")
+                pipe.hmget(keys.job(job_id), *_HEAD)
             for job_id, fields in zip(some, replies(pipe), strict=True):
                 if isinstance(fields, list) and fields[0]:
-                    name, _ = apart(_text(fields[1]), _text(fields[2]))
-                    yield _Head(job_id, _text(fields[0]), name, from_iso(fields[3]))
+                    status, name, created, queue, array, array_of, started = fields
+                    state = _state(_text(status), array, started)
+                    is_task = array_of is not None
+                    told, _ = apart(_text(name), _text(queue))
+                    yield _Head(job_id, state, told, from_iso(created), _text(queue), is_task)
+
+
+_HEAD = ("status", "description", "created_at", "origin", "fleet_array", "fleet_array_of", "started_at")
+
+
+def _state(status: str, array: bytes | None, started: bytes | None) -> str:
+    """As RQ has it; but an array is started once a task of it is, until it ends."""
+    if array is not None and started and status in ("queued", "deferred"):
+        return "started"
+    return status
 
 
 def _views(client: redis.Redis, ids: Sequence[str]) -> Iterator[JobView]:
@@ -286,12 +365,13 @@ def _view(job_id: str, fields: Mapping[bytes, bytes], result: Any = None) -> Job
         return _text(fields.get(name.encode()))
 
     name, asks = apart(text("description"), text("origin"))
-    argv, function = _what(fields.get(b"data"), name)
+    argv, function = _what(job_id, fields, name)
+    array = fields.get(b"fleet_array")
     timeout = _integer(text("timeout"))
     return JobView(
         id=job_id,
         name=name,
-        state=text("status") or "created",
+        state=_state(text("status"), array, fields.get(b"started_at")) or "created",
         queue=text("origin"),
         argv=argv,
         function=function,
@@ -306,12 +386,16 @@ def _view(job_id: str, fields: Mapping[bytes, bytes], result: Any = None) -> Job
         attempts=tuple(_attempts(text)),
         result=result,
         requirements=asks,
+        tasks=TaskCounts(_integer(array) or 0, 0, 0, 0, 0, 0) if array is not None else None,
+        array=text("fleet_array_of") or None,
     )
 
 
-def _what(data: bytes | None, description: str) -> tuple[tuple[str, ...] | None, str | None]:
+def _what(
+    job_id: str, fields: Mapping[bytes, bytes], description: str
+) -> tuple[tuple[str, ...] | None, str | None]:
     try:
-        found = command.from_data(data)
+        found = template.command_of(job_id, fields)
     except command.Damaged:
         return None, None
     return (found.argv, None) if found else (None, description.partition("(")[0])

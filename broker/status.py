@@ -1,7 +1,7 @@
 """What `fleet status` shows: workers and queues, in a constant number of round trips.
 
 One call lists names, a second fetches everything about them, a third the first job of each
-queue, however many there are.
+queue, a fourth and a fifth what arrays have not given out yet, however many there are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import redis
 
-from broker import chores, clock, keys, tunnels
+from broker import chores, clock, keys, tasks, tunnels
 from broker.clock import from_iso
 from broker.connection import replies
 from broker.fitting import Free
@@ -125,8 +125,16 @@ def _read(client: redis.Redis, names: _Names) -> FleetStatus:
     counts = {name: [next(rows) for _ in range(_QUEUE_PARTS)] for name in names.queues}
     asks = dict.fromkeys(names.queues, "") | {name: _readable(next(rows)) for name in sublists}
     since = _oldest(client, {name: parts[-1] for name, parts in counts.items()})
+    more = tasks.unclaimed(client)
     queues = [
-        _queue(name, parts, _age(names.now, since[name]), base_of(name) in names.paused, asks[name])
+        _queue(
+            name,
+            parts,
+            _age(names.now, since[name]),
+            base_of(name) in names.paused,
+            asks[name],
+            more.get(name, tasks.Unclaimed()),
+        )
         for name, parts in counts.items()
     ]
     found = _with_tunnels(client, [worker for worker in workers if worker])
@@ -274,8 +282,16 @@ def _ask_queue(pipe: Any, name: str) -> None:
     pipe.lindex(keys.queue(name), 0)
 
 
-def _queue(name: str, parts: Sequence[Any], age: float | None, paused: bool, asks: str) -> QueueStatus:
+def _queue(
+    name: str,
+    parts: Sequence[Any],
+    age: float | None,
+    paused: bool,
+    asks: str,
+    more: tasks.Unclaimed,
+) -> QueueStatus:
     queued, running, finished, failed, scheduled, deferred = (_count(part) for part in parts[:6])
+    queued, deferred = max(0, queued + more.queued), max(0, deferred + more.deferred)
     return QueueStatus(name, queued, running, finished, failed, scheduled, deferred, age, paused, asks)
 
 

@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from broker import clock
-from broker.errors import NotFound
+from broker.errors import NotFound, UsageError
 from broker.requirements import base_of
 from cli.context import Context, json_value, pass_context, print_json
 from cli.outcomes import NOT_FOUND, exit_code
-from cli.params import JobId, QueueName, json_option
+from cli.params import JobId, JobWord, QueueName, json_option
 from cli.tables import Cell, Column, age, duration, printable, size, state
 from cli.tables import show as show_table
 
 if TYPE_CHECKING:
+    import redis
+
     from broker.jobs import AttemptView, JobView, Related
+    from broker.selection import Target, Word
+    from broker.tasks import TaskCounts
     from broker.usage import Usage
 
 #: jobs named of those that one waits for
@@ -51,16 +55,29 @@ _ATTEMPT_COLUMNS = (
 @click.option("--queue", type=QueueName(), help="Only those of this queue.")
 @click.option("--name", metavar="GLOB", help="Only those whose name fits, as 'train-*' does.")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many.")
+@click.option("--array", metavar="ID", type=JobId(), help="The tasks of that array, in their order.")
 @json_option
 @pass_context
 def jobs(
-    context: Context, /, wanted: str | None, queue: str | None, name: str | None, limit: int, as_json: bool
+    context: Context,
+    /,
+    wanted: str | None,
+    queue: str | None,
+    name: str | None,
+    limit: int,
+    array: str | None,
+    as_json: bool,
 ) -> None:
-    """List jobs, the newest first."""
+    """List jobs, the newest first; an array is one line."""
     from broker import jobs as reader
 
+    if array and queue:
+        raise UsageError("--array and --queue exclude each other", "An array is in one queue.")
     with context.redis() as client:
-        found = reader.listed(client, state=wanted, queue=queue, name=name, limit=limit)
+        if array:
+            found = reader.tasks_of(client, array, state=wanted, name=name, limit=limit)
+        else:
+            found = reader.listed(client, state=wanted, queue=queue, name=name, limit=limit)
     if as_json:
         print_json({"jobs": [_job_fields(job) for job in found]})
     elif found:
@@ -75,6 +92,8 @@ def _job_row(job: JobView, now: datetime) -> list[Cell]:
     since = age(_seconds(job.submitted_at, now))
     reason = (job.reason or "") if job.state in ("failed", "stopped") else ""
     name = job.name or "(damaged)"
+    if job.tasks:
+        name = f"{_counts(job.tasks)}: {name}"
     return [
         job.id,
         state(job.state),
@@ -85,6 +104,12 @@ def _job_row(job: JobView, now: datetime) -> list[Cell]:
         reason,
         job.worker or "",
     ]
+
+
+def _counts(tasks: TaskCounts) -> str:
+    """`1,000 tasks, 3 running, 990 finished`: those places where there are any."""
+    told = [f"{count:,} {place}" for place, count in asdict(tasks).items() if count and place != "total"]
+    return ", ".join([f"{tasks.total:,} tasks", *told])
 
 
 def _seconds(since: datetime | None, until: datetime | None) -> float | None:
@@ -117,22 +142,48 @@ def _fields(job: JobView) -> dict[str, Any]:
         "result": json_value(job.result),
         "dependencies": [asdict(other) for other in job.dependencies],
         "dependents": [asdict(other) for other in job.dependents],
+        "tasks": asdict(job.tasks) if job.tasks else None,
+        "array": job.array,
     }
 
 
 @click.command()
-@click.argument("job_id", metavar="JOB", type=JobId())
+@click.argument("words", metavar="JOB...", type=JobWord(), nargs=-1, required=True)
+@click.option("--failed", is_flag=True, help="Of arrays: their tasks that failed.")
 @json_option
 @pass_context
-def show(context: Context, /, job_id: str, as_json: bool) -> None:
-    """Everything about one job: state, times, exit code, reason, attempts, result."""
-    from broker import jobs as reader
-
+def show(context: Context, /, words: tuple[Word, ...], failed: bool, as_json: bool) -> None:
+    """Everything about jobs: state, times, exit code, reason, attempts, result; of an array its counts."""
     with context.redis() as client:
-        job = reader.show(client, job_id)
-    if as_json:
-        print_json(_fields(job))
-        return
+        found = list(_shown(client, words, failed=failed))
+    if as_json and len(found) == 1 and not failed:
+        print_json(_fields(found[0]))
+    elif as_json:
+        print_json({"jobs": [_fields(job) for job in found]})
+    else:
+        for number, job in enumerate(found):
+            click.echo("\n" * bool(number), nl=False)
+            _print(context, job)
+
+
+def _shown(client: redis.Redis, words: Sequence[Word], *, failed: bool) -> Iterator[JobView]:
+    from broker import jobs as reader
+    from broker import selection
+    from cli.selected import targets
+
+    for target in targets(client, words, failed=failed):
+        if target.tasks is None:
+            yield reader.show(client, target.job_id)
+            continue
+        whole = reader.show(client, target.job_id)
+        for job_id, place in selection.job_ids(client, target):
+            try:
+                yield reader.show(client, job_id)
+            except NotFound:
+                yield from reader.task_views(client, whole, {job_id: place})
+
+
+def _print(context: Context, job: JobView) -> None:
     for title, cell in _lines(job):
         context.console.print(f"{title + ':':<11}", end="")
         text, style = cell if isinstance(cell, tuple) else (cell, "")
@@ -154,7 +205,9 @@ def _lines(job: JobView) -> Iterator[tuple[str, Cell]]:
     known: dict[str, Cell | None] = {
         "Job": job.id,
         "Name": job.name if job.name != described(" ".join(job.argv or ())) else None,
+        "Array": job.array,
         "State": state(job.state),
+        "Tasks": _counts(job.tasks) if job.tasks else None,
         "Queue": base_of(job.queue),
         "Asks for": job.requirements,
         "Command" if job.function is None else "Function": what,
@@ -212,21 +265,25 @@ def _attempt_row(attempt: AttemptView) -> list[Cell]:
 
 
 @click.command()
-@click.argument("job_ids", metavar="JOB...", type=JobId(), nargs=-1, required=True)
+@click.argument("words", metavar="JOB...", type=JobWord(may_be_all=True), nargs=-1, required=True)
 @json_option
 @pass_context
-def cancel(context: Context, /, job_ids: tuple[str, ...], as_json: bool) -> int:
+def cancel(context: Context, /, words: tuple[Word, ...], as_json: bool) -> int:
     """Take jobs from their queues, or stop them (the whole process group) where they run.
 
-    A line for each. Exit code 0: all; 3: some; 1: none, for they had ended; 4: there are none.
+    JOB: an id, last, all, or tasks of an array (ID-7, 'ID[1,4-6]'). A line for each. Exit code 0: all; 3:
+    some; 1: none, for they had ended; 4: there are none.
     """
     with context.redis() as client:
-        outcomes = {job_id: _cancel(client, job_id) for job_id in dict.fromkeys(job_ids)}
+        outcomes = _cancel_all(client, words)
     if as_json:
         print_json({"jobs": [{"id": job_id, "outcome": outcome} for job_id, outcome in outcomes.items()]})
     else:
         for job_id, outcome in outcomes.items():
             click.echo(f"{job_id}  {_CANCELED.get(outcome, f'had ended already: {outcome}')}")
+    if not outcomes:
+        context.say("No job waits or runs.")
+        return 0
     return exit_code(outcomes.values(), _OUT_OF_THE_WAY)
 
 
@@ -240,10 +297,23 @@ _CANCELED = {
 _OUT_OF_THE_WAY = ("canceled", "stopping", "stopped")
 
 
-def _cancel(client: Any, job_id: str) -> str:
-    from broker import control
+def _cancel_all(client: redis.Redis, words: Sequence[Word]) -> dict[str, str]:
+    from broker import jobs as reader
+    from broker import selection
+
+    unknown: list[str] = []
+    if any(word.job_id == selection.ALL for word in words):
+        found = selection.targets_of(client, reader.unfinished_ids(client))
+    else:
+        found, unknown = selection.resolve(client, words)
+    outcomes = {target.name: _cancel(client, target) for target in found}
+    return outcomes | dict.fromkeys(unknown, NOT_FOUND)
+
+
+def _cancel(client: redis.Redis, target: Target) -> str:
+    from broker import selection
 
     try:
-        return control.cancel(client, job_id)
+        return selection.cancel(client, target)
     except NotFound:
         return NOT_FOUND

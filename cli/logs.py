@@ -9,37 +9,86 @@ from typing import TYPE_CHECKING
 
 import click
 
+from broker.errors import NotFound
 from cli.context import Context, pass_context
-from cli.params import JobId
+from cli.params import JobWord
 from cli.tables import size
 
 if TYPE_CHECKING:
     import redis
 
     from broker.outputs import View
+    from broker.selection import Target, Word
 
 #: seconds between two looks at a running job's output; its worker shows it once a second
 _LOOK_SECONDS = 0.2
 
 
 @click.command()
-@click.argument("job_id", metavar="JOB", type=JobId())
-@click.option("--follow", "-f", "follows", is_flag=True, help="Go on until the job has ended.")
-@click.option("--stderr", is_flag=True, help="Its stderr, not its stdout.")
+@click.argument("words", metavar="JOB...", type=JobWord(), nargs=-1, required=True)
+@click.option("--follow", "-f", "follows", is_flag=True, help="Go on until they have ended.")
+@click.option("--stderr", is_flag=True, help="Their stderr, not their stdout.")
+@click.option("--failed", is_flag=True, help="Of arrays: only tasks that failed.")
 @pass_context
-def logs(context: Context, /, job_id: str, follows: bool, stderr: bool) -> None:
-    """Print what a job printed: the end of it, for Redis keeps no more (see docs/cli.md)."""
-    from broker import jobs, outputs
+def logs(context: Context, /, words: tuple[Word, ...], follows: bool, stderr: bool, failed: bool) -> None:
+    """Print what jobs printed: the end of it, for Redis keeps no more (see docs/cli.md).
+
+    Of an array, or 'ID[3-9]', the tasks that were begun, in order.
+    """
+    from cli.selected import targets
 
     with context.redis() as client:
-        if follows:
-            follow(context, client, job_id, stderr=stderr)
-            return
-        view = outputs.look(client, job_id)
-        if view.state is None:
-            raise jobs.not_found(job_id)
-        Printer(context, job_id, stderr=stderr).show(view)
-        _tell_of_the_other(context, job_id, view, stderr)
+        for target in targets(client, words, failed=failed):
+            if not target.is_array:
+                _print(context, client, target.job_id, stderr=stderr, follows=follows)
+            elif follows:
+                follow_tasks(context, client, target, stderr=stderr)
+            else:
+                _print_tasks(context, client, target, stderr=stderr)
+
+
+def _print(context: Context, client: redis.Redis, job_id: str, *, stderr: bool, follows: bool) -> None:
+    from broker import jobs, outputs
+
+    if follows:
+        follow(context, client, job_id, stderr=stderr)
+        return
+    view = outputs.look(client, job_id)
+    if view.state is None:
+        raise jobs.not_found(job_id)
+    Printer(context, job_id, stderr=stderr).show(view)
+    _tell_of_the_other(context, job_id, view, stderr)
+
+
+def _print_tasks(context: Context, client: redis.Redis, target: Target, *, stderr: bool) -> None:
+    from broker import outputs, selection
+
+    for job_id, state in selection.job_ids(client, target):
+        if state not in (None, "queued", "deferred"):
+            Printer(context, job_id, stderr=stderr).show(outputs.look(client, job_id))
+
+
+def follow_tasks(
+    context: Context, client: redis.Redis, target: Target, *, stderr: bool = False, both: bool = False
+) -> None:
+    """What the tasks of an array print, one after the other in their order, until the last has ended."""
+    from broker import jobs, selection
+
+    for job_id, _ in selection.job_ids(client, target):
+        while jobs.states(client, [job_id])[job_id] is None and _is_to_come(client, target.job_id, job_id):
+            time.sleep(_LOOK_SECONDS)
+        try:
+            follow(context, client, job_id, stderr=stderr, both=both)
+        except NotFound:
+            continue  # canceled before it began, or its output has expired
+
+
+def _is_to_come(client: redis.Redis, array: str, job_id: str) -> bool:
+    """Whether a task that is no job will be one."""
+    from broker import ranges, tasks
+
+    number = ranges.parse(job_id.rpartition("-")[2])
+    return next(iter(tasks.states(client, array, number).values())) in ("queued", "deferred", "started")
 
 
 def follow(

@@ -40,6 +40,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "delete-logs": ("cli.collect", "delete_logs", "Remove logs and what jobs wrote at the hosts."),
     "down": ("cli.up", "down", "End the workers of hosts."),
     "submit": ("cli.submit", "submit", "Submit a command as a job; prints its id."),
+    "map": ("cli.map", "map_", "Run a command for each of many arguments; prints one id."),
     "jobs": ("cli.jobs", "jobs", "List jobs."),
     "show": ("cli.jobs", "show", "Everything about one job."),
     "explain": ("cli.explain", "explain", "Why a job is not running, with numbers."),

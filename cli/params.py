@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import redis
     from click.shell_completion import CompletionItem
 
+    from broker.selection import Word
+
     _ParamType = click.ParamType[Any]
 else:
     _ParamType = click.ParamType  # generic since click 8.4 alone
@@ -76,7 +78,7 @@ class JobId(_ParamType):
 
     name = "job"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return names.job_id(value)
 
     def shell_complete(
@@ -85,6 +87,23 @@ class JobId(_ParamType):
         from broker import jobs
 
         return _offer(ctx, incomplete, lambda client: [job.id for job in jobs.listed(client, limit=_OFFERED)])
+
+
+class JobWord(JobId):
+    """A job, an array, or some of its tasks: `ID`, `ID-7`, `ID[1,4-6]`, `last`; `all` if the verb may."""
+
+    name = "jobs"
+
+    def __init__(self, *, may_be_all: bool = False) -> None:
+        self._may_be_all = may_be_all
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Word:
+        from broker import selection
+
+        word = selection.parse(value)
+        if word.job_id == selection.ALL and not self._may_be_all:
+            self.fail("'all' are too many here: name jobs.", param, ctx)
+        return word
 
 
 class QueueName(_ParamType):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 
 from broker.errors import UsageError
 from broker.requirements import NOTHING
+from cli import tasks
 from cli.context import Context, pass_context, print_json
 from cli.params import (
     Duration,
@@ -27,38 +29,65 @@ from cli.submit_file import refuse_other_options, submit_file
 if TYPE_CHECKING:
     import redis
 
-    from broker.submit import Options, Submitted
+    from broker.command import Template
+    from broker.submit import Options, Submission, Submitted
 
 Given = dict[str, Any]
 
 
+def job_options(command: Any) -> Any:
+    """What is said of one job, for a verb that submits; `submission_of` reads them."""
+    for option in reversed(_JOB_OPTIONS):
+        command = option(command)
+    return command
+
+
+_JOB_OPTIONS = (
+    click.option("--queue", type=QueueName(), default="default", show_default=True, help="Where it waits."),
+    click.option("--name", metavar="TEXT", help="What 'fleet jobs' calls it; default: the command."),
+    click.option(
+        "--timeout", type=Duration(), help="End it, failed, after so long (90, 5m, 2h); default: never."
+    ),
+    click.option(
+        "--retries", type=click.IntRange(0, 1000), default=0, help="Run it again so often if it fails."
+    ),
+    click.option(
+        "--retry-delay",
+        type=Duration(zero=True),
+        default=1.0,
+        help="Before the first retry; doubles; default 1s.",
+    ),
+    click.option("--env", "env", multiple=True, metavar="K=V", help="A variable for it; may be repeated."),
+    click.option(
+        "--cwd", metavar="DIR", help="Run it there, not in a folder of its own; relative: from here."
+    ),
+    click.option(
+        "--id", "job_id", type=JobId(), help="Its id; refused where a job has it. Default: a new one."
+    ),
+    click.option(
+        "--after",
+        metavar="ID",
+        multiple=True,
+        type=JobId(),
+        help="Not before that job has finished; repeatable.",
+    ),
+    click.option(
+        "--after-any",
+        metavar="ID",
+        multiple=True,
+        type=JobId(),
+        help="Not before that one has ended, somehow.",
+    ),
+    click.option(
+        "--on-failed-dependency",
+        type=click.Choice(["fail", "wait"]),
+        help="Where a job of --after does not finish: fail at once, or wait for its retry; default fail.",
+    ),
+)
+
+
 @click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--queue", type=QueueName(), default="default", show_default=True, help="Where it waits.")
-@click.option("--name", metavar="TEXT", help="What 'fleet jobs' calls it; default: the command.")
-@click.option(
-    "--timeout", type=Duration(), help="End it, failed, after so long (90, 5m, 2h); default: never."
-)
-@click.option("--retries", type=click.IntRange(0, 1000), default=0, help="Run it again so often if it fails.")
-@click.option(
-    "--retry-delay",
-    type=Duration(zero=True),
-    default=1.0,
-    help="Before the first retry; doubles; default 1s.",
-)
-@click.option("--env", "env", multiple=True, metavar="K=V", help="A variable for it; may be repeated.")
-@click.option("--cwd", metavar="DIR", help="Run it there, not in a folder of its own; relative: from here.")
-@click.option("--id", "job_id", type=JobId(), help="Its id; refused where a job has it. Default: a new one.")
-@click.option(
-    "--after", metavar="ID", multiple=True, type=JobId(), help="Not before that job has finished; repeatable."
-)
-@click.option(
-    "--after-any", metavar="ID", multiple=True, type=JobId(), help="Not before that one has ended, somehow."
-)
-@click.option(
-    "--on-failed-dependency",
-    type=click.Choice(["fail", "wait"]),
-    help="Where a job of --after does not finish: fail at once, or wait for its retry; default fail.",
-)
+@job_options
 @click.option(
     "--file",
     metavar="FILE",
@@ -66,6 +95,7 @@ Given = dict[str, Any]
     help="The jobs of a file: .toml, .yaml or .json; '-' reads stdin.",
 )
 @requirement_options
+@tasks.options
 @click.option("--wait", is_flag=True, help="Wait until it has ended; exit code 1 if it did not finish.")
 @click.option("--follow", is_flag=True, help="Wait, and print what it prints while it runs.")
 @json_option
@@ -79,10 +109,13 @@ def submit(context: Context, /, argv: tuple[str, ...], **given: Any) -> int:
     What follows COMMAND is the command's own, options included:
     fleet submit --timeout 1h -- ./simulate --seed 42
 
+    With --array, --each-line or --from-json: one task for each, all under one id; their numbers are in
+    FLEET_TASK_ID.
+
     With --file: all jobs of a file, or none; prints 'NAME ID' for each.
     """
-    from broker.command import Command
-    from broker.submit import Submission, submit_all
+    from broker import arrays
+    from broker.submit import submit_all
 
     if given["file"] is not None:
         refuse_other_options(argv)
@@ -91,11 +124,22 @@ def submit(context: Context, /, argv: tuple[str, ...], **given: Any) -> int:
         raise UsageError(
             "--follow and --json exclude each other", "'fleet submit --wait --json' says how it ended."
         )
-    command = Command(argv, pairs("--env", given["env"]), _folder(given["cwd"])).checked()
-    options = _options(context, given)
-    submission = Submission(command, options, given["queue"], given["job_id"]).checked()
+    submission = submission_of(context, argv, given)
+    array = tasks.read(given)
     with context.redis(start=True) as client:
-        return _told(context, client, submit_all(client, [submission])[0], given)
+        job = arrays.submit(client, submission, array) if array else submit_all(client, [submission])[0]
+        return told(context, client, job, given)
+
+
+def submission_of(
+    context: Context, argv: tuple[str, ...], given: Given, template: Template | None = None
+) -> Submission:
+    """The job that the options of `job_options` describe. Raises UsageError."""
+    from broker.command import Command
+    from broker.submit import Submission
+
+    command = Command(argv, pairs("--env", given["env"]), _folder(given["cwd"]), template)
+    return Submission(command, _options(context, given), given["queue"], given["job_id"]).checked()
 
 
 def _options(context: Context, given: Given) -> Options:
@@ -124,7 +168,7 @@ def _folder(cwd: str | None) -> str | None:
     return None if cwd is None else str(Path.cwd() / cwd)
 
 
-def _told(context: Context, client: redis.Redis, job: Submitted, given: Given) -> int:
+def told(context: Context, client: redis.Redis, job: Submitted, given: Given) -> int:
     """Say the id, wait where asked to; returns the exit code."""
     from broker import keys
 
@@ -150,23 +194,36 @@ def _told(context: Context, client: redis.Redis, job: Submitted, given: Given) -
 
 def _wait(context: Context, client: redis.Redis, job_id: str, given: Given) -> int:
     from broker import control, jobs
-    from cli.logs import follow
+    from cli.wait import bar, exit_code
 
     _warn_without_worker(context, client, job_id, given)
     try:
         if given["follow"]:
-            follow(context, client, job_id, both=True)
-        control.wait(client, [job_id])
+            _follow(context, client, job_id)
+        with bar(context) as progress:
+            control.wait(client, [job_id], progress=progress)
     except KeyboardInterrupt:
         context.say(f"Job {job_id} goes on; 'fleet cancel {job_id}' ends it.")
         raise
     job = jobs.show(client, job_id)
     if given["as_json"]:
-        fields = {"exit_code": job.exit_code, "reason": job.reason}
+        fields: Given = {"exit_code": job.exit_code, "reason": job.reason}
+        fields |= {"tasks": asdict(job.tasks)} if job.tasks else {}
         print_json({"id": job_id, "state": job.state, "queue": job.queue, **fields})
     elif job.state != "finished":
         context.say(f"Job {job_id} {job.state}" + (f": {job.reason}" if job.reason else ""))
-    return 0 if job.state == "finished" else 1
+    return exit_code({job_id: job.state}, {job_id: job.tasks} if job.tasks else {})
+
+
+def _follow(context: Context, client: redis.Redis, job_id: str) -> None:
+    from broker import selection
+    from cli.logs import follow, follow_tasks
+
+    (target,) = selection.targets_of(client, [job_id])
+    if target.is_array:
+        follow_tasks(context, client, target, both=True)
+    else:
+        follow(context, client, job_id, both=True)
 
 
 def _warn_without_worker(context: Context, client: redis.Redis, job_id: str, given: Given) -> None:

@@ -4,57 +4,78 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from broker.errors import NotFound, UsageError
+from broker.errors import UsageError
 from cli.context import Context, pass_context, print_json
-from cli.params import Duration, JobId, json_option
+from cli.params import Duration, JobWord, json_option
+from cli.selected import listed, targets
 
 if TYPE_CHECKING:
     import redis
 
-#: jobs named in a message
-_NAMED = 10
+    from broker.ranges import Ranges
+    from broker.selection import Word
+    from broker.tasks import TaskCounts
+
+
+_NO_ARRAYS: Mapping[str, TaskCounts] = {}
 
 
 @click.command()
-@click.argument("job_ids", metavar="[JOB]...", type=JobId(), nargs=-1)
+@click.argument("words", metavar="[JOB]...", type=JobWord(may_be_all=True), nargs=-1)
 @click.option("--all", "wait_all", is_flag=True, help="Until no queue has a job left.")
 @click.option("--timeout", type=Duration(zero=True), help="Give up after so long; exit code 5.")
 @json_option
 @pass_context
 def wait(
-    context: Context, /, job_ids: tuple[str, ...], wait_all: bool, timeout: float | None, as_json: bool
+    context: Context, /, words: tuple[Word, ...], wait_all: bool, timeout: float | None, as_json: bool
 ) -> int:
     """Wait until jobs have ended.
 
-    Exit code 0: all finished; 1: none did; 3: some did; 4: there is no such job; 5: time ran out.
-    --all judges by the jobs that were there when it began.
+    JOB: an id, last, all, or tasks of an array (ID-7, 'ID[1,4-6]'). Exit code 0: all finished; 1: none did;
+    3: some did; 4: there is no such job; 5: time ran out. --all judges by the jobs that were there when it
+    began.
     """
-    if bool(job_ids) == wait_all:
+    from broker import selection, tasks
+
+    if bool(words) == wait_all:
         raise UsageError("name jobs, or --all", "fleet wait JOB... | fleet wait --all")
     with context.redis() as client:
-        ended = _all(context, client, timeout) if wait_all else _some(context, client, job_ids, timeout)
+        if wait_all or any(word.job_id == selection.ALL for word in words):
+            ended = _all(context, client, timeout)
+        else:
+            ended = _some(context, client, words, timeout)
+        counts = tasks.counts(client, ended)
     if as_json:
-        print_json({"jobs": [{"id": job_id, "state": state} for job_id, state in ended.items()]})
+        print_json({"jobs": [_row(job_id, state, counts) for job_id, state in ended.items()]})
     else:
-        say(context, ended)
-    return exit_code(ended)
+        say(context, ended, counts)
+    return exit_code(ended, counts)
+
+
+def _row(job_id: str, state: str | None, counts: Mapping[str, TaskCounts]) -> dict[str, Any]:
+    tasks = {"tasks": asdict(counts[job_id])} if job_id in counts else {}
+    return {"id": job_id, "state": state, **tasks}
 
 
 def _some(
-    context: Context, client: redis.Redis, job_ids: Sequence[str], timeout: float | None
+    context: Context, client: redis.Redis, words: Sequence[Word], timeout: float | None
 ) -> Mapping[str, str | None]:
-    from broker import control, jobs
+    from broker import control, ranges
 
-    wanted = list(dict.fromkeys(job_ids))
-    unknown = [job_id for job_id, state in jobs.states(client, wanted).items() if state is None]
-    if unknown:
-        raise NotFound(f"no such job: {_listed(unknown)}", "'fleet jobs' lists those there are.")
+    wanted: list[str] = []
+    chosen: dict[str, Ranges] = {}
+    for target in targets(client, words):
+        if target.tasks is None:
+            wanted.append(target.job_id)
+        else:
+            chosen[target.job_id] = ranges.of([*chosen.get(target.job_id, ()), *target.tasks])
     with bar(context) as progress:
-        return control.wait(client, wanted, timeout_seconds=timeout, progress=progress)
+        return control.wait(client, wanted, chosen, timeout_seconds=timeout, progress=progress)
 
 
 def _all(context: Context, client: redis.Redis, timeout: float | None) -> Mapping[str, str | None]:
@@ -67,25 +88,31 @@ def _all(context: Context, client: redis.Redis, timeout: float | None) -> Mappin
     return {job_id: state for job_id, state in jobs.states(client, there).items() if state}
 
 
-def exit_code(ended: Mapping[str, str | None]) -> int:
-    """As docs/cli.md has it; None is the state of a job that was deleted meanwhile."""
-    finished = sum(state == "finished" for state in ended.values())
-    if finished == len(ended):
+def exit_code(ended: Mapping[str, str | None], counts: Mapping[str, TaskCounts] = _NO_ARRAYS) -> int:
+    """As docs/cli.md has it; None is the state of a job that was deleted meanwhile. An array counts as
+    as many jobs as it has tasks."""
+    total = sum(counts[one].total if one in counts else 1 for one in ended)
+    finished = sum(
+        counts[one].finished if one in counts else state == "finished" for one, state in ended.items()
+    )
+    if finished == total:
         return 0
     if finished:
         return 3
     return 1 if any(ended.values()) else 4
 
 
-def say(context: Context, ended: Mapping[str, str | None]) -> None:
+def say(
+    context: Context, ended: Mapping[str, str | None], counts: Mapping[str, TaskCounts] = _NO_ARRAYS
+) -> None:
+    """How many ended otherwise than they should, and which."""
     for state in sorted({state or "gone" for state in ended.values()} - {"finished"}):
         these = [job_id for job_id, other in ended.items() if (other or "gone") == state]
-        context.say(f"{len(these)} of {len(ended)} {state}: {_listed(these)}")
-
-
-def _listed(job_ids: Sequence[str]) -> str:
-    more = len(job_ids) - _NAMED
-    return ", ".join(job_ids[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+        context.say(f"{len(these)} of {len(ended)} {state}: {listed(these)}")
+    for job_id, tasks in counts.items():
+        if tasks.finished < tasks.total:
+            told = f"{tasks.finished:,} finished, {tasks.failed:,} failed, {tasks.canceled:,} canceled"
+            context.say(f"{job_id}: of {tasks.total:,} tasks {told}")
 
 
 @contextmanager

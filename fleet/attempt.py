@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from broker import arrays, clock, failures
+from broker import clock, failures, tasks
 from broker.command import Command
 from broker.usage import Usage
 from broker.work import Claim, End, Outcome, Tails
@@ -270,7 +270,7 @@ def _encoded(variables: Mapping[str, str]) -> dict[bytes, bytes]:
 def job_variables(claim: Claim) -> dict[str, str]:
     """What a job finds about itself in its environment."""
     own = {"FLEET_JOB_ID": claim.job_id, "FLEET_QUEUE": claim.queue, "FLEET_FENCE": claim.fence}
-    return own | arrays.variables(claim.job_id, claim.fields)
+    return own | tasks.variables(claim.job_id, claim.fields)
 
 
 def never_started(claim: Claim, reason: str, *, outcome: Outcome = "failed") -> End:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from broker import clock, command
+from broker import clock, command, template
 from broker.work import Claim, End, Outcome
 from broker.worker_settings import WorkerSettings
 from fleet import resources
@@ -142,7 +142,7 @@ class Slots:
         self._placement.count(len(self))
         for claim in claims:
             try:
-                what = command.from_data(claim.fields.get(b"data"))
+                what = template.command_of(claim.job_id, claim.fields)
                 grant = self._placement.take(claim.lease, claim.queue)
                 self._waiting.append(_Waiting(claim, what, until, self._held, grant))
             except command.Damaged as exc:

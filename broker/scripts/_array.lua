@@ -364,7 +364,7 @@ local function unpark(array, a)
     if f[1] == 'deferred' and f[2] then
       try('ZREM', key('deferred', f[2]), ids[i])
       local before = ids[i] == array and take_from_front(f[2], array .. '-') or {}
-      enqueue(ids[i], f[2], true, f[3])
+      enqueue(ids[i], f[2], true, f[3], true)
       for k = #before, 1, -1 do
         try('LPUSH', key('queue', f[2]), before[k])
       end
@@ -445,6 +445,7 @@ local function revive_array(array)
   end
   keep_array(array)
   wait_for_tasks(array, f[2])
+  enqueue_dependents(array, 'deferred') -- those that failed for it wait again
 end
 
 -- Nothing more of it is given out; what runs or waits is told so by others. `why`: canceled, max_fails, or

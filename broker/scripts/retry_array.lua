@@ -3,13 +3,21 @@
 --
 -- KEYS  1 rq:job:ID
 -- ARGV  1 array  then ranges of its tasks, FIRST-LAST:1; none: all
--- Returns {'' for no such array, 'stopping' while some of its tasks are being ended, else 'retried'; how many}
+-- Returns {'' for no such array, 'stopping' while some of its tasks are being ended, 'dependency' where it fails
+-- again for a job that it waits for, else 'retried'; how many}
 local array = ARGV[1]
 local f, a = job_fields(array), array_fields(array)
 if not a or not f then
   return {'', 0}
 elseif is_stopping(array) then
   return {'stopping', 0}
+end
+if f.status == 'failed' and redis.call('HEXISTS', KEYS[1], 'fleet_dependency') == 1 then
+  forgive(array, f.origin)
+  defer(array, f.origin)
+  look(array)
+  work_off()
+  return {status_of(array) == 'failed' and 'dependency' or 'retried', a.left}
 end
 local count = 0
 if #ARGV == 1 then

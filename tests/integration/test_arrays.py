@@ -10,12 +10,13 @@ import redis
 from rq import Queue
 from rq.job import Job
 
-from broker import arrays, chores, control, jobs, keys, ranges
-from broker.arrays import TaskCounts, Tasks
+from broker import arrays, chores, control, jobs, keys, ranges, tasks
+from broker.arrays import Tasks
 from broker.command import Command
 from broker.errors import Conflict, UsageError
 from broker.session import Session
-from broker.submit import Options, submit_commands
+from broker.submit import Options, Submission, submit_commands
+from broker.tasks import TaskCounts
 from broker.work import Claim, End
 from tests.integration.test_claims import claim, expire_lease, send, session
 
@@ -23,16 +24,15 @@ TRUE = Command(("true",))
 
 
 def submit(client: redis.Redis, text: str = "1-10", array: str | None = None, **how: Any) -> str:
-    return arrays.submit(client, "default", TRUE, Options(), Tasks(ranges.parse(text), **how), array)
+    return arrays.submit(client, Submission(TRUE, job_id=array), Tasks(ranges.parse(text), **how)).id
 
 
 def of_lines(client: redis.Redis, lines: Sequence[bytes], **how: Any) -> str:
-    tasks = Tasks(ranges.first(len(lines)), lines, "line", **how)
-    return arrays.submit(client, "default", TRUE, Options(), tasks)
+    return arrays.submit(client, Submission(TRUE), Tasks(ranges.first(len(lines)), lines, "line", **how)).id
 
 
 def counts(client: redis.Redis, array: str) -> TaskCounts:
-    return arrays.counts(client, [array])[array]
+    return tasks.counts(client, [array])[array]
 
 
 def state(client: redis.Redis, job_id: str) -> str | None:
@@ -102,15 +102,15 @@ def test_each_task_has_its_item(redis_client: redis.Redis, who: Session) -> None
     array = of_lines(redis_client, lines)
     claims = [found for _ in range(4) for found in claim(redis_client, who, 30)]
     assert [found.fields[b"fleet_task_line"] for found in claims] == lines
-    variables = arrays.variables(claims[6].job_id, claims[6].fields)
+    variables = tasks.variables(claims[6].job_id, claims[6].fields)
     assert variables == {"FLEET_ARRAY_ID": array, "FLEET_TASK_ID": "7", "FLEET_TASK_LINE": "line 7"}
 
 
 def test_a_task_that_is_lost_handed_back_or_retried_is_an_ordinary_job(
     redis_client: redis.Redis, who: Session
 ) -> None:
-    array = arrays.submit(redis_client, "default", TRUE, Options(retries=1, retry_delay_seconds=0),
-                          Tasks(ranges.parse("1-9")))  # fmt: skip
+    options = Options(retries=1, retry_delay_seconds=0)
+    array = arrays.submit(redis_client, Submission(TRUE, options), Tasks(ranges.parse("1-9"))).id
     one, two, three = claim(redis_client, who, 3)
     end(redis_client, who, [one], "handed-back")
     end(redis_client, who, [two], "lost")
@@ -150,7 +150,7 @@ def test_tasks_of_a_worker_that_died_run_again(redis_client: redis.Redis, who: S
 def test_a_submission_cut_short_runs_nothing_and_goes_by_itself(
     redis_client: redis.Redis, who: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrays, "submit_commands", _interrupted)
+    monkeypatch.setattr(arrays, "submit_all", _interrupted)
     with pytest.raises(KeyboardInterrupt):
         of_lines(redis_client, [b"x"] * 100)
     assert claim(redis_client, who, 9) == []
@@ -194,10 +194,8 @@ def test_items_that_no_program_can_be_given_are_refused(redis_client: redis.Redi
 def test_results_of_an_array_and_its_tasks_are_kept_as_long_as_was_said(
     redis_client: redis.Redis, who: Session
 ) -> None:
-    options = Options(result_ttl_seconds=100)
-    array = arrays.submit(
-        redis_client, "default", TRUE, options, Tasks(ranges.first(2), [b"a", b"b"], "line")
-    )
+    how = Submission(TRUE, Options(result_ttl_seconds=100))
+    array = arrays.submit(redis_client, how, Tasks(ranges.first(2), [b"a", b"b"], "line")).id
     run_all(redis_client, who)
     kept = [*redis_client.scan_iter(f"fleet:array:{array}*"), *redis_client.scan_iter(f"rq:job:{array}*")]
     assert len(kept) == 6, kept  # hash, items, bitmap; array, two tasks

@@ -27,6 +27,7 @@ _SHOW = {
         "submitted_at",
     ),
     *("started_at", "ended_at", "usage", "attempts", "result", "dependencies", "dependents"),
+    *("tasks", "array"),
 }
 
 

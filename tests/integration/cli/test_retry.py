@@ -55,7 +55,7 @@ def test_all_that_failed_are_retried_and_nothing_else(fleet, read, submit, faile
     ("words", "code"),
     [
         ([], 2),
-        (["x", "--failed"], 2),
+        (["x", "--failed", "--queue", "default"], 2),
         (["x", "--queue", "default"], 2),
         (["--failed", "--queue", "unknown"], 4),
         (["a b"], 2),

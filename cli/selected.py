@@ -1,0 +1,34 @@
+"""What the words of a verb mean, where it is an error that one means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from broker.errors import NotFound
+
+if TYPE_CHECKING:
+    import redis
+
+    from broker.selection import Target, Word
+
+#: jobs named in a message
+_NAMED = 10
+
+
+def targets(client: redis.Redis, words: Sequence[Word], *, failed: bool = False) -> list[Target]:
+    """The jobs meant; `failed`: of arrays those of their tasks that failed. Raises NotFound."""
+    from broker import jobs, keys, selection
+
+    found, unknown = selection.resolve(client, words)
+    if len(unknown) == 1:
+        raise jobs.not_found(unknown[0], damaged=client.exists(keys.job(unknown[0])) == 1)
+    if unknown:
+        raise NotFound(f"no such job: {listed(unknown)}", "'fleet jobs' lists those there are.")
+    return [selection.failed_of(client, one) if failed and one.is_array else one for one in found]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some of them."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
