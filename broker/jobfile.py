@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from broker import amounts, marked, names
+from broker import amounts, marked, names, requirements
 from broker.command import Command
 from broker.errors import UsageError
 from broker.marked import Fault, Marked
@@ -170,10 +170,17 @@ def _number(mark: Marked) -> int:
 
 
 def _amount(mark: Marked) -> Any:
-    """What durations are read from."""
+    """What durations and sizes are read from."""
     if mark.value is None or not isinstance(mark.value, str | int | float):
         raise UsageError("must be a number, or text")
     return mark.value
+
+
+def _conditions(mark: Marked) -> list[str] | dict[str, str]:
+    """`["k=glob", "k!=glob"]`, or a table of keys and globs."""
+    if isinstance(mark.value, dict):
+        return _variables(mark)
+    return list(_words(mark))
 
 
 def _words(mark: Marked) -> tuple[str, ...]:
@@ -220,6 +227,9 @@ _COMMON: Mapping[str, Callable[[Marked], Any]] = {
     "retries": _number,
     "retry_delay": lambda mark: amounts.duration(_amount(mark), zero=True),
     "on_failed_dependency": _on_failed,
+    **dict.fromkeys(requirements.FIELDS, _amount),
+    "labels": _conditions,
+    "exclusive": _flag,
 }
 _OF_A_JOB: Mapping[str, Callable[[Marked], Any]] = {
     "name": _name,
@@ -286,7 +296,9 @@ class _Reader:
         found = {}
         for name, item in self._table(mark, what, known).items():
             try:
-                found[name] = known[name](item)
+                value = known[name](item)
+                requirements.parse({name: value} if name in requirements.FIELDS else {})
+                found[name] = value
             except UsageError as exc:
                 said = exc.message.removeprefix(f"{name}: ").rstrip(".")
                 self._fault(item.line, f"{name}: {said}" + (f". {exc.hint}" if exc.hint else ""))
@@ -315,7 +327,8 @@ class _Reader:
 
     def _options(self, every: Mapping[str, Any]) -> Options:
         changes = {_OPTIONS[name]: value for name, value in every.items() if name in _OPTIONS}
-        return replace(self.options, **changes).checked()
+        need = {name: value for name, value in every.items() if name in requirements.FIELDS}
+        return replace(self.options, **changes, requirements=requirements.parse(need)).checked()
 
 
 def _references(said: Mapping[str, Any]) -> Iterator[Reference]:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker import jobfile, marked
+from broker.requirements import parse
 from broker.submit import Options
 
 FOLDER = Path("/work")
@@ -187,6 +188,30 @@ def test_every_circle_is_told() -> None:
     assert "5: jobs wait for each other: d waits for d" in found
     circle = "jobs wait for each other: a waits for b, which waits for c, which waits for a"
     assert circle in found[0] or circle.split(": ")[1].split()[0] in "abc"
+
+
+@pytest.mark.parametrize("labels", ["[gpu_type=a100*]", "{gpu_type: a100*}"])
+def test_jobs_ask_for_what_they_need(labels: str) -> None:
+    text = f"defaults: {{cpus: 2, priority: high}}\njobs:\n- {{command: x, memory: 4G, labels: {labels}}}\n"
+    (job,) = read(text + "- {command: x, cpus: 0.5, time_request: 2h, exclusive: true}").jobs[:1]
+    assert job.options.requirements == parse(
+        {"cpus": 2, "priority": "high", "memory": "4G", "labels": ["gpu_type=a100*"]}
+    )
+
+
+def test_what_cannot_be_asked_for_is_told_with_its_line() -> None:
+    text = (
+        "jobs:\n- command: x\n  memory: 4\n  cpus: -1\n  labels: [x]\n  gpus: 1.5\n  exclusive: 1\n  cpu: 1"
+    )
+    found = faults(text)
+    assert [line.split()[:2] for line in found] == [
+        ["3:", "memory:"],
+        ["4:", "cpus:"],
+        ["5:", "labels:"],
+        ["6:", "gpus:"],
+        ["7:", "exclusive:"],
+        ["8:", "unknown"],
+    ]
 
 
 def test_one_job_is_not_among_both() -> None:
