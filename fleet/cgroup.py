@@ -186,9 +186,10 @@ def _job_prefix(version: int) -> str:
 def _prune(own: Path) -> None:
     """Remove what workers left that are gone."""
     for folder in _dead(own):
-        for inner in folder.iterdir():
-            if inner.is_dir():
-                _removed(inner)
+        with suppress(FileNotFoundError):  # another worker does the same
+            for inner in folder.iterdir():
+                if inner.is_dir():
+                    _removed(inner)
         _removed(folder)
 
 

@@ -39,14 +39,14 @@ def queue(redis_client: redis.Redis) -> Queue:
 def test_a_command_goes_to_the_list_of_its_set_in_one_step(redis_client: redis.Redis) -> None:
     with redis_client.pubsub() as heard:
         heard.subscribe(keys.NEWS)
-        assert heard.get_message(timeout=5)["type"] == "subscribe"
+        assert heard.get_message(timeout=60)["type"] == "subscribe"
         rows = [
             Submission(Command(("true",)), Options(requirements=NEED)),
             Submission(Command(("true",)), Options()),
             Submission(Command(("true",)), Options(requirements=NEED, name="big")),
         ]
         first, plain, last = (job.id for job in submit_all(redis_client, rows))
-        news = json.loads(heard.get_message(timeout=5)["data"])
+        news = json.loads(heard.get_message(timeout=60)["data"])
         assert heard.get_message(timeout=0.01) is None, "a set is told of once"
     assert sets.news(news).need == NEED
     assert known(redis_client) == {NEED.digest(): NEED}
