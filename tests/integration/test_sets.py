@@ -14,7 +14,7 @@ import rq
 
 from broker import Queue, control, jobs, keys, sets
 from broker.requirements import parse
-from tests.integration.conftest import Workers
+from tests.integration.conftest import HASTY, Workers
 
 #: beats are far apart: what happens sooner did not wait for one
 SLOW_BEAT = {"heartbeat_seconds": 300.0, "lease_seconds": 600.0}
@@ -188,7 +188,7 @@ def test_a_large_job_starts_although_small_ones_keep_coming(workers: Workers) ->
     for _ in range(6):
         small.enqueue(*sleep)
     large = put(workers, cpus=2)
-    workers.until(keep_them_coming, "the large one ran", 60)
+    workers.until(keep_them_coming, "the large one ran")
 
 
 def test_an_exclusive_job_is_alone(workers: Workers, tmp_path: Path) -> None:
@@ -216,16 +216,16 @@ def ring_again(workers: Workers) -> None:
 def test_a_job_that_comes_back_is_first_in_its_own_list(
     workers: Workers, tmp_path: Path, number: int
 ) -> None:
-    worker = workers.start("w0", **TWO, settings={"stop_grace_seconds": 0.1})
+    worker = workers.start("w0", **TWO, settings=HASTY | {"stop_grace_seconds": 0.1})
     job = running(workers, tmp_path, "gate", cpus=2)
     behind = put(workers, cpus=2)
     os.kill(worker.pid, number)
-    worker.wait(30)
-    watcher = workers.start("w1", queues=("other",))
+    worker.wait(60)
+    watcher = workers.start("w1", queues=("other",), settings=HASTY)
     expected = [job.encode(), behind.encode()]
     workers.until(lambda: workers.client.lrange(keys.queue(name_of(cpus=2)), 0, -1) == expected, "back")
     (tmp_path / "gate").touch()
-    workers.start("w2", **TWO)
+    workers.start("w2", **TWO, settings=HASTY)
     assert [one.state for one in workers.wait([job, behind])] == ["finished", "finished"]
     assert watcher.poll() is None
     workers.assert_clean()
