@@ -210,7 +210,8 @@ def _held_back(job: JobView, facts: _Queued) -> Iterator[Reason]:
 def _workers(job: JobView, need: Requirements, facts: _Queued) -> Iterator[Reason]:
     """Who could run it, and why these do not."""
     base, now = base_of(job.queue), facts.fleet.at.timestamp()
-    listening = [worker for worker in facts.fleet.workers if base in worker.queues]
+    # a worker for one sublist alone says so
+    listening = [worker for worker in facts.fleet.workers if {base, job.queue} & set(worker.queues)]
     alive = [worker for worker in listening if worker.state != "offline"]
     offers = {worker.name: worker.offer() for worker in alive}
     matching = [worker for worker in alive if need.matches(offers[worker.name], now)]

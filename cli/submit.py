@@ -25,6 +25,7 @@ from cli.params import (
     requirements,
 )
 from cli.submit_file import refuse_other_options, submit_file
+from cli.target import TARGETS, for_here, see_to_it
 
 if TYPE_CHECKING:
     import redis
@@ -96,6 +97,13 @@ _JOB_OPTIONS = (
 )
 @requirement_options
 @tasks.options
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default="worker",
+    show_default=True,
+    help="Who runs it: any worker, this machine, or this machine where no worker can.",
+)
 @click.option("--wait", is_flag=True, help="Wait until it has ended; exit code 1 if it did not finish.")
 @click.option("--follow", is_flag=True, help="Wait, and print what it prints while it runs.")
 @json_option
@@ -127,8 +135,12 @@ def submit(context: Context, /, argv: tuple[str, ...], **given: Any) -> int:
     submission = submission_of(context, argv, given)
     array = tasks.read(given)
     with context.redis(start=True) as client:
+        here = for_here(context, client, submission, given["target"])
+        submission = here or submission
         job = arrays.submit(client, submission, array) if array else submit_all(client, [submission])[0]
-        return told(context, client, job, given)
+        if here:
+            see_to_it(context, client, job.id, here)
+        return told(context, client, job, {**given, "is_here": here is not None})
 
 
 def submission_of(
@@ -185,6 +197,8 @@ def told(context: Context, client: redis.Redis, job: Submitted, given: Given) ->
         return _wait(context, client, job_id, given)
     if job.state == "failed":
         context.say(f"Job {job_id} failed at once, for one that it was to wait for did not finish.")
+    if given.get("is_here"):
+        return 0
     if requirements(given) != NOTHING:
         _warn_without_worker(context, client, job_id, given)
     elif not client.scard(keys.of("queue_workers", given["queue"])):
@@ -196,7 +210,8 @@ def _wait(context: Context, client: redis.Redis, job_id: str, given: Given) -> i
     from broker import control, jobs
     from cli.wait import bar, exit_code
 
-    _warn_without_worker(context, client, job_id, given)
+    if not given.get("is_here"):
+        _warn_without_worker(context, client, job_id, given)
     try:
         if given["follow"]:
             _follow(context, client, job_id)

@@ -16,14 +16,14 @@ import selectors
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import redis
 
-from broker import __version__, clock, names
+from broker import __version__, clock, jobs, names
 from broker.connection import address, connect, translated
 from broker.errors import FleetError, UsageError
 from broker.session import Identity, Session
@@ -76,7 +76,10 @@ def run(config: WorkerConfig, settings: WorkerSettings, signals: StopSignals) ->
     try:
         lock.acquire()
         with _offering(config, ends_at) as offering:
-            return _run_locked(config, settings, folders, lock, signals, offering)
+            while True:
+                code, has_work = _run_locked(config, settings, folders, lock, signals, offering)
+                if not has_work:
+                    return code
     finally:
         lock.release()
 
@@ -86,7 +89,8 @@ def _offering(config: WorkerConfig, ends_at: float | None) -> Iterator[Offering]
     """What it offers; what it has of its host is its own until the block is left."""
     file = ledger.path(state_dir())
     said = {"cpus": None, "memory_bytes": None, "num_gpus": None, **config.resources}
-    share = ledger.promise(file, config.name, ledger.Wish(**said, number=config.sibling, of=config.siblings))
+    wish = ledger.Wish(**said, is_modest=config.is_modest, number=config.sibling, of=config.siblings)
+    share = ledger.promise(file, config.name, wish)
     try:
         yield Offering(config, share, ends_at)
     finally:
@@ -108,7 +112,8 @@ def _run_locked(
     lock: lifecycle.NameLock,
     signals: StopSignals,
     offering: Offering,
-) -> int:
+) -> tuple[int, bool]:
+    """Returns the exit code, and whether work came for it alone while it left, so that it must go on."""
     queues, weights = names.weighted_queues(config.queues)
     who = Identity(
         config.name,
@@ -130,9 +135,17 @@ def _run_locked(
     try:
         with translated(address(client)):
             offering.heard(lifecycle.inherit(session, client, describe()).labels or {})
-        return _work(config, session, client, folders, lock, describe, signals)
+        code = _work(config, session, client, folders, lock, describe, signals)
     finally:
         _leave(session, client, known_seconds=_KNOWN_SECONDS if config.ephemeral or config.until_done else 0)
+    return code, config.only_set != "" and describe.was_done and _has_work(config, client)
+
+
+def _has_work(config: WorkerConfig, client: redis.Redis) -> bool:
+    """Whether there are jobs for it alone. Who submits one looks afterwards whether it still beats."""
+    with suppress(redis.RedisError):
+        return jobs.unfinished(client, config.served) > 0
+    return False
 
 
 def _work(
@@ -167,6 +180,7 @@ def _work(
             _connect(config, session.settings),
             folders,
             all_done=partial(parts.mail.post, AllDone()) if config.until_done else None,
+            queues=config.served,
         )
         for thread in (loop.beater, chores):
             with kept_from_threads():
@@ -221,6 +235,7 @@ def _parts(
         offering.offer(),
         Room(share.total, config.slots, share.cpu_ids, [gpu.index for gpu in share.total.gpus]),
         settings,
+        config.only_set,
     )
     slots = Slots(config.slots, settings, context, pool, guard, placement)
     return Parts(session, selector, links, slots, pool, guard, Mailbox(), folders, offering, placement)
@@ -279,7 +294,7 @@ class _Description:
             "pid": who.pid,
             "incarnation": who.incarnation,
             "lock": lock,
-            "queues": list(who.queues),
+            "queues": list(config.served),
             "slots": config.slots,
             "version": __version__,
             **dataclasses.asdict(offering.share.total),
@@ -292,6 +307,11 @@ class _Description:
         self._session = session
         self.offering = offering
         self.loop: WorkerLoop | None = None
+
+    @property
+    def was_done(self) -> bool:
+        """Whether it left because no work was left."""
+        return self.loop is not None and self.loop.was_done
 
     def __call__(self) -> str:
         now = {

@@ -11,7 +11,7 @@ import logging
 import selectors
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +59,7 @@ class ChoreThread:
     """Asks once a second to be elected; while it is, runs what is due and listens to the queues.
 
     Elected or not, it removes what jobs left on this host when their results have run out; and tells
-    `all_done`, if that is given, whenever no job of its queues is left that has not ended.
+    `all_done`, if that is given, whenever no job of `queues` is left that has not ended.
     """
 
     def __init__(
@@ -69,10 +69,12 @@ class ChoreThread:
         folders: Folders,
         *,
         all_done: Callable[[], None] | None = None,
+        queues: Sequence[str] = (),
     ) -> None:
         self._session = session
         self._folders = folders
         self._all_done = all_done
+        self._queues = queues
         self._prune_at = 0.0
         self._client = client
         self._table = chores.table(session.settings)
@@ -151,7 +153,7 @@ class ChoreThread:
             self._folders.prune(str(fleet), ttl, lambda ids: jobs.gone(self._client, ids))
 
     def _look_for_work(self) -> None:
-        if self._all_done and not jobs.unfinished(self._client, self._session.identity.queues):
+        if self._all_done and not jobs.unfinished(self._client, self._queues):
             self._all_done()
 
     def _run_due(self) -> None:

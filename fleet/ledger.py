@@ -47,6 +47,8 @@ class Wish:
     cpus: int | None = None
     memory_bytes: int | None = None
     num_gpus: int | None = None
+    #: what it is said to have is the most it takes of what is left
+    is_modest: bool = False
     #: it is the one of this number (from 0), of so many that divide the host; of 1: it takes what is left
     number: int = 0
     of: int = 1
@@ -105,6 +107,12 @@ def promise(file: Path, worker: str, wish: Wish) -> Share:
         log.warning("no ledger of this host's resources: %s; other workers here may promise the same", exc)
         share = _share(host, wish, [])
     return share
+
+
+def look(file: Path) -> Share:
+    """What a worker would have now that took all that is left. Raises OSError."""
+    with _opened(file) as rows:
+        return _share(_look(Wish()), Wish(), rows)
 
 
 def release(file: Path) -> None:
@@ -203,6 +211,8 @@ def _gpus(host: _Host, wish: Wish, others: Sequence[_Row]) -> tuple[Gpu, ...]:
 
 def _settled(what: str, said: int | None, total: int, left: int, wish: Wish) -> int:
     """How much of one kind a worker gets."""
+    if said is not None and wish.is_modest:
+        return min(left, said)
     if said is not None:
         if said > left:
             log.warning(

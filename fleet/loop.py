@@ -141,6 +141,11 @@ class WorkerLoop:
         """Whether it was told to stop."""
         return self._stop_at is not None
 
+    @property
+    def was_done(self) -> bool:
+        """Whether no work was left when it looked last, and nobody told it to stop."""
+        return self._all_done and not self._is_leaving()
+
     def run(self) -> int:
         """Work until told to stop or nothing is left to do; returns the exit code."""
         self._selector.register(self._mail, selectors.EVENT_READ, self._on_mail)
@@ -217,6 +222,9 @@ class WorkerLoop:
         if self._config.burst and self._found_nothing:
             return True
         if self._all_done or (self._config.ephemeral and self._draining):
+            return True
+        if self._placement.is_useless:
+            log.warning("it was started for jobs that ask for more than it has")
             return True
         limit = self._config.idle_timeout_seconds
         if limit is None or not self._has_looked:

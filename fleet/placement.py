@@ -40,8 +40,12 @@ class NoRoom(Exception):
 class Placement:
     """The worker's side of placement; `room` is shared with nobody."""
 
-    def __init__(self, bases: Sequence[str], offer: Offer, room: Room, settings: WorkerSettings) -> None:
+    def __init__(
+        self, bases: Sequence[str], offer: Offer, room: Room, settings: WorkerSettings, only_set: str = ""
+    ) -> None:
+        """`only_set`: the digest of the one set of which it takes jobs; '': of all, and plain ones."""
         self._bases = tuple(bases)
+        self._only_set = only_set
         self._offer = offer
         self.room = room
         self._settings = settings
@@ -90,6 +94,8 @@ class Placement:
 
     def _judge_one(self, base: str, digest: str, need: Requirements, now: float) -> None:
         self._packed = None
+        if self._only_set not in ("", digest):
+            return
         if not need.matches(self._offer, now):
             return
         cost = self.room.milli_cpus_of(need), mebibytes_of(need)
@@ -106,12 +112,17 @@ class Placement:
         """Those that the worker serves."""
         return self._mine.keys()
 
+    @property
+    def is_useless(self) -> bool:
+        """Whether it was started for one set, and does not satisfy it."""
+        return bool(self._only_set and self.version and not self._mine)
+
     # --- claims ----------------------------------------------------------------------------------
 
     def places(self, popped: Iterable[str]) -> Places:
         """What to say with a claim; `popped`: lists of which tokens were taken."""
         self._keep_time()
-        if not self._mine:
+        if not self._mine and not self._only_set:
             return NO_PLACES
         if self._packed is None:
             self._packed = {base: self._pack(base) for base in self._bases}
@@ -150,7 +161,7 @@ class Placement:
             free.mebibytes,
             free.milli_cpus + plain * bool(self.room.plain),
             int(self.room.is_used),
-            f"{plain},0,a",
+            "-" if self._only_set else f"{plain},0,a",
             int(self._settings.priority_ageing_seconds * 1000),
             int(self._settings.reserve_after_seconds * 1000),
             int(self._settings.heartbeat_seconds * 1000 * _HOLD_BEATS),
@@ -171,7 +182,7 @@ class Placement:
     def lists(self) -> tuple[str, ...]:
         """The lists of which one more job could begin now: tokens of others would be of no use."""
         if not self._mine:
-            return self._bases
+            return () if self._only_set else self._bases
         self._keep_time()
         return tuple(self._fitting())
 
@@ -184,7 +195,7 @@ class Placement:
                 return
         if slots < 1:
             return
-        if self.room.plain_milli_cpus <= milli_cpus:
+        if self.room.plain_milli_cpus <= milli_cpus and not self._only_set:
             yield from self._bases
         for queue, mine in self._mine.items():
             if mine.milli_cpus <= milli_cpus and mine.mebibytes <= mebibytes and self._is_open_to(mine.need):

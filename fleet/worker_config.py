@@ -18,6 +18,7 @@ from typing import Any
 
 from broker import names
 from broker.errors import UsageError
+from broker.requirements import SEPARATOR
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,16 @@ class WorkerConfig:
     idle_timeout_seconds: float | None = None
     #: begin at a moment within so many seconds that follows from host and name: fleet/jitter.py
     startup_delay_seconds: float = 0.0
+    #: take the jobs of one set of requirements alone, of this digest; '': whatever it may take
+    only_set: str = ""
     #: leave after one job, in the only slot
     ephemeral: bool = False
     #: the tunnel that `redis_url` leads into, for the worker's record
     tunnel: str | None = None
     #: what it is said to have of its host, by the arguments of `fleet.resources.detect`
     resources: Mapping[str, int] = field(default_factory=dict)
+    #: that is the most it takes of what is left; else it has it, whatever others were promised
+    is_modest: bool = False
     #: it is the one of this number, from 0, of so many that divide their host; one alone takes what is left
     sibling: int = 0
     siblings: int = 1
@@ -81,6 +86,12 @@ class WorkerConfig:
         if self.executor not in ("warm", "fork"):
             raise UsageError(f"--executor must be warm or fork, got {self.executor!r}")
         return self
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """The queues whose jobs it takes, or the one sublist of each."""
+        queues, _ = names.weighted_queues(self.queues)
+        return tuple(f"{queue}{SEPARATOR}{self.only_set}" if self.only_set else queue for queue in queues)
 
     def as_ephemeral(self) -> WorkerConfig:
         """The same worker with one slot, and for one job."""

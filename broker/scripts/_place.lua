@@ -286,7 +286,8 @@ function place.begin(text, worker, slots, ahead, claim)
   local cpus, mebibytes, next_cpus, in_use, plain, ageing, reserve_ms, hold_ms, held, need =
     unpack(words_of(text))
   left = {worker = worker, slots = slots, ahead = ahead, claim = claim, cpus = tonumber(cpus),
-    mebibytes = tonumber(mebibytes), next_cpus = tonumber(next_cpus), in_use = in_use == '1', plain = need_of(plain),
+    mebibytes = tonumber(mebibytes), next_cpus = tonumber(next_cpus), in_use = in_use == '1',
+    plain = plain ~= '-' and need_of(plain), -- '-': it takes no plain jobs
     ageing_ms = tonumber(ageing), reserve_ms = tonumber(reserve_ms), hold_ms = tonumber(hold_ms), reserved = ''}
   if held then
     serve_reserved(held, need_of(need))

@@ -112,6 +112,12 @@ def test_what_is_said_is_had_with_a_warning_where_it_is_too_much(file, other, ca
     assert [record.args[1:] for record in caplog.records] == [("CPUs", 2), ("GPUs", 0)]
 
 
+def test_a_modest_one_takes_no_more_than_is_left(file, other):
+    other(Wish(cpus=7))
+    assert ledger.look(file).total.cpus == 1
+    assert mine(file, cpus=2, memory_bytes=_GIB, is_modest=True) == Share(Resources(1, 0, ()), (7,))
+
+
 def test_of_those_that_run_anywhere_the_others_leave_as_many_cpus(file, other):
     other(Wish(cpus=12))
     assert mine(file).total.cpus == 0
