@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from broker import clock
 from fleet.process import is_running
 from fleet.resources import cgroups
 
@@ -110,11 +112,15 @@ class Groups:
         """Remove those that could not be removed before."""
         self._leaving = [group for group in self._leaving if not group.remove()]
 
-    def close(self) -> None:
-        """Remove what can be; what cannot, the next worker removes."""
+    def close(self, patience_seconds: float = 2.0) -> None:
+        """Remove what is left, which the dead may be in for a moment; the next worker removes the rest."""
+        deadline = clock.monotonic() + patience_seconds
+        while not self._is_swept() and clock.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def _is_swept(self) -> bool:
         self.sweep()
-        if self._version == 1:
-            _removed(self._folder)
+        return not self._leaving and (self._version != 1 or _removed(self._folder))
 
 
 def prepared(root: Path = _ROOT) -> Groups | None:

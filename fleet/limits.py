@@ -158,7 +158,8 @@ class Limits:
         """None for a job that asked for nothing."""
         if grant is None or grant == Grant():
             return None
-        return Limit(grant, self._groups, self._group(claim, grant.memory_bytes))
+        group = self._group(claim, grant.memory_bytes)
+        return Limit(grant, self._groups, group)
 
     def _group(self, claim: Claim, memory_bytes: int | None) -> cgroup.Group | None:
         if memory_bytes is None:
