@@ -1,8 +1,10 @@
 """Resident memory of an idle worker with one slot: the PSS of its whole tree of processes.
 
 PSS counts a page that several processes share in parts, so a tree's sum is what it really takes.
-Each worker has run one function (and, ours, one command) before, so that what it then keeps for
-the next counts: ours keeps its sidecar and a warm executor.
+Each worker has run one function before, so that what it then keeps for the next counts. Ours keeps its
+sidecar, and for five minutes a warm executor (`worker.executor_idle_seconds`): it is measured just after the
+function, and when the executor has ended, as in every worker that idles for longer. For that it is told to
+end it at once.
 """
 
 from __future__ import annotations
@@ -16,22 +18,23 @@ import psutil
 
 from benchmarks import harness
 from benchmarks.harness import Site, number
-from benchmarks.peers.base import COMMAND, NOOP, Peer
+from benchmarks.peers.base import NOOP, Peer
+from benchmarks.peers.fleet_worker import Fleet, FleetThatIdles
 from benchmarks.report import Bar, Section, Table
 
 #: the tree is taken for settled when its size stays the same for so long
 _SETTLED_SECONDS = 0.5
 _RIVALS = ("rq", "celery")
+_JUST_WORKED = "fleet, just after a function"
+#: the worker and its sidecar
+_IDLE_PROCESSES = 2
 
 
 def memory(site: Site, peers: Sequence[Peer]) -> Section:
-    """MiB of each, after its first job; of ours also before."""
-    measures = {peer.name: partial(_idle, site, peer, NOOP) for peer in peers if NOOP in peer.paces}
-    measures |= {
-        f"{peer.name}, commands only": partial(_idle, site, peer, COMMAND)
-        for peer in peers
-        if peer.name == "fleet"
-    }
+    """MiB of each, after its first job; of ours also once it has been idle for long."""
+    measures = {peer.name: partial(_idle, site, peer) for peer in peers if NOOP in peer.paces}
+    if (ours := measures.pop(Fleet.name, None)) is not None:
+        measures |= {_JUST_WORKED: ours, Fleet.name: partial(_idle, site, FleetThatIdles(), _IDLE_PROCESSES)}
     tried = {name: harness.tried(name, measure) for name, measure in measures.items()}
     found = {name: figures for name, figures in tried.items() if figures}
     rows = [
@@ -48,12 +51,13 @@ def _bar(rival: str, theirs: float, ours: float) -> Bar:
     return Bar.at_most(f"memory of an idle worker, below {rival}'s", round(theirs, 1), ours, " MiB", 1)
 
 
-def _idle(site: Site, peer: Peer, work: str) -> tuple[float, int]:
-    """MiB and number of processes of the worker's tree once it has done a job and rests."""
+def _idle(site: Site, peer: Peer, most_processes: float = float("inf")) -> tuple[float, int]:
+    """MiB and number of processes of the worker's tree once it has done a job, has so few, and rests."""
     site.fresh()
-    peer.fill(site, work, 1)
-    with harness.processes(peer.workers(site, work, 1), site.log(peer.name)) as (process, *_):
+    peer.fill(site, NOOP, 1)
+    with harness.processes(peer.workers(site, NOOP, 1), site.log(peer.name)) as (process, *_):
         harness.until(lambda: peer.done(site) >= 1)
+        harness.until(lambda: _tree(process.pid)[1] <= most_processes)
         size, count = _settled(process.pid)
     print(f"    {peer.name:<22} {size:>8.1f} MiB in {count} processes")
     return size, count

@@ -49,6 +49,8 @@ class WorkerSettings:
     executor_max_jobs: Count = 100_000
     #: resident bytes of an executor above which it is replaced after its job
     executor_max_rss_bytes: Count = 2 * 1024**3
+    #: seconds without a function after which an executor ends: the next one waits until another has started
+    executor_idle_seconds: Annotated[float, Ge(0)] = 300.0
 
     #: seconds for which a level of priority is passed over that lift it by 1
     priority_ageing_seconds: Seconds = 60.0

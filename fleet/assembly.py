@@ -5,7 +5,6 @@ Puts the parts together, registers, runs the loop, and leaves nothing behind.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -256,6 +255,7 @@ def _executor_config(
         max_jobs=settings.executor_max_jobs,
         max_rss_bytes=settings.executor_max_rss_bytes,
         max_idle=config.slots,
+        max_idle_seconds=settings.executor_idle_seconds,
     )
 
 
@@ -335,12 +335,12 @@ def set_up_logging() -> None:
 
 def main(signals: StopSignals) -> int:
     """Start from the command line of `fleet.worker`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -I -m fleet.worker", description=__doc__)
-    parser.add_argument("--config", required=True, type=Path, help="the worker's configuration, JSON")
-    arguments = parser.parse_args()
+    arguments = sys.argv[1:]
+    if len(arguments) != 2 or arguments[0] != "--config":  # argparse would stay, half a MiB of it
+        sys.exit("usage: python -I -m fleet.worker --config FILE")
     set_up_logging()
     try:
-        config = WorkerConfig.from_json(_read(arguments.config))
+        config = WorkerConfig.from_json(_read(Path(arguments[1])))
         return run(config, WorkerSettings.from_json(config.settings), signals)
     except FleetError as exc:
         log.error("%s %s", exc.message, exc.hint)

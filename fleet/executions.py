@@ -119,6 +119,8 @@ class Lane:
         self._line: deque[Execution] = deque()
         self._number = 0
         self._unsent: list[tuple[int, bytes]] = []
+        #: since when it has had nothing to run, once it had; monotonic seconds
+        self.idle_since = 0.0
         #: what was in line, was not begun, and will not be, for its executor died or was killed
         self.stranded: list[Execution] = []
 

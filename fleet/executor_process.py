@@ -52,8 +52,9 @@ class ExecutorConfig:
     max_jobs: int = 1000
     #: resident bytes above which an executor is replaced after its job
     max_rss_bytes: int = 2 * 1024**3
-    #: executors kept without work
+    #: executors kept without work, and for how many seconds each
     max_idle: int = 1
+    max_idle_seconds: float = 300.0
 
 
 class Channel:

@@ -183,13 +183,19 @@ class ExecutorPool:
         elif self._is_worn(lane.executor) or self._has_enough(lane.executor.mode):
             self._dismiss(lane.executor)
         else:
+            lane.idle_since = time.monotonic()
             self._idle[lane.executor.mode].append(lane)
         if self._leaving:
             self.reap()
 
     def reap(self) -> None:
-        """Bury executors that left, kill those that should have. Call it now and then, as on each beat."""
+        """Let go of executors that have been idle for long, bury those that left, kill those that should
+        have. Call it now and then, as on each beat."""
         now = time.monotonic()
+        for lanes in self._idle.values():
+            for lane in [one for one in lanes if now - one.idle_since >= self._config.max_idle_seconds]:
+                lanes.remove(lane)
+                self._dismiss(lane.executor)
         leaving, self._leaving = self._leaving, []
         for executor, deadline in leaving:
             if executor.has_exited() or now >= deadline:

@@ -20,10 +20,17 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
 import time
-from collections.abc import Callable
+
+try:  # what signal wraps in enums: they are a fifth of this process
+    import _signal as signal  # type: ignore[import-not-found]
+except ImportError:
+    import signal
+
+TYPE_CHECKING = False  # typing is larger than all of this
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 #: seconds to let commands gather: a short job is added and removed in one look
 GATHER_SECONDS = 0.01

@@ -75,6 +75,14 @@ class FleetWithPlainProducer(Fleet):
         return rq.Queue(connection=site.client)
 
 
+class FleetThatIdles(Fleet):
+    """The same worker, as it is once it has had no function for long."""
+
+    def workers(self, site: Site, work: str, slots: int) -> list[list[str]]:
+        settings = {"executor_idle_seconds": 0, "heartbeat_seconds": 1}
+        return [worker_command(site, WORKER, slots=slots, settings=settings)]
+
+
 def worker_command(site: Site, name: str, **fields: Any) -> list[str]:
     """The command of one worker, as a launcher starts it."""
     config = WorkerConfig(

@@ -917,6 +917,22 @@ def test_no_more_executors_wait_than_wanted(make_bench, mode, eventually):
 
 
 @both_modes
+def test_an_executor_without_work_gives_its_memory_back(make_bench, mode, eventually):
+    patient, bench = make_bench(mode=mode), make_bench(mode=mode, max_idle_seconds=0.0)
+    for each in (patient, bench):
+        each.value("add", 1, 1)
+
+    def it_is_gone() -> bool:
+        patient.pool.reap()
+        bench.pool.reap()
+        return bench.exited == bench.spawned
+
+    eventually(it_is_gone)
+    assert bench.value("add", 1, 1) == 2
+    assert (len(bench.spawned), len(patient.spawned), len(patient.exited)) == (2, 1, 0)
+
+
+@both_modes
 def test_a_waiting_executor_that_died_is_replaced(bench, eventually):
     bench.value("add", 1, 1)
     (pid,) = bench.spawned
