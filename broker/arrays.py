@@ -46,6 +46,8 @@ class Tasks:
     max_fails: int | None = None
     #: how many run at once; None: as many as there is room for
     max_parallel: int | None = None
+    #: the array whose task of the same number must have finished before one of this begins
+    after: str | None = None
 
     def checked(self) -> Tasks:
         """Return itself. Raises UsageError for what no task could be given."""
@@ -71,15 +73,49 @@ def submit(client: redis.Redis, submission: Submission, tasks: Tasks) -> Submitt
     Raises what `broker.submit.submit_all` does: what was sent by then goes within ten minutes.
     """
     array = names.new_job_id() if submission.job_id is None else _checked_id(submission.job_id)
-    options = replace(submission.options, tasks=len(tasks.checked().numbers))
+    tasks = _with_numbers(client, tasks)
+    options = replace(submission.options, tasks=len(tasks.numbers))
     whole = replace(submission, job_id=array, options=options).checked()
     _open(client, array, tasks)
     try:
-        _upload(client, array, tasks)
+        numbers = _follow(client, array, tasks, options.on_failed_dependency)
+        _upload(client, array, numbers, tasks.items or ())
         return submit_all(client, [whole])[0]
     except (Conflict, NotFound):
         client.delete(*_kept(array))
         raise
+
+
+def _with_numbers(client: redis.Redis, tasks: Tasks) -> Tasks:
+    """Those that wait for another array's have the numbers of these. Raises UsageError, NotFound."""
+    if tasks.after is None:
+        return tasks.checked()
+    theirs = reading.numbers(client, tasks.after)
+    if not len(theirs):
+        raise _no_array(tasks.after)
+    if len(tasks.numbers) and tasks.numbers.parts != theirs.parts:
+        hint = "Both must have the same; 'fleet submit --after-array ID' takes them from there."
+        raise UsageError(f"{tasks.after} has the tasks {theirs}, this one {tasks.numbers}", hint)
+    return replace(tasks, numbers=theirs).checked()
+
+
+def _no_array(array: str) -> NotFound:
+    return NotFound(f"no array {array} to wait for", "'fleet jobs' lists those there are.")
+
+
+def _follow(client: redis.Redis, array: str, tasks: Tasks, on_failed: str) -> Ranges:
+    """Have tasks wait for those of another array; returns the numbers that can begin now."""
+    if tasks.after is None:
+        return tasks.numbers
+    finished = scripts.FOLLOW_ARRAY(client, [keys.array(tasks.after)], [tasks.after, array, on_failed])
+    if finished is None:
+        raise _no_array(tasks.after)
+    done = of(number for number in tasks.numbers if reading.has_bit(finished, number))
+    with client.pipeline(transaction=True) as pipe:
+        pipe.hincrby(keys.array(array), "held", -len(done))
+        pipe.hincrby(keys.array(array), "left", len(done))
+        pipe.execute()
+    return done
 
 
 def _checked_id(array: str) -> str:
@@ -94,7 +130,13 @@ def _kept(array: str) -> list[str]:
 
 def _open(client: redis.Redis, array: str, tasks: Tasks) -> None:
     count = len(tasks.numbers)
-    fields: dict[str, Any] = {"total": count, "left": count, "numbers": str(tasks.numbers)}
+    held = count if tasks.after is not None else 0
+    fields: dict[str, Any] = {
+        "total": count,
+        "left": count - held,
+        "held": held,
+        "numbers": str(tasks.numbers),
+    }
     fields |= {"items": tasks.kind} if tasks.kind else {}
     for name in ("max_fails", "max_parallel"):
         if getattr(tasks, name) is not None:
@@ -104,13 +146,13 @@ def _open(client: redis.Redis, array: str, tasks: Tasks) -> None:
         raise Conflict(f"there is a job {array} already", "Choose another id, or leave it out.")
 
 
-def _upload(client: redis.Redis, array: str, tasks: Tasks) -> None:
+def _upload(client: redis.Redis, array: str, numbers: Ranges, given: Sequence[bytes]) -> None:
     """The ranges and the items, in batches; each puts off the end of what is there."""
     todo, items = keys.of("array_todo", array), keys.of("array_items", array)
-    rows = iter(tasks.numbers.rows())
+    rows = iter(numbers.rows())
     while some := list(islice(rows, _AT_ONCE)):
         _send(client, array, lambda pipe, some=some: pipe.rpush(todo, *some))
-    chunks = enumerate(_chunks(tasks.items or ()))
+    chunks = enumerate(_chunks(given))
     while packed := dict(islice(chunks, _AT_ONCE)):
         _send(client, array, lambda pipe, packed=packed: pipe.hset(items, mapping=packed))
 

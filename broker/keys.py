@@ -51,14 +51,18 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:arrays                  zset   -          arrays that have not ended -> ms when they were submitted
 
     of an array (scripts, see _array.lua; TTL 10 min while it is being submitted, later that of its job)
-    fleet:array:ID                hash    items (line, json, arguments), total, max_fails, max_parallel; left:
-                                          how many are in todo; finished: how many did; held; stop: why
+    fleet:array:ID                hash    items (line, json, arguments), total, numbers, max_fails,
+                                          max_parallel, started_at; left: how many are in todo; finished:
+                                          how many did; stop: why no more are given out; after: whose tasks
+                                          its own wait for; held: how many do, on_failed: fail or wait,
+                                          unmet: in vain; followed: it has followers
     fleet:array:ID:items          hash    number of a chunk -> 32 items, each length (4 bytes) and text
     fleet:array:ID:todo           list    FIRST-LAST:STEP: tasks that are still to be given out
     fleet:array:ID:dropped        list    the same: tasks that were canceled before
     fleet:array:ID:running, waiting, failed, canceled   set   numbers of tasks that are jobs, where these are
     fleet:array:ID:finished       bitmap  of tasks
     fleet:array:ID:parked         list    ids for the queue once fewer run than max_parallel: tasks, the array
+    fleet:array:ID:followers      set     arrays whose tasks wait for those of this one
 
     Q is `BASE` or, for jobs that ask for something of their worker, `BASE@DIGEST`, a sublist of that queue;
     broker/requirements.py has the digest.
@@ -154,6 +158,7 @@ LUA_TEMPLATES = {
     "array_canceled": "fleet:array:%s:canceled",
     "array_finished": "fleet:array:%s:finished",
     "array_parked": "fleet:array:%s:parked",
+    "array_followers": "fleet:array:%s:followers",
     "sets": "fleet:sets:%s",
     "heads": "fleet:heads:%s:%s",
     "served": "fleet:served:%s",

@@ -130,14 +130,14 @@ def retry(client: redis.Redis, target: Target, *, only_failed: bool = False) -> 
     count, outcome = 0, "retried"
     if not only_failed:
         outcome, count = _undrop(client, array, chosen)
-    if outcome != "retried":
+    if outcome not in ("retried", "dependency"):
         return outcome or "not_found", 0
     kinds = ("array_failed",) if only_failed else ("array_failed", "array_canceled")
     begun = tasks.members(client, array, kinds, chosen)
     told = [outcome for _, outcome in control.retry(client, [f"{array}-{number}" for number in begun])]
     count += told.count("retried")
-    if count:
-        return "retried", count
+    if count or outcome == "dependency":
+        return "retried" if count else outcome, count
     return (told[0] if told else _state_of(client, target) or "not_found"), 0
 
 

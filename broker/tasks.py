@@ -39,7 +39,7 @@ def counts(client: redis.Redis, ids: Iterable[str]) -> dict[str, TaskCounts]:
     ordered = list(ids)
     with client.pipeline(transaction=False) as pipe:
         for array in ordered:
-            pipe.hmget(keys.array(array), "total", "left", "held", "finished")
+            pipe.hmget(keys.array(array), "total", "left", "held", "finished", "stop", "unmet")
             for kind in _SETS:
                 pipe.scard(keys.of(kind, array))
             pipe.lrange(keys.of("array_dropped", array), 0, -1)
@@ -47,15 +47,25 @@ def counts(client: redis.Redis, ids: Iterable[str]) -> dict[str, TaskCounts]:
     for array in ordered:
         fields, *sizes, dropped = (next(rows) for _ in range(len(_SETS) + 2))
         if isinstance(fields, list) and fields[0]:
-            found[array] = _counted(list(map(_number, fields)), list(map(_number, sizes)), dropped)
+            found[array] = _counted(fields, list(map(_number, sizes)), dropped)
     return found
 
 
-def _counted(fields: Sequence[int], sizes: Sequence[int], dropped: Any) -> TaskCounts:
-    total, left, held, finished = fields
+def _counted(fields: Sequence[Any], sizes: Sequence[int], dropped: Any) -> TaskCounts:
+    total, left, held, finished = map(_number, fields[:4])
     waiting, running, failed, canceled = sizes
     never = len(from_rows(dropped)) if isinstance(dropped, list) else 0
-    return TaskCounts(total, left + held + waiting, running, finished, failed, canceled + never)
+    counts = {"queued": left + waiting, "failed": failed, "canceled": canceled + never}
+    counts[_HELD[_state_of_held(*fields[4:])]] += held
+    return TaskCounts(total=total, running=running, finished=finished, **counts)
+
+
+_HELD = {"deferred": "queued", "failed": "failed", "canceled": "canceled"}
+
+
+def _state_of_held(stop: bytes | None, unmet: bytes | None) -> str:
+    """Of tasks that wait for those of another array."""
+    return "canceled" if stop else "failed" if unmet else "deferred"
 
 
 def _number(value: Any) -> int:
@@ -133,22 +143,24 @@ def states(client: redis.Redis, array: str, chosen: Ranges) -> dict[int, str | N
         pipe.get(keys.of("array_finished", array))
         pipe.lrange(keys.of("array_todo", array), 0, -1)
         pipe.lrange(keys.of("array_dropped", array), 0, -1)
+        pipe.hmget(keys.array(array), "stop", "unmet")
         for kind in _SETS:
             pipe.smembers(keys.of(kind, array))
-        finished, todo, dropped, *sets = replies(pipe)
+        finished, todo, dropped, marks, *sets = replies(pipe)
     places = {_number(one): state for state, found in zip(_STATES, sets, strict=True) for one in found}
     waits, never = from_rows(todo), from_rows(dropped)
-    rest = (("queued", waits), ("canceled", never), ("deferred", numbers(client, array)))
+    rest = (("queued", waits), ("canceled", never), (_state_of_held(*marks), numbers(client, array)))
 
     def state_of(number: int) -> str | None:
-        if _has_bit(finished or b"", number):
+        if has_bit(finished or b"", number):
             return "finished"
         return places.get(number) or next((state for state, some in rest if number in some), None)
 
     return {number: state_of(number) for number in chosen}
 
 
-def _has_bit(bitmap: bytes, number: int) -> bool:
+def has_bit(bitmap: bytes, number: int) -> bool:
+    """Whether Redis's bitmap has that bit."""
     return number // 8 < len(bitmap) and bool(bitmap[number // 8] >> (7 - number % 8) & 1)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from broker.errors import UsageError
-from cli.params import files
+from cli.params import JobId, files
 
 if TYPE_CHECKING:
     from broker.arrays import Tasks
@@ -34,6 +34,12 @@ def options(command: Any) -> Any:
             metavar="FILE",
             shell_complete=files,
             help="A task for each line, the first is number 1: FLEET_TASK_LINE; '-' reads stdin.",
+        ),
+        click.option(
+            "--after-array",
+            metavar="ID",
+            type=JobId(),
+            help="Task N not before task N of that array has finished; default: its numbers.",
         ),
         click.option("--array", metavar="RANGE", help="A task for each number: 1-100, 1-9:2, 1,4-6."),
     ):
@@ -67,24 +73,24 @@ def read(given: Mapping[str, Any]) -> Tasks | None:
     from broker import ranges
     from broker.arrays import Tasks
 
-    named = [name for name in _SOURCES if given[name] is not None]
+    named = [option for name, option in _SOURCES.items() if given[name] is not None]
     if len(named) > 1:
-        raise UsageError(f"{' and '.join(_SOURCES[name] for name in named)} exclude each other")
-    how = {name: given[name] for name in ("max_fails", "max_parallel")}
-    if not named:
-        if any(value is not None for value in how.values()):
-            raise UsageError(
-                "--max-fails and --max-parallel are for arrays",
-                "--array, --each-line or --from-json makes one.",
-            )
-        return None
-    if named == ["array"]:
+        raise UsageError(f"{' and '.join(named)} exclude each other")
+    how = {"after": given["after_array"]} | {name: given[name] for name in ("max_fails", "max_parallel")}
+    if given["array"] is not None:
         return Tasks(ranges.parse(given["array"]), **how)
-    if named == ["each_line"]:
+    if given["each_line"] is not None:
         items = lines(content(given["each_line"]))
         return Tasks(ranges.first(len(items)), items, "line", **how).checked()
-    items = _elements(given["from_json"])
-    return Tasks(ranges.first(len(items)), items, "json", **how).checked()
+    if given["from_json"] is not None:
+        items = _elements(given["from_json"])
+        return Tasks(ranges.first(len(items)), items, "json", **how).checked()
+    if given["after_array"] is not None:
+        return Tasks(ranges.Ranges(()), **how)
+    if given["max_fails"] is not None or given["max_parallel"] is not None:
+        hint = "--array, --each-line or --from-json makes one."
+        raise UsageError("--max-fails and --max-parallel are for arrays", hint)
+    return None
 
 
 def lines(text: bytes) -> list[bytes]:

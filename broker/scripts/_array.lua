@@ -6,7 +6,8 @@
 --                ▼ cancel              ▼ │ claim                │ retry
 --             dropped                waiting ◀──────────────────┘
 --
--- held: its task of the array before it has not finished. The array's job is queued while its entry is in
+-- held: the task of that number of another array has not finished (`after`); once that array has ended so
+-- (`unmet`) it counts as failed, unless it is to wait on. The array's job is queued while its entry is in
 -- its queue, and deferred where all is given out, or as many run as may: then it waits for its tasks, or
 -- they for each other. When nothing is held, in todo, running or waiting, it ends.
 
@@ -15,7 +16,7 @@ local PLACES = {
 }
 local KEPT = {
   'array', 'array_items', 'array_todo', 'array_dropped', 'array_running', 'array_waiting', 'array_failed',
-  'array_canceled', 'array_finished', 'array_parked',
+  'array_canceled', 'array_finished', 'array_parked', 'array_followers',
 }
 local MOST_AT_ONCE = 1000  -- tasks given out by one claim
 local ITEMS_IN_CHUNK = 32  -- broker/arrays.py has it, too
@@ -28,13 +29,14 @@ end
 -- What an array's hash says, numbers as such; nil where there is none.
 local function array_fields(array)
   local values = redis.pcall('HMGET', key('array', array), 'total', 'left', 'held', 'stop', 'max_fails',
-    'max_parallel', 'items')
+    'max_parallel', 'items', 'after', 'unmet', 'followed')
   if values.err or not values[1] then
     return nil
   end
   return {
     total = number(values[1], 0), left = number(values[2], 0), held = number(values[3], 0), stop = values[4],
     max_fails = number(values[5]), max_parallel = number(values[6]), items = values[7],
+    after = values[8], unmet = values[9], followed = values[10],
   }
 end
 
@@ -296,20 +298,23 @@ local function is_array_stopped(array)
   return stopped_arrays[array]
 end
 
--- Note which tasks have finished, or that they have not; returns of how many that is news.
+-- Note which tasks have finished, or that they have not; returns those of which that is news.
 local function set_finished(array, numbers, bit)
   local command = {'BITFIELD', key('array_finished', array)}
   for _, number in ipairs(numbers) do
     local last = #command
     command[last + 1], command[last + 2], command[last + 3], command[last + 4] = 'SET', 'u1', number, bit
   end
-  local changed = 0
-  for _, before in ipairs(try(unpack(command)) or {}) do
-    changed = changed + (before == bit and 0 or 1)
+  local changed = {}
+  for i, before in ipairs(try(unpack(command)) or {}) do
+    if before ~= bit then
+      changed[#changed + 1] = numbers[i]
+    end
   end
-  if changed > 0 then
-    redis.call('HINCRBY', key('array', array), 'finished', bit == 1 and changed or -changed)
+  if #changed > 0 then
+    redis.call('HINCRBY', key('array', array), 'finished', bit == 1 and #changed or -#changed)
   end
+  return changed
 end
 
 -- Where somebody else moved them to, they leave all places but that one.
@@ -324,13 +329,55 @@ local function leave_other_places(array, numbers, place)
   end
 end
 
-local function move_tasks(array, from, to, numbers)
+-- A task of another array has finished, so this one's of that number need not be held any more.
+local function release_task(array, number, list)
+  local todo = key(list, array)
+  local first, last, step = read_range(try('LINDEX', todo, -1))
+  if step == 1 and last == number - 1 then
+    redis.call('LSET', todo, -1, as_range(first, number, 1))
+  else
+    try('RPUSH', todo, as_range(number, number, 1))
+  end
+end
+
+-- The same of several; they are given out unless the array waits for jobs, too, or is stopped.
+local function release_tasks(array, numbers)
+  local a = array_fields(array)
+  if not a then
+    return
+  end
+  for _, number in ipairs(numbers) do
+    release_task(array, number, a.stop and 'array_dropped' or 'array_todo')
+  end
+  redis.call('HINCRBY', key('array', array), 'held', -#numbers)
+  local f = redis.pcall('HMGET', key('job', array), 'status', 'origin', 'fleet_on_failed_dependency')
+  if not f[1] then -- it is being submitted
+    redis.call('EXPIRE', key('array_todo', array), math.max(1, redis.call('TTL', key('array', array))))
+  end
+  if a.stop then
+    return
+  end
+  redis.call('HINCRBY', key('array', array), 'left', #numbers)
+  if f[1] == 'deferred' and not f[3] and (try('LLEN', key('array_parked', array)) or 0) == 0 then
+    unblock(array, f[2])
+  end
+end
+
+-- Arrays whose tasks wait for this one's.
+local function followers(array, a)
+  return a.followed and try('SMEMBERS', key('array_followers', array)) or {}
+end
+
+local function move_tasks(array, a, from, to, numbers)
   local left = PLACES[from] and try('SREM', key(PLACES[from], array), unpack(numbers)) or 0
   if left < #numbers then
     leave_other_places(array, numbers, to)
   end
   if to == 'finished' then
-    set_finished(array, numbers, 1)
+    local news = set_finished(array, numbers, 1)
+    for _, follower in ipairs(followers(array, a)) do
+      release_tasks(follower, news)
+    end
   else
     try('SADD', key(PLACES[to], array), unpack(numbers))
   end
@@ -383,6 +430,8 @@ local function verdict(array, a)
     return 'failed', 'MaxFails: ' .. reason .. ', more than ' .. a.max_fails
   elseif failed > 0 then
     return 'failed', 'TasksFailed: ' .. reason
+  elseif a.held > 0 then
+    return 'failed', string.format('dependency %s: %d of its tasks did not finish', a.after, a.held)
   end
   return canceled + lost > 0 and 'canceled' or 'finished', ''
 end
@@ -399,10 +448,22 @@ local function expire_array(array, ttl)
   end
 end
 
+-- What other arrays' tasks wait for here has not finished and will not, as far as one can tell.
+local function give_up_followers(array, a)
+  for _, follower in ipairs(followers(array, a)) do
+    local b = array_fields(follower)
+    if b and b.held > 0 and redis.call('HGET', key('array', follower), 'on_failed') ~= 'wait' then
+      redis.call('HSET', key('array', follower), 'unmet', 1)
+      touch_array(follower)
+    end
+  end
+end
+
 -- All of its tasks have ended, so the array has.
 local function end_array(array, a)
   local f = job_fields(array)
   redis.call('ZREM', K.ARRAYS, array)
+  give_up_followers(array, a)
   if not f or ARRAY_ENDS[f.status] then -- an RQ client ended it
     expire_array(array, ARRAY_TTL)
     return
@@ -430,6 +491,7 @@ end
 
 -- One that has ended, or is stopped, goes on.
 local function revive_array(array)
+  local a = array_fields(array)
   redis.call('HDEL', key('array', array), 'stop')
   local job = key('job', array)
   local f = redis.pcall('HMGET', job, 'status', 'origin')
@@ -446,12 +508,17 @@ local function revive_array(array)
   keep_array(array)
   wait_for_tasks(array, f[2])
   enqueue_dependents(array, 'deferred') -- those that failed for it wait again
+  for _, follower in ipairs(followers(array, a)) do
+    if redis.call('HDEL', key('array', follower), 'unmet') == 1 then
+      revive_array(follower)
+    end
+  end
 end
 
 -- Nothing more of it is given out; what runs or waits is told so by others. `why`: canceled, max_fails, or
 -- the state in which somebody else put its job.
 local function stop_array(array, why)
-  redis.call('HSET', key('array', array), 'stop', why, 'held', 0)
+  redis.call('HSET', key('array', array), 'stop', why)
   drop_all(array)
   local f = redis.pcall('HMGET', key('job', array), 'status', 'origin')
   if f[1] == 'queued' or f[1] == 'scheduled' then
@@ -510,7 +577,7 @@ local function settle_array(array, moves)
   end
   for way, numbers in pairs(moves) do
     local from, to = string.match(way, '^(%l+) (%l+)$')
-    move_tasks(array, from, to, numbers)
+    move_tasks(array, a, from, to, numbers)
   end
   local failed = moves['running failed'] and a.max_fails and size_of('array_failed', array)
   if failed and failed > a.max_fails and not a.stop then
@@ -521,7 +588,8 @@ local function settle_array(array, moves)
   if a.max_parallel then
     unpark(array, a)
   end
-  local is_over = a.left == 0 and a.held == 0 and size_of('array_running', array) == 0
+  local is_held = a.held > 0 and not (a.unmet or a.stop)
+  local is_over = a.left == 0 and not is_held and size_of('array_running', array) == 0
   if is_over and size_of('array_waiting', array) == 0 then
     end_array(array, a)
   end

@@ -15,6 +15,9 @@ elseif ARRAY_ENDS[status] and not a.stop then
   stop_array(array, status)
   a.stop = status
 end
+if a.after and a.held > 0 and not a.unmet and redis.call('EXISTS', key('array', a.after)) == 0 then
+  redis.call('HSET', key('array', array), 'unmet', 1) -- nobody will release them
+end
 if a.stop then
   cancel_tasks(array, most)
 end

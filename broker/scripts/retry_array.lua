@@ -39,4 +39,4 @@ if count > 0 then
     unblock(array, f.origin)
   end
 end
-return {'retried', count}
+return {count == 0 and a.unmet and 'dependency' or 'retried', count}

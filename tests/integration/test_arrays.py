@@ -10,10 +10,10 @@ import redis
 from rq import Queue
 from rq.job import Job
 
-from broker import arrays, chores, control, jobs, keys, ranges, tasks
+from broker import arrays, chores, control, jobs, keys, ranges, selection, tasks
 from broker.arrays import Tasks
 from broker.command import Command
-from broker.errors import Conflict, UsageError
+from broker.errors import Conflict, NotFound, UsageError
 from broker.session import Session
 from broker.submit import Options, Submission, submit_commands
 from broker.tasks import TaskCounts
@@ -48,13 +48,18 @@ def numbers(claims: Sequence[Claim]) -> list[int]:
     return [int(one.job_id.rpartition("-")[2]) for one in claims]
 
 
+def _any_numbers(claims: Sequence[Claim]) -> list[int]:
+    """0 for a job that is no task."""
+    return [int(tail) if (tail := one.job_id.rpartition("-")[2]).isdigit() else 0 for one in claims]
+
+
 def run_all(
     client: redis.Redis, who: Session, outcome: Callable[[int], Any] = lambda _: "finished"
 ) -> list[int]:
     """Run what there is, one after the other; returns the numbers in the order in which they ran."""
     ran: list[int] = []
     while claims := claim(client, who, 1):
-        ran += numbers(claims)
+        ran += _any_numbers(claims)
         end(client, who, claims, outcome(ran[-1]))
     return ran
 
@@ -331,3 +336,113 @@ def test_the_array_s_own_job_is_cancelled_by_control_too(redis_client: redis.Red
     assert control.cancel(redis_client, array) == "canceled"
     assert claim(redis_client, who, 1) == []
     assert state(redis_client, array) == "canceled"
+
+
+# --- one array after another -----------------------------------------------------------------------
+
+
+def after(client: redis.Redis, other: str, **options: Any) -> str:
+    how = Submission(TRUE, Options(**options))
+    return arrays.submit(client, how, Tasks(ranges.Ranges(()), after=other)).id
+
+
+def numbers_of(claims: Sequence[Claim], array: str) -> list[int]:
+    return [
+        number for one, number in zip(claims, numbers(claims), strict=True) if one.job_id.startswith(array)
+    ]
+
+
+def test_a_task_begins_once_that_of_the_other_array_has_finished(
+    redis_client: redis.Redis, who: Session
+) -> None:
+    one = submit(redis_client, "1-9:2")
+    claims = claim(redis_client, who, 3)
+    end(redis_client, who, claims[:1])
+    two = after(redis_client, one)
+    assert counts(redis_client, two) == TaskCounts(5, 5, 0, 0, 0, 0)
+    given = claim(redis_client, who, 9)
+    assert (numbers_of(given, one), numbers_of(given, two)) == ([7, 9], [1])
+    assert tasks.states(redis_client, two, ranges.parse("1-4")) == {
+        1: "started",
+        2: None,
+        3: "deferred",
+        4: None,
+    }
+    end(redis_client, who, [claims[2], *given])
+    assert [found.job_id for found in claim(redis_client, who, 9)] == [
+        f"{two}-{number}" for number in (5, 7, 9)
+    ]
+    end(redis_client, who, claims[1:2])
+    assert numbers(claim(redis_client, who, 9)) == [3]
+    assert counts(redis_client, two) == TaskCounts(5, 0, 4, 1, 0, 0)
+
+
+def test_those_that_wait_in_vain_fail_with_the_array_and_wait_again_when_it_is_retried(
+    redis_client: redis.Redis, who: Session
+) -> None:
+    one = submit(redis_client, "1-3")
+    two = after(redis_client, one)
+    three = after(redis_client, two)
+    waiting = after(redis_client, one, on_failed_dependency="wait")
+    run_all(redis_client, who, lambda number: "failed" if number == 2 else "finished")
+    assert counts(redis_client, two) == counts(redis_client, three) == TaskCounts(3, 0, 0, 2, 1, 0)
+    job = jobs.show(redis_client, two)
+    assert (job.state, job.reason) == ("failed", f"dependency {one}: 1 of its tasks did not finish")
+    assert counts(redis_client, waiting) == TaskCounts(3, 1, 0, 2, 0, 0)
+    (target,) = selection.targets_of(redis_client, [two])
+    assert selection.retry(redis_client, target) == ("dependency", 0)
+    assert dict(control.retry(redis_client, [f"{one}-2"])) == {f"{one}-2": "retried"}
+    assert counts(redis_client, three) == TaskCounts(3, 1, 0, 2, 0, 0)
+    run_all(redis_client, who)
+    for array in (one, two, three, waiting):
+        assert counts(redis_client, array) == TaskCounts(3, 0, 0, 3, 0, 0)
+        assert state(redis_client, array) == "finished"
+
+
+def test_an_array_that_waits_can_be_canceled_and_retried(redis_client: redis.Redis, who: Session) -> None:
+    one = submit(redis_client, "1-3")
+    two = after(redis_client, one)
+    assert arrays.cancel(redis_client, two) == "canceled"
+    assert (state(redis_client, two), counts(redis_client, two).canceled) == ("canceled", 3)
+    assert run_all(redis_client, who) == [1, 2, 3]
+    (target,) = selection.targets_of(redis_client, [two])
+    assert selection.retry(redis_client, target) == ("retried", 3)
+    assert run_all(redis_client, who) == [1, 2, 3]
+    assert state(redis_client, two) == "finished"
+
+
+def test_an_array_that_is_gone_holds_nobody(redis_client: redis.Redis, who: Session) -> None:
+    one = submit(redis_client, "1-3")
+    two = after(redis_client, one)
+    as_rq_knows_it(redis_client, one).delete()
+    chores.MendArrays().run(redis_client)
+    chores.MendArrays().run(redis_client)
+    assert (state(redis_client, two), counts(redis_client, two).failed) == ("failed", 3)
+    assert claim(redis_client, who, 9) == []
+    with pytest.raises(NotFound):
+        after(redis_client, one)
+
+
+def test_the_numbers_must_be_those_of_the_other_array(redis_client: redis.Redis) -> None:
+    one = submit(redis_client, "1-3")
+    with pytest.raises(UsageError, match="has the tasks 1-3, this one 1-4"):
+        arrays.submit(redis_client, Submission(TRUE), Tasks(ranges.parse("1-4"), after=one))
+
+
+def test_a_whole_array_is_waited_for_as_a_job_is(redis_client: redis.Redis, who: Session) -> None:
+    one = submit(redis_client, "1-3")
+    options = Options(after=(one,))
+    two = arrays.submit(redis_client, Submission(TRUE, options), Tasks(ranges.parse("7-8"))).id
+    job = submit_commands(redis_client, "default", [(None, TRUE)], Options(after=(two,)))[0]
+    assert run_all(redis_client, who)[:5] == [1, 2, 3, 7, 8]
+    assert state(redis_client, job) == "finished"
+    failing = submit(redis_client, "1-2")
+    child = arrays.submit(
+        redis_client, Submission(TRUE, Options(after=(failing,))), Tasks(ranges.parse("1-2"))
+    ).id
+    run_all(redis_client, who, lambda _: "failed")
+    assert state(redis_client, child) == "failed"
+    (target,) = selection.targets_of(redis_client, [failing])
+    selection.retry(redis_client, target)
+    run_all(redis_client, who)
+    assert state(redis_client, child) == "finished"

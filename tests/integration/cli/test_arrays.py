@@ -67,6 +67,16 @@ def test_a_million_tasks_are_counted_before_any_is_claimed(fleet, read, array):
     assert fleet("cancel", "all").stdout == f"{made}  canceled\n"
 
 
+def test_an_array_follows_another_task_by_task(fleet, read, array, burst):
+    one = array("--array", "1-3", argv=FAILS_AT_3)
+    two = array("--after-array", one, "--max-parallel", "1")
+    assert fleet("submit", "--after-array", two, "--array", "1-2", "--", "true", code=2).stdout == ""
+    burst()
+    assert fleet("logs", two).stdout == "1 []\n2 []\n"
+    assert read("show", two)["reason"] == f"dependency {one}: 1 of its tasks did not finish"
+    assert "retry that one" in fleet("retry", two, code=1).stdout
+
+
 def test_waiting_tells_how_many_finished(fleet, read, array, burst):
     made = array("--array", "1-4", argv=FAILS_AT_3)
     burst()
