@@ -98,7 +98,9 @@ def test_what_failed_is_shown_and_retried(fleet, read, array, burst):
     assert read("retry", "--failed", made)["jobs"] == [{"id": made, "outcome": "retried", "tasks": 1}]
     assert read("show", made)["tasks"]["queued"] == 1
     burst()
-    assert len(read("show", f"{made}-3")["attempts"]) == 2
+    outcomes = [attempt["outcome"] for attempt in read("show", f"{made}-3")["attempts"]]
+    # on a busy machine what was claimed ahead may go back first
+    assert [outcome for outcome in outcomes if outcome != "handed-back"] == ["failed", "failed"]
     assert "not retried: it has finished" in fleet("retry", f"{made}-4", code=1).stdout
     assert "1 of its tasks" in fleet("retry", "all").stdout
 
@@ -120,7 +122,7 @@ def test_following_prints_the_tasks_in_their_order(fleet, spawn, burst):
     command = "exec fleet submit --queue q --array 1-3 --follow -- sh -c 'echo $FLEET_TASK_ID'"
     follower = spawn(["sh", "-c", command], stdout=-1, env=_with_path())
     fleet("worker", "--queues", "q", "--name", "w1", "--max-jobs", "3")
-    assert follower.communicate(timeout=30)[0] == b"1\n2\n3\n"
+    assert follower.communicate(timeout=150)[0] == b"1\n2\n3\n"
     assert follower.returncode == 0
 
 
