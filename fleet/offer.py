@@ -23,18 +23,24 @@ class Offering:
         self.share = share
         self.ends_at = ends_at
         self._slots = config.slots
-        self._own = {**automatic_labels(config, share.total.gpus), **config.labels}
+        self._automatic = automatic_labels(config, share.total.gpus)
+        self._given = config.labels
         #: what operators said of it, as it heard last
         self.operators: Mapping[str, str] = {}
-        self.labels: Mapping[str, str] = self._own
+        self.labels: Mapping[str, str] = self._all({})
 
     def heard(self, operators: Mapping[str, str]) -> bool:
         """What operators say of it now, which outranks what it was started with; whether that is news."""
         if operators == self.operators:
             return False
         self.operators = operators
-        self.labels = {**self._own, **operators}
+        self.labels = self._all(operators)
         return True
+
+    def _all(self, operators: Mapping[str, str]) -> dict[str, str]:
+        """Those that somebody gave come first."""
+        given = {**self._given, **operators}
+        return given | {name: value for name, value in self._automatic.items() if name not in given}
 
     def offer(self) -> Offer:
         """What sets of requirements are judged by."""

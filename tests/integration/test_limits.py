@@ -317,3 +317,22 @@ def test_gpus_known_by_nvidia_smi_alone_are_given_too(workers, ask, tmp_path, mo
     record = json.loads(workers.client.get(keys.worker_record("w0")))
     assert [gpu["index"] for gpu in record["gpus"]] == [1, 2]
     assert record["labels"]["gpu_name"] == "L4"
+
+
+# --- fleet status ----------------------------------------------------------------------------------
+
+
+def test_what_is_promised_and_what_there_is_are_shown(workers, ask, run_fleet, fleet_redis_url):
+    said = {"cpus": 4, "memory_bytes": 8 << 30, "num_gpus": 2}
+    workers.start("w0", slots=4, resources=said, labels={"zone": "a"})
+    job = ask(["sleep", "600"], cpus=1.5, memory="2G", gpus=0.5)
+    workers.until(lambda: workers.state(job) == "started", "it runs")
+
+    def shown() -> list[str]:
+        return [line for line in run_fleet("status").stdout.splitlines() if line.startswith("w0")]
+
+    workers.until(lambda: "1.5/4  2.0 GiB/8.0 GiB  0.5/2x unknown  zone=a,host=" in shown()[0], "it is told")
+    (worker,) = json.loads(run_fleet("status", "--json").stdout)["workers"]
+    assert worker["free"]["slots"] == 3
+    assert (worker["free"]["cpus"], worker["free"]["memory_bytes"]) == (2.5, 6 << 30)
+    assert sorted(worker["free"]["gpus"]) == [0.5, 1]

@@ -21,6 +21,7 @@ _WORKER = {
     *("memory_bytes", "gpus", "started_at", "last_heartbeat", "heartbeat_age_seconds", "finished", "failed"),
     "tunnel",
     "ends_at",
+    "free",
 }
 _QUEUE = {"name", "queued", "running", "finished", "failed", "oldest_age_seconds", "paused", "requirements"}
 
