@@ -26,6 +26,7 @@ from benchmarks import (
     memory,
     peers,
     report,
+    sets,
     start,
     status,
     submission,
@@ -49,6 +50,7 @@ ROWS: dict[str, Row] = {
     "growth": growth.growth,
     "anatomy": anatomy.anatomy,
     "up": up.up,
+    "sets": sets.measured,
 }
 
 
