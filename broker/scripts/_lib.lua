@@ -235,11 +235,13 @@ local function ring(queue)
   end
 end
 
--- A time as RQ writes it, in milliseconds since 1970; nil for anything else. Civil date to days after H. Hinnant.
-local function ms_of(text)
-  local y, m, d, hour, minute, second = string.match(text or '', '^(%d+)-(%d+)-(%d+)[T ](%d+):(%d+):([%d.]+)')
-  if not (y and tonumber(second)) then
-    return nil
+local minutes = {} -- times of one call lie close together
+
+-- A minute as RQ writes it, in milliseconds since 1970, or false. Civil date to days after H. Hinnant.
+local function ms_of_minute(text)
+  local y, m, d, hour, minute = string.match(text, '^(%d%d%d%d)-(%d%d)-(%d%d)[T ](%d%d):(%d%d)$')
+  if not y then
+    return false
   end
   y, m = tonumber(y), tonumber(m)
   y = m <= 2 and y - 1 or y
@@ -247,7 +249,22 @@ local function ms_of(text)
   local yoe = y - era * 400
   local doy = math.floor((153 * (m > 2 and m - 3 or m + 9) + 2) / 5) + d - 1
   local days = era * 146097 + yoe * 365 + math.floor(yoe / 4) - math.floor(yoe / 100) + doy - 719468
-  return ((days * 24 + hour) * 60 + minute) * 60000 + math.floor(second * 1000)
+  return ((days * 24 + hour) * 60 + minute) * 60000
+end
+
+-- A time as RQ writes it, in milliseconds since 1970; nil for anything else.
+local function ms_of(text)
+  local minute, second = string.sub(text or '', 1, 16), tonumber(string.match(text or '', '^:([%d.]+)', 17))
+  if minutes[minute] == nil then
+    minutes[minute] = ms_of_minute(minute)
+  end
+  return minutes[minute] and second and minutes[minute] + math.floor(second * 1000) or nil
+end
+
+-- Since when a job waits, ms; if it does not say, since now.
+local function waits_since(id)
+  local at = redis.pcall('HGET', key('job', id), 'enqueued_at')
+  return type(at) == 'string' and ms_of(at) or NOW_MS
 end
 
 local heads_by_queue = {}
@@ -286,11 +303,7 @@ end
 local function look_at_head(queue)
   local heads = heads_of(queue)
   local first = redis.pcall('LINDEX', key('queue', queue), 0)
-  local since
-  if type(first) == 'string' then
-    local at = redis.pcall('HGET', key('job', first), 'enqueued_at')
-    since = type(at) == 'string' and ms_of(at) or NOW_MS
-  end
+  local since = type(first) == 'string' and waits_since(first) or nil
   if heads and since then
     write_head(heads, 'CH', since)
   elseif heads then

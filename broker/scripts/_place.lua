@@ -100,12 +100,15 @@ end
 
 -- The lists of a level, the one whose first job waits longest first; not those passed over.
 local function read(level)
+  if level.found then
+    flush() -- what was noted of them in this call
+  end
   level.found, level.at = {}, 1
   repeat
     local rows = level.page > PAGES and ours(level)
       or redis.pcall('ZRANGE', level.heads, 0, level.page - 1, 'WITHSCORES')
     level.is_whole = level.page > PAGES or #rows < 2 * level.page
-    level.page = 4 * level.page
+    level.page = math.max(PAGE, 4 * level.page)
     add(level, rows)
   until level.is_whole or #level.found > 0
   if level.plain and not level.passed[level.base] then
@@ -127,18 +130,31 @@ end
 
 -- --- taking --------------------------------------------------------------------------------------
 
+-- Note since when the first job of a list waits now, that which was before it being taken; nil: it is to be
+-- looked for, false: there is none. Returns that, or nil.
+local function note_next(queue, since)
+  local heads = heads_of(queue)
+  if since == nil then
+    since = look_at_head(queue) or false
+  elseif heads and since then
+    later('ZADD', heads[1], digits[since], heads[2])
+  elseif heads then
+    try('ZREM', heads[1], heads[2])
+  end
+  touched[queue] = since
+  return since or nil
+end
+
 -- Up to `most` jobs of a list, none that came after `latest`. Returns how many, and since when the next waits.
 local function take(list, most, latest)
   local now = fitting(list.need)
-  local given = left.claim(list.queue, math.min(most, now + ahead_of(list.need)), now, latest)
+  local given, since = left.claim(list.queue, math.min(most, now + ahead_of(list.need)), now, latest)
   if given > 0 then
     left.has_given_gpus = left.has_given_gpus or list.need.kind == 'g'
     subtract(list.need, math.min(given, now))
     left.ahead = math.max(0, left.ahead - math.max(0, given - now))
   end
-  local since = look_at_head(list.queue)
-  touched[list.queue] = since or false
-  return given, since
+  return given, note_next(list.queue, since)
 end
 
 -- Hold room for the first job of a list, unless another worker does.
@@ -171,17 +187,26 @@ local function pass_over(level, list)
   end
 end
 
+-- How young a job of the first list may be to be taken before those of the next, ms; nil: there are no others.
+local function latest_of(level)
+  local second = level.found[level.at + 1]
+  if second or not level.is_whole then
+    return (second or level.found[level.at]).since + BATCH_MS
+  end
+end
+
 -- Take from the first list of a level, or pass it over.
 local function serve(level, most)
-  local list, second = first_of(level), level.found[level.at + 1]
+  local list = first_of(level)
   if fitting(list.need) + ahead_of(list.need) < 1 then
     pass_over(level, list)
     return
   end
-  local given, since = take(list, most, second and second.since + BATCH_MS)
+  local given, since = take(list, most, latest_of(level))
   level.at = level.at + 1
   if given > 0 then
-    level.served, level.is_served = NOW_MS, true
+    level.is_served = level.is_served or NOW_MS - level.served >= left.ageing_ms / 10
+    level.served = NOW_MS
   end
   if since and given == 0 and since <= list.since then
     level.passed[list.queue] = true -- a job that may not be claimed ahead
@@ -199,11 +224,15 @@ local function levels_of(base, known, plain)
   local levels, priorities = {}, {}
   local function open(priority, text)
     levels[#levels + 1] = {priority = tonumber(priority), base = base, known = text, passed = {},
-      heads = key('heads', base, priority), page = PAGE, plain = priority == '0' and plain}
+      heads = key('heads', base, priority), page = math.min(PAGE, left.slots + left.ahead + 1), plain = priority == '0' and plain}
     priorities[#levels] = priority
   end
-  for priority, text in string.gmatch(known, '(-?%d+)(;[^|]*)') do
-    open(priority, text)
+  local from = 1
+  while from < #known do
+    local sets = string.find(known, ';', from, true)
+    local stop = string.find(known, '|', sets, true) or #known + 1
+    open(string.sub(known, from, sets - 1), string.sub(known, sets, stop - 1))
+    from = stop + 1
   end
   if not string.find('|' .. known, '|0;', 1, true) then
     open('0', ';')
@@ -306,11 +335,17 @@ end
 
 -- Returns 1 if more may fit, for which the worker must count its GPUs anew, and the list for which it holds room.
 function place.finish()
+  local filled, bells = {}, {}
   for queue, since in pairs(touched) do
     if since then
-      ring(queue)
+      filled[#filled + 1], bells[#bells + 1] = queue, key('wake', queue)
     else
       redis.call('DEL', key('wake', queue))
+    end
+  end
+  if #bells > 0 and redis.call('EXISTS', unpack(bells)) < #bells then
+    for _, queue in ipairs(filled) do
+      ring(queue)
     end
   end
   return left.has_given_gpus and left.slots > 0 and 1 or 0, left.reserved

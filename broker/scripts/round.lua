@@ -190,28 +190,53 @@ local function give(queue, id, flat, fence, execution)
   return {queue, id, lease, flat}
 end
 
--- `bounds`, how far a claim from a list goes: until there are `most` claims in all, of which those after the
--- first `now` come ahead; no further than jobs that wait since `latest`, ms, if that is given.
+local fence, last_fence = 0, 0
+
+-- The next fence; they are taken for the whole call at once.
+local function next_fence()
+  if fence == last_fence then
+    last_fence = redis.call('INCRBY', K.FENCE, wanted + ahead)
+    fence = last_fence - wanted - ahead
+  end
+  fence = fence + 1
+  return fence
+end
+
+local function claim(queue, id, flat, claims)
+  claims[#claims + 1] = give(queue, id, flat, next_fence(), prefix .. string.format('%04x', #claims))
+end
 
 -- Claim the next tasks of an array; returns whether its entry is off the queue.
 local function claim_array(queue, id, flat, claims, most)
   local tasks, has_left = claim_tasks(queue, id, flat, most - #claims)
-  local fence = redis.call('INCRBY', K.FENCE, #tasks) - #tasks
-  for i, task in ipairs(tasks) do
-    table.insert(claims, give(queue, task[1], task[2], fence + i, prefix .. string.format('%04x', #claims)))
+  for _, task in ipairs(tasks) do
+    claim(queue, task[1], task[2], claims)
   end
   return has_left
 end
 
+-- How far a claim from a list goes stand in `bounds`: until there are `most` claims in all, those after the first
+-- `now` ahead of the slots; and no further than jobs that wait since `latest`, ms, if that is given. Then `next`
+-- says at last since when the first job that is left waits; false: none is left; nil: that is not known.
+
+-- Whether the claim ends before this job.
+local function is_beyond(bounds, id, claims, is_first)
+  if bounds.latest and not is_first then
+    bounds.next = waits_since(id)
+  end
+  return #claims >= bounds.most or (bounds.next or 0) > (bounds.latest or 0)
+end
+
 -- Claim the first of `ids`, as many as are for us; returns how many of them are off the queue.
 local function claim_these(queue, ids, claims, bounds)
-  local fence = redis.call('INCRBY', K.FENCE, #ids) - #ids
   for i, id in ipairs(ids) do
-    local flat, losses, since, is_array, array = look_up(queue, id)
-    if #claims >= bounds.most then
-      return i - 1 -- an array before it had tasks for all of us
-    elseif flat and bounds.latest and (ms_of(since) or 0) > bounds.latest then
+    if is_beyond(bounds, id, claims, i == 1) then
       return i - 1
+    end
+    bounds.next = nil
+    local flat, losses, since, is_array, array = look_up(queue, id)
+    if flat and i == 1 and bounds.latest and (ms_of(since) or 0) > bounds.latest then
+      return 0 -- it was not the one that had been noted
     elseif is_array then
       if not claim_array(queue, id, flat, claims, bounds.most) then
         return i - 1
@@ -219,7 +244,7 @@ local function claim_these(queue, ids, claims, bounds)
     elseif flat and #claims >= bounds.now and losses > 0 then
       return i - 1
     elseif flat and (not array or may_run_again(id, queue, array)) then
-      table.insert(claims, give(queue, id, flat, fence + i, prefix .. string.format('%04x', #claims)))
+      claim(queue, id, flat, claims)
     end
   end
   return #ids
@@ -228,8 +253,10 @@ end
 -- Returns false where it is no list.
 local function claim_within(bounds, queue, jobs, claims)
   local taken, ids = 0, {}
+  local one_more = bounds.latest and 1 or 0
   while #claims < bounds.most and taken == #ids do
-    ids = redis.pcall('LRANGE', jobs, 0, bounds.most - #claims - 1)
+    local count_asked = bounds.most - #claims + one_more
+    ids = redis.pcall('LRANGE', jobs, 0, count_asked - 1)
     if ids.err then
       count('damaged') -- nobody's jobs
       return false
@@ -238,6 +265,10 @@ local function claim_within(bounds, queue, jobs, claims)
     end
     taken = claim_these(queue, ids, claims, bounds)
     redis.call('LTRIM', jobs, taken, -1)
+    if taken == #ids and #ids < count_asked then
+      bounds.next = false
+      break
+    end
   end
   return true
 end
@@ -280,11 +311,12 @@ end
 
 local claims, more, reserved = {}, 0, ''
 
--- For place: returns how many jobs were claimed.
+-- For place: returns how many jobs were claimed, and since when the next waits, as `bounds` have it.
 local function claim_some(queue, most, now, latest)
   local before = #claims
-  claim_within({most = before + most, now = before + now, latest = latest}, queue, key('queue', queue), claims)
-  return #claims - before
+  local bounds = {most = before + most, now = before + now, latest = latest}
+  claim_within(bounds, queue, key('queue', queue), claims)
+  return #claims - before, bounds.next
 end
 
 local function claim_all()
