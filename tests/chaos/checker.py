@@ -124,8 +124,8 @@ def a_job_is_in_one_place(evidence: Evidence) -> Found:
 def no_two_leases(evidence: Evidence) -> Found:
     """6. No two valid leases on one job, and no two of its runs at once.
 
-    Nothing of CPUs, memory and GPUs is promised to jobs yet. Of a whole host that was frozen only one
-    accepted result is promised, which is property 2.
+    Nor does a worker run jobs at once that asked for more CPUs, memory or GPUs than it has. Of a whole host
+    that was frozen only one accepted result is promised, which is property 2.
     """
     for change in evidence.changes:
         for given in change.given:
@@ -138,6 +138,7 @@ def no_two_leases(evidence: Evidence) -> Found:
         for earlier, later in pairwise(runs):
             if earlier.last_sign > later.start + SLACK and not _was_frozen(evidence, earlier):
                 yield Violation(6, job, "ran twice at once", (earlier, later))
+    yield from _promised_twice(evidence)
 
 
 def dependents_wait(evidence: Evidence) -> Found:
@@ -155,23 +156,20 @@ def dependents_wait(evidence: Evidence) -> Found:
 
 
 def the_worker_is_fit(evidence: Evidence) -> Found:
-    """8. What a job asks for is true of the worker at the claim: its queue, and labels where it names any.
-
-    Placement by CPUs, memory and GPUs is not built yet, so there is nothing to check of them.
-    """
+    """8. What a job asks for is true of the worker at the claim: its queue, its labels, and what it has."""
     workers = {event["who"]: event for event in evidence.named("registered")}
     for event in evidence.named("claimed"):
         worker, intent = workers.get(event["who"]), evidence.intents.get(event["job"], {})
         if worker is None:
             yield Violation(8, event["job"], f"claimed by {event['who']}, which never registered", (event,))
             continue
-        asked = intent.get("queue", event["queue"])
-        if asked != event["queue"] or asked not in worker["queues"]:
-            why = f"of queue {asked}, claimed from {event['queue']}"
+        base = event["queue"].partition("@")[0]
+        queue = intent.get("queue", base)
+        if queue != base or queue not in worker["queues"]:
+            why = f"of queue {queue}, claimed from {event['queue']}"
             yield Violation(8, event["job"], why, (event, worker))
-        for label, pattern in intent.get("labels", {}).items():
-            if not fnmatch.fnmatchcase(worker.get("labels", {}).get(label, ""), pattern):
-                yield Violation(8, event["job"], f"wants {label}={pattern}", (event, worker))
+        for why in _unfit(intent.get("asked", {}), worker):
+            yield Violation(8, event["job"], why, (event, worker))
 
 
 def a_drain_leaves_nothing(evidence: Evidence) -> Found:
@@ -245,6 +243,52 @@ def _unblamed(change: Change, intent: Event, states: Mapping[str, JobState]) -> 
     found = [states[parent] for parent in intent.get("after", ()) if parent in states]
     if not any(parent.is_terminal and parent.status != "finished" for parent in found):
         yield Violation(7, change.job, "failed for a job that it waits for, and none of them did", (change,))
+
+
+#: what jobs ask for -> what a worker has of it
+_AMOUNTS = {"cpus": "cpus", "memory": "memory_bytes", "gpus": "gpus"}
+
+
+def _amount(asked: Mapping[str, Any], what: str) -> float:
+    """How much of it a job asked for; memory in bytes."""
+    value = asked.get(what) or 0
+    return int(value[:-1]) * 2**20 if what == "memory" and value else float(value)
+
+
+def _unfit(asked: Mapping[str, Any], worker: Event) -> Iterator[str]:
+    for rule in asked.get("labels", ()):
+        label, _, pattern = rule.partition("=")
+        value = worker["labels"].get(label.removesuffix("!"))
+        if (value is not None and fnmatch.fnmatchcase(value, pattern)) == label.endswith("!"):
+            yield f"wants {rule}"
+    for what, has in _AMOUNTS.items():
+        if _amount(asked, what) > worker.get(has, 0):
+            yield f"wants {asked[what]} of {what}"
+
+
+def _promised_twice(evidence: Evidence) -> Found:
+    """Whenever a job begins, what it and those that run beside it asked for must be there."""
+    workers = {event["who"]: event for event in evidence.named("registered")}
+    runs: dict[str, list[Execution]] = defaultdict(list)
+    for executions in evidence.executions.values():
+        for run in executions:
+            if run.job in evidence.intents and not _was_frozen(evidence, run):
+                runs[run.worker].append(run)
+    for who, those in runs.items():
+        those.sort(key=lambda run: run.start)
+        for index, run in enumerate(those):
+            beside = [one for one in those[:index] if one.last_sign > run.start + SLACK]
+            yield from _too_much(evidence, workers.get(who), run, beside)
+
+
+def _too_much(evidence: Evidence, worker: Event | None, run: Execution, beside: Sequence[Execution]) -> Found:
+    together = [evidence.intents[one.job].get("asked", {}) for one in (run, *beside)]
+    for what, has in _AMOUNTS.items():
+        amount = sum(_amount(asked, what) for asked in together)
+        if worker and amount > worker.get(has, 0) and _amount(together[0], what):
+            yield Violation(6, run.job, f"{amount:g} of {what} promised at once", (worker, run, *beside))
+    if beside and any(asked.get("exclusive") for asked in together):
+        yield Violation(6, run.job, "beside an exclusive job", (run, *beside))
 
 
 def _is_sound(place: str) -> bool:

@@ -9,7 +9,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -27,12 +27,27 @@ from broker.command import FUNCTION, Command
 from broker.connection import connect
 from broker.errors import Conflict
 from broker.queue import Queue
+from broker.requirements import parse
 from broker.submit import Options, Submission, submit_all
 from tests.chaos import commands, witness
 from tests.chaos.failpoints import Failpoints
 from tests.chaos.history import VARIABLE, History
 
 Order = Mapping[str, Any]
+
+#: what jobs of a storm ask for; its workers have one to three CPUs, labels and, some of them, a GPU
+ASKED: Sequence[dict[str, Any]] = (
+    {"cpus": 1},
+    {"cpus": 2, "priority": "high"},
+    {"cpus": 0.5, "priority": "low"},
+    {"memory": "600M"},
+    {"cpus": 1, "memory": "300M"},
+    {"gpus": 1},
+    {"gpus": 0.5},
+    {"labels": ["zone=a"]},
+    {"cpus": 1, "labels": ["zone!=a"]},
+    {"exclusive": True},
+)
 
 
 def be_worker(order: Order) -> int:
@@ -77,7 +92,10 @@ class _Submitter:
         self._serial = 0
 
     def run(self) -> None:
-        kinds = (self._commands, self._functions, self._retried, self._dependents, self._trees)
+        kinds = (
+            *(self._commands, self._functions, self._retried, self._dependents, self._trees),
+            self._asking,
+        )
         while self._left > 0:
             batch = min(self._left, self._random.randint(1, self._order["batch"]))
             kind = self._random.choices(kinds, self._order["shares"])[0]
@@ -112,6 +130,17 @@ class _Submitter:
     def _retried(self, queue: str, count: int) -> int:
         how = {"retries": 2, "retry_delay_seconds": self._random.choice((0.0, 1.0))}
         self._insist([self._command(queue, commands.fail_at_first(), **how) for _ in range(count)])
+        return count
+
+    def _asking(self, queue: str, count: int) -> int:
+        """Commands that ask for something of their worker; each has some worker that has it."""
+        rows = []
+        for _ in range(count):
+            asked = self._random.choice(ASKED)
+            job = self._intend(queue, asked=asked)
+            options = Options(requirements=parse(asked))
+            rows.append(Submission(Command(commands.work(self._seconds())), options, queue, job))
+        self._insist(rows)
         return count
 
     def _insist(self, rows: list[Submission]) -> None:

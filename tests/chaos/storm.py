@@ -48,8 +48,8 @@ class Plan:
     batch: int = 20
     #: share of jobs that take some tenths of a second
     slow: float = 0.1
-    #: commands, plain RQ functions, commands that fail at first, chains of two, trees
-    shares: tuple[int, ...] = (3, 5, 1, 1, 2)
+    #: commands, plain RQ functions, commands that fail at first, chains, trees, those that ask for something
+    shares: tuple[int, ...] = (3, 5, 1, 1, 2, 3)
     queues: tuple[str, ...] = ("high", "default")
     #: beyond its lease, until a worker that stays away comes back
     absent_seconds: float = 3.0
@@ -109,12 +109,15 @@ class Storm:
     def _start(self, name: str) -> None:
         """Half of the workers go through the proxy, one in five believes in another time of day."""
         number = int(name[1:])
+        slots = self._plan.slots[number % len(self._plan.slots)]
         self._workers[name] = self._harness.worker(
             name,
             url=self._proxy.url if number % 2 else None,
             host=f"h{number % 3}",
             output_dir=str(self._harness.folder / f"h{number % 3}"),
-            slots=self._plan.slots[number % len(self._plan.slots)],
+            slots=slots,
+            resources={"cpus": slots, "memory_bytes": 2**30, "num_gpus": number % 2},
+            labels={"zone": "ab"[number % 2]},
             queues=self._plan.queues,
             settings=self._plan.settings,
             clock_offset=3600.0 * (number % 5 == 4),

@@ -347,6 +347,22 @@ def test_6_two_runs_of_a_job_at_once() -> None:
     assert not objections(evidence([intent("a"), ack("a"), *runs, stopped | {"frozen": True}], steps))
 
 
+@pytest.mark.parametrize(
+    "asked", [{"cpus": 2}, {"memory": "600M"}, {"gpus": 1}, {"gpus": 0.75}, {"exclusive": True}]
+)
+def test_6_what_a_worker_has_promised_to_two_jobs_at_once(asked: dict[str, Any]) -> None:
+    steps = [*whole("a", 1), *whole("b", 2)]
+    has = {"labels": {}, "cpus": 3, "memory_bytes": 2**30, "gpus": 1, "queues": ["default"]}
+    base = [intent("a", asked=asked), intent("b", asked=asked), ack("a", "b")]
+    base.append(happened("registered", incarnation="i", **has) | {"who": "w1"})
+    after = [*ran("a", 1, 1.1, 2.0), *ran("b", 2, 2.1, 3.0)]
+    beside = [*ran("a", 1, 1.1, 2.0), *ran("b", 2, 1.5, 3.0)]
+    elsewhere = [*ran("a", 1, 1.1, 2.0), *ran("b", 2, 1.5, 3.0, "w2")]
+    assert not objections(evidence([*base, *after], steps))
+    assert objections(evidence([*base, *beside], steps)) == {6}
+    assert not objections(evidence([*base, *elsewhere], steps))
+
+
 # -- 7 to 10 ---------------------------------------------------------------------------------
 
 
@@ -378,13 +394,29 @@ def test_7_a_job_fails_only_for_one_that_failed() -> None:
     assert not objections(evidence(wants, [*begun, failed("a", 1) + gone]))
 
 
-@pytest.mark.parametrize("asked", [{"queue": "gpu"}, {"labels": {"gpu": "a*"}}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"queue": "gpu"},
+        {"asked": {"labels": ["gpu=a*"]}},
+        {"asked": {"labels": ["zone!=b"]}},
+        {"asked": {"cpus": 4}},
+        {"asked": {"memory": "600M"}},
+        {"asked": {"gpus": 0.5}},
+    ],
+)
 def test_8_a_job_at_a_worker_that_is_not_fit_for_it(asked: dict[str, Any]) -> None:
     found = good()
     events = [event | asked if event["event"] == "intent" else event for event in found.events]
-    assert objections(replace(found, events=events)) == {8}
-    fit = [e | {"labels": {"gpu": "a100"}} if e["event"] == "registered" else e for e in events]
-    assert objections(replace(found, events=fit)) == ({8} if "queue" in asked else set())
+    poor = {"labels": {"zone": "b"}, "cpus": 3, "memory_bytes": 2**29, "gpus": 0}
+    rich = {"labels": {"gpu": "a100"}, "cpus": 4, "memory_bytes": 2**30, "gpus": 1}
+
+    def at(worker: dict[str, Any]) -> set[int]:
+        told = [event | worker if event["event"] == "registered" else event for event in events]
+        return objections(replace(found, events=told))
+
+    assert 8 in at(poor)
+    assert (8 in at(rich)) == ("queue" in asked)
 
 
 def test_8_a_job_at_a_worker_that_nobody_knows() -> None:

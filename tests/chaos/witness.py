@@ -5,6 +5,7 @@ Installed by the harness's own entry, so production code has none. A name that i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,10 +33,13 @@ def _around(name: str, note: Callable[..., None]) -> None:
     setattr(Session, name, wrapped)
 
 
-def _registered(history: History, session: Session, taken: str, _: Sequence[Any]) -> None:
-    who = session.identity
+def _registered(history: History, session: Session, taken: str, args: Sequence[Any]) -> None:
+    who, record = session.identity, json.loads(args[1])
     if not taken:
-        history.note("registered", incarnation=who.incarnation, queues=who.queues, labels={})
+        has = {name: record[name] for name in ("labels", "cpus", "memory_bytes")} | {
+            "gpus": len(record["gpus"])
+        }
+        history.note("registered", incarnation=who.incarnation, queues=who.queues, **has)
 
 
 def _begun(history: History, ends: Sequence[End]) -> None:
