@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -72,6 +72,19 @@ def submit(client: redis.Redis, submission: Submission, tasks: Tasks) -> Submitt
 
     Raises what `broker.submit.submit_all` does: what was sent by then goes within ten minutes.
     """
+    whole = prepare(client, submission, tasks)
+    try:
+        return submit_all(client, [whole])[0]
+    except (Conflict, NotFound):
+        forget(client, [whole])
+        raise
+
+
+def prepare(client: redis.Redis, submission: Submission, tasks: Tasks) -> Submission:
+    """Send the tasks of an array; returns the submission that makes it run, within ten minutes.
+
+    Raises UsageError, Conflict for an id that is taken, NotFound, and what redis-py raises.
+    """
     array = names.new_job_id() if submission.job_id is None else _checked_id(submission.job_id)
     tasks = _with_numbers(client, tasks)
     options = replace(submission.options, tasks=len(tasks.numbers))
@@ -80,10 +93,17 @@ def submit(client: redis.Redis, submission: Submission, tasks: Tasks) -> Submitt
     try:
         numbers = _follow(client, array, tasks, options.on_failed_dependency)
         _upload(client, array, numbers, tasks.items or ())
-        return submit_all(client, [whole])[0]
     except (Conflict, NotFound):
-        client.delete(*_kept(array))
+        forget(client, [whole])
         raise
+    return whole
+
+
+def forget(client: redis.Redis, prepared: Iterable[Submission]) -> None:
+    """Remove the tasks of arrays that were prepared and could not be submitted."""
+    for submission in prepared:
+        if submission.options.tasks is not None and submission.job_id:
+            client.delete(*_kept(submission.job_id))
 
 
 def _with_numbers(client: redis.Redis, tasks: Tasks) -> Tasks:

@@ -21,10 +21,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from broker import amounts, marked, names, requirements
+from broker import amounts, marked, names, ranges, requirements
+from broker.arrays import Tasks
 from broker.command import Command
 from broker.errors import UsageError
 from broker.marked import Fault, Marked
+from broker.ranges import Ranges
 from broker.submit import LONGEST_NAME, OnFailedDependency, Options, Submission
 
 #: what runs a command with `shell = true`
@@ -67,6 +69,8 @@ class FileJob:
     queue: str
     options: Options
     references: tuple[Reference, ...]
+    #: of an array
+    tasks: Tasks | None = None
 
 
 @dataclass(frozen=True)
@@ -155,17 +159,23 @@ def _name(mark: Marked) -> str:
     return text
 
 
+def _range(mark: Marked) -> Ranges:
+    if not isinstance(mark.value, str):
+        raise UsageError("must be a range in quotes, such as '1-100'")
+    return ranges.parse(mark.value)
+
+
 def _flag(mark: Marked) -> bool:
     if not isinstance(mark.value, bool):
         raise UsageError("must be true or false")
     return mark.value
 
 
-def _number(mark: Marked) -> int:
+def _number(mark: Marked, least: int = 0, most: int = ranges.MOST_TASKS) -> int:
     if not isinstance(mark.value, int) or isinstance(mark.value, bool):
         raise UsageError("must be a whole number")
-    if not 0 <= mark.value <= _MOST_RETRIES:
-        raise UsageError(f"must be from 0 to {_MOST_RETRIES}")
+    if not least <= mark.value <= most:
+        raise UsageError(f"must be from {least} to {most}")
     return mark.value
 
 
@@ -224,7 +234,7 @@ _COMMON: Mapping[str, Callable[[Marked], Any]] = {
     "cwd": _text,
     "shell": _flag,
     "timeout": lambda mark: math.ceil(amounts.duration(_amount(mark))),
-    "retries": _number,
+    "retries": lambda mark: _number(mark, most=_MOST_RETRIES),
     "retry_delay": lambda mark: amounts.duration(_amount(mark), zero=True),
     "on_failed_dependency": _on_failed,
     **dict.fromkeys(requirements.FIELDS, _amount),
@@ -238,6 +248,9 @@ _OF_A_JOB: Mapping[str, Callable[[Marked], Any]] = {
     "argv": _words,
     "after": _job_names,
     "after_any": _job_names,
+    "array": _range,
+    "max_fails": _number,
+    "max_parallel": lambda mark: _number(mark, 1),
     **_COMMON,
 }
 _OF_A_FILE = ("defaults", "jobs")
@@ -317,7 +330,18 @@ class _Reader:
             except UsageError as exc:
                 self._fault(mark.value[min(what)].line if what else mark.line, exc.message)
         name, job_id, queue = said.get("name"), said.get("id"), every.get("queue", self.queue)
-        return FileJob(mark.line, name, job_id, command, queue, options, tuple(_references(said)))
+        references, tasks = tuple(_references(said)), self._tasks(mark, said)
+        return FileJob(mark.line, name, job_id, command, queue, options, references, tasks)
+
+    def _tasks(self, mark: Marked, said: Mapping[str, Any]) -> Tasks | None:
+        """Those of an array."""
+        limits = {name: said[name] for name in ("max_fails", "max_parallel") if name in said}
+        if "array" in said:
+            return Tasks(said["array"], **limits)
+        if limits and "array" not in mark.value:
+            for name in limits:
+                self._fault(mark.value[name].line, f"{name}: is for arrays, and there is no array")
+        return None
 
     def _command(self, said: Mapping[str, Any], every: Mapping[str, Any]) -> Command:
         env = {**self._defaults.get("env", {}), **said.get("env", {})}

@@ -170,12 +170,14 @@ def _submit_batch(client: redis.Redis, rows: Sequence[_Row]) -> list[Submitted]:
     if not rows:
         return []
     asked = dict.fromkeys((row.base, row.need) for row in rows if row.need != NOTHING)
-    arguments: list[Any] = [len(rows[0].fields), *rows[0].fields, len(asked)]
+    columns = tuple(dict.fromkeys(name for row in rows for name in row.fields))  # arrays have one more
+    arguments: list[Any] = [len(columns), *columns, len(asked)]
     for base, need in asked:
         arguments += [base, need.digest(), need.canonical()]
     queues = {(row.base, row.need): row.need.queue_of(row.base) for row in rows}
     for row in rows:
-        arguments += [row.id, queues[row.base, row.need], " ".join(row.parents), *row.fields.values()]
+        arguments += [row.id, queues[row.base, row.need], " ".join(row.parents)]
+        arguments += [row.fields.get(column, "") for column in columns]
     first, *others = (part.decode("utf-8", "replace") for part in scripts.SUBMIT(client, [], arguments))
     if first:
         raise _refused(first, *others)
@@ -218,7 +220,7 @@ def _submit_gated(client: redis.Redis, rows: Sequence[_Row]) -> list[Submitted]:
 
 
 def _fields(command: Command, options: Options) -> Mapping[str, Any]:
-    """The fields of a command's hash, as `rq.job.Job.to_dict` names them; all rows have the same."""
+    """The fields of a command's hash, as `rq.job.Job.to_dict` names them; those of an array have one more."""
     own = {} if options.tasks is None else {"fleet_array": options.tasks}
     return own | {
         "data": command.to_data(),

@@ -26,8 +26,6 @@ _ABOUT_THE_CALL = ("file", "wait", "as_json")
 
 def submit_file(context: Context, path: str, *, wait: bool, as_json: bool) -> int:
     """Submit the jobs of a file ('-': stdin); returns the exit code. Raises JobFileError."""
-    from broker.submit import submit_together
-
     source, file = _read(context, path)
     if file.faults:
         _refuse(source, [*file.faults, *_unknown_if_asked(context, file)])
@@ -35,9 +33,24 @@ def submit_file(context: Context, path: str, *, wait: bool, as_json: bool) -> in
         faults = _unknown(client, file)
         if faults:
             _refuse(source, faults)
-        submissions = file.submissions()
-        done = dict(zip(submissions, submit_together(client, submissions.values()), strict=True))
+        done = _submitted(client, file)
         return _told(context, client, file, [done[number] for number in sorted(done)], wait, as_json)
+
+
+def _submitted(client: redis.Redis, file: JobFile) -> dict[int, Submitted]:
+    """Submit all jobs; what became of each, by its place in the file."""
+    from broker import arrays
+    from broker.submit import submit_together
+
+    rows = file.submissions()
+    try:
+        for number, submission in rows.items():
+            if tasks := file.jobs[number].tasks:
+                rows[number] = arrays.prepare(client, submission, tasks)
+        return dict(zip(rows, submit_together(client, rows.values()), strict=True))
+    except FleetError:
+        arrays.forget(client, rows.values())
+        raise
 
 
 def refuse_other_options(argv: Sequence[str]) -> None:

@@ -10,15 +10,15 @@
 -- Returns {'taken', id}, {'unknown', id of what it would wait for, id}, {'cycle', id}, or
 --         {'', then for each job that is not queued: id, its state}
 --
--- Of an array (it has a field fleet_array) the keys below fleet:array:ID are there; from now on they stay.
+-- Of an array (its field fleet_array is not empty) the keys below fleet:array:ID are there; from now on they stay.
 local MOST_ANCESTORS = 1000 -- looked at in search of a cycle
 
 local width = tonumber(ARGV[1])
 local set_count = tonumber(ARGV[2 + width])
 local first, step = 3 + width + 3 * set_count, 3 + width
-local are_arrays = false
+local array_column
 for column = 1, width do
-  are_arrays = are_arrays or ARGV[1 + column] == 'fleet_array'
+  array_column = ARGV[1 + column] == 'fleet_array' and column or array_column
 end
 
 -- What the words say: the jobs to wait for, in order; which of them may end as they like; what the job wants
@@ -83,8 +83,10 @@ end
 
 local function add_fields(fields, at)
   for column = 1, width do
-    fields[#fields + 1] = ARGV[1 + column]
-    fields[#fields + 1] = ARGV[at + 2 + column]
+    if column ~= array_column or ARGV[at + 2 + column] ~= '' then
+      fields[#fields + 1] = ARGV[1 + column]
+      fields[#fields + 1] = ARGV[at + 2 + column]
+    end
   end
 end
 
@@ -125,7 +127,7 @@ for i = first, #ARGV, step do
   local id, queue = ARGV[i], ARGV[i + 1]
   local fields = {'created_at', NOW, 'origin', queue}
   add_fields(fields, i)
-  if are_arrays then
+  if array_column and ARGV[i + 2 + array_column] ~= '' then
     keep_array(id)
   end
   if ARGV[i + 2] == '' or ARGV[i + 2] == '!' then

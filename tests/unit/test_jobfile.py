@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker import jobfile, marked
+from broker import jobfile, marked, ranges
 from broker.requirements import parse
 from broker.submit import Options
 
@@ -211,6 +211,17 @@ def test_what_cannot_be_asked_for_is_told_with_its_line() -> None:
         ["6:", "gpus:"],
         ["7:", "exclusive:"],
         ["8:", "unknown"],
+    ]
+
+
+def test_a_job_may_be_an_array() -> None:
+    (job,) = read("jobs: [{command: x, array: 1-9:2, max_fails: 0, max_parallel: 3}]").jobs
+    assert job.tasks is not None
+    assert (list(job.tasks.numbers), job.tasks.max_fails, job.tasks.max_parallel) == ([1, 3, 5, 7, 9], 0, 3)
+    assert faults("jobs:\n- command: x\n  max_fails: 1\n- command: x\n  array: x\n  max_parallel: 0") == [
+        "3: max_fails: is for arrays, and there is no array",
+        "5: array: 'x' names no tasks: 'x' is no range. " + ranges._hint("x"),
+        "6: max_parallel: must be from 1 to 10000000",
     ]
 
 

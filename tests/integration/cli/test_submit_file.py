@@ -81,6 +81,32 @@ def test_the_exit_code_says_how_they_ended(fleet, file, spawn):
     assert [job["state"] for job in json.loads(done.stdout)["jobs"]] == ["finished", "finished", "failed"]
 
 
+def test_a_file_may_have_arrays_beside_single_jobs(fleet, file, burst, redis_client):
+    text = """
+jobs:
+- {name: before, command: "true"}
+- {name: many, array: 1-3, command: test $FLEET_TASK_ID != 2, shell: true, after: before}
+- {name: after, command: "true", after: many}
+- {name: anyway, command: "true", after_any: many}
+"""
+    lines = fleet("submit", "--file", file(text)).stdout.splitlines()
+    ids = dict(line.split() for line in lines)
+    burst()
+    states = jobs.states(redis_client, list(ids.values()))
+    assert {name: states[job] for name, job in ids.items()} == {
+        "before": "finished",
+        "many": "failed",
+        "after": "failed",
+        "anyway": "finished",
+    }
+    assert jobs.show(redis_client, ids["after"]).reason == f"dependency {ids['many']} failed"
+    taken = ids["before"]
+    fleet(
+        "submit", "--file", file(f"jobs: [{{command: x, array: 1-3}}, {{command: x, id: {taken}}}]"), code=1
+    )
+    assert redis_client.keys("fleet:array:*") == redis_client.keys(f"fleet:array:{ids['many']}*")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
