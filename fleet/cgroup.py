@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from broker import clock
-from fleet.process import is_running
+from fleet.process import began
 from fleet.resources import cgroups
 
 _PREFIX = "rq-fleet"
@@ -181,7 +181,7 @@ def _move_back(leaf: Path, own: Path) -> None:
 
 def _name(pid: int) -> str:
     """Of what belongs to a process; tells it from another of that number."""
-    return f"{_PREFIX}.{pid}.{psutil.Process(pid).create_time()}"
+    return f"{_PREFIX}.{pid}.{began(pid)}"
 
 
 def _job_prefix(version: int) -> str:
@@ -201,9 +201,9 @@ def _prune(own: Path) -> None:
 
 def _dead(own: Path) -> Iterator[Path]:
     for folder in own.glob(f"{_PREFIX}.*"):
-        _, pid, *start = folder.name.split(".")
-        with suppress(ValueError):
-            if not is_running(int(pid), float(".".join(start[:2]))):
+        with suppress(ValueError):  # somebody else's
+            _, pid, start, *_ = folder.name.split(".")
+            if began(int(pid)) != int(start):
                 yield folder
 
 

@@ -20,10 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
 from fleet import resources
-from fleet.process import boot_id, is_running
+from fleet.process import began, boot_id
 from fleet.resources import Gpu, Resources
 
 log = logging.getLogger("fleet.worker")
@@ -71,7 +69,7 @@ class _Row:
 
     worker: str
     pid: int
-    start_time: float
+    began: int
     cpus: int
     cpu_ids: Sequence[int]
     cpu_pools: Sequence[str]
@@ -130,7 +128,7 @@ def _opened(file: Path) -> Iterator[list[_Row]]:
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(file.with_suffix(".lock"), "a") as lock:  # replaced is the other one
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = [row for row in _read(file) if is_running(row.pid, row.start_time) and row.pid != os.getpid()]
+        rows = [row for row in _read(file) if row.pid != os.getpid() and began(row.pid) == row.began]
         yield rows
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps([asdict(row) for row in rows]))
@@ -145,11 +143,11 @@ def _read(file: Path) -> list[_Row]:
 
 
 def _row(worker: str, share: Share, host: _Host) -> _Row:
-    total, me = share.total, psutil.Process()
+    total, pid = share.total, os.getpid()
     return _Row(
         worker,
-        me.pid,
-        me.create_time(),
+        pid,
+        began(pid) or 0,
         total.cpus,
         share.cpu_ids,
         sorted(host.cpu_quotas),

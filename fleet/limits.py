@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ _RESERVED_BYTES = 1 << 30
 #: each step of nice counts for so much: sched(7)
 _NICE_STEP = 1.25
 _LEAST_NICE = 19
+_NICE = shutil.which("nice")
 #: sh's words; $0 is the file to enter by, or the number of KiB
 _ENTER = 'echo 0 > "$0" && exec "$@"'
 _CAPPED = 'ulimit -d "$0" && exec "$@"'
@@ -81,7 +83,9 @@ class Limit:
         return found
 
     def command(self, argv: tuple[str, ...]) -> tuple[str, ...]:
-        """The command, begun within its limit of memory: before it does anything it is in it."""
+        """The command, begun within its limits: before it does anything it is in them."""
+        if self.nice and _NICE:
+            argv = (_NICE, "-n", str(self.nice), *argv)
         if self._group:
             return ("/bin/sh", "-c", _ENTER, self._group.entrance, *argv)
         if self._data_bytes:

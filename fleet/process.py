@@ -159,6 +159,27 @@ def is_running(pid: int, start_time: float) -> bool:
         return False
 
 
+def began(pid: int) -> int | None:
+    """Tells a process from any other that has, or had, its number since the machine was booted.
+
+    None: there is none, or it has ended and its parent has not looked yet. Unlike a time of day it stays
+    the same when the clock is set.
+    """
+    try:
+        # the name, in parentheses, may hold anything
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    except OSError:
+        return None if Path("/proc/self/stat").exists() else _began_elsewhere(pid)
+
+
+def _began_elsewhere(pid: int) -> int | None:
+    try:
+        return int(psutil.Process(pid).create_time() * 1000)
+    except psutil.Error:
+        return None
+
+
 def boot_id() -> str:
     """What two hosts, and two runs of one, do not have in common."""
     try:

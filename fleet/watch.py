@@ -44,7 +44,6 @@ class Watched:
     group: Callable[[], int]
     is_function: bool = False
     known: dict[int, float] = field(default_factory=dict)
-    is_niced: bool = False
 
     def counts(self, pid: int, process: Process) -> bool:
         """Whether that process of its group, or of what descends from it, is the job's."""
@@ -65,7 +64,7 @@ class Watch:
     def add(self, lease: str, watched: Watched) -> None:
         """From now on, if there is anything to look at."""
         limit = watched.limit
-        if limit.memory_bytes is not None or limit.nice or limit.has_gpus:
+        if limit.memory_bytes is not None or limit.has_gpus:
             self._watched[lease] = watched
             self.next_time = min(self.next_time, clock.monotonic() + _SHORTEST)
 
@@ -89,13 +88,7 @@ class Watch:
 
     def _look_at(self, one: Watched, found: Mapping[int, Process]) -> None:
         group = one.group()
-        if not group:
-            return
-        if one.limit.nice and not one.is_niced and not one.is_function:
-            one.is_niced = True
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PGRP, group, one.limit.nice)
-        if one.limit.is_watched:
+        if group and one.limit.is_watched:
             size = self._size(one, family(found, group, one.known))
             one.limit.seen_bytes = max(one.limit.seen_bytes, size)
 

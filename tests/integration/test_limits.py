@@ -142,10 +142,9 @@ def test_a_function_is_bound_too_and_its_process_is_not_used_again(workers, call
 @pytest.mark.parametrize(("cpus", "nice"), [(0.5, 3), (0.1, 10), (1, 0)])
 def test_a_part_of_a_cpu_yields_in_proportion(workers, ask, call, cpus, nice):
     workers.start("w0", resources={"cpus": 2})
-    job = ask(
-        [sys.executable, "-c", f"import os, time\nwhile os.nice(0) != {nice}: time.sleep(0.01)"], cpus=cpus
-    )
-    assert workers.wait([job])[0].state == "finished"
+    assert _output(workers, ask(["nice"], cpus=cpus)).strip() == str(nice)
+    both = ask(["nice"], cpus=cpus, memory="50M")
+    assert _output(workers, both).strip() == str(nice)
     function = call("rq_jobs.where_am_i", cpus=cpus)
     workers.wait([function])
     assert jobs.show(workers.client, function).result["nice"] == nice

@@ -7,10 +7,10 @@ import signal
 import subprocess
 from pathlib import Path
 
-import psutil
 import pytest
 
 from fleet import cgroup
+from fleet.process import began
 
 _V1 = "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
 _V2 = "41 31 0:38 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw"
@@ -124,9 +124,9 @@ def test_without_cgroups_there_is_none(tmp_path):
 @pytest.mark.usefixtures("kernel")
 def test_what_the_dead_left_is_removed_and_nothing_else(machine):
     root, own = machine(1, "/")
-    alive = psutil.Process(os.getppid())
-    kept = [f"rq-fleet.{alive.pid}.{alive.create_time()}", "rq-fleet.x", "rq-fleet", "others"]
-    for name in (*kept, f"rq-fleet.{alive.pid}.1.5"):
+    alive = os.getppid()
+    kept = [f"rq-fleet.{alive}.{began(alive)}", "rq-fleet.x", "rq-fleet", "others"]
+    for name in (*kept, f"rq-fleet.{alive}.1", f"rq-fleet.{alive}.1.j1.5"):
         (own / name).mkdir()
         (own / name / "j1.5").mkdir()
     groups = cgroup.prepared(root)

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from fleet import ledger, resources
 from fleet.ledger import Share, Wish, part
+from fleet.process import began
 from fleet.resources import Gpu, Resources
 
 _GIB = 2**30
@@ -48,7 +48,7 @@ def other(file, host):
         theirs = {
             **vars(mine),
             "pid": process.pid,
-            "start_time": psutil.Process(process.pid).create_time(),
+            "began": began(process.pid),
         }
         file.write_text(json.dumps([*map(vars, before), theirs]))
         return process
@@ -89,7 +89,7 @@ def test_what_the_dead_held_is_free(file, other):
 def test_the_row_of_a_number_that_is_anothers_by_now_counts_for_nothing(file, other):
     other(Wish())
     rows = json.loads(file.read_text())
-    file.write_text(json.dumps([{**row, "start_time": row["start_time"] - 1} for row in rows]))
+    file.write_text(json.dumps([{**row, "began": row["began"] - 1} for row in rows]))
     assert mine(file).total.cpus == 8
 
 
