@@ -1,13 +1,13 @@
 """The Lua scripts, each a file of its own: `round.lua` is `Script("round")`.
 
-Every script is preceded by `_lib.lua`, `_array.lua`, by what else it names, and by the key templates of
-`broker.keys`, so keys are spelled in one place.
+Every script is preceded by `_lib.lua`, `_array.lua`, and the key templates of `broker.keys`, so keys are
+spelled in one place.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import resources
 from typing import Any
@@ -24,18 +24,31 @@ _CONSTANTS = (
 
 
 class Script:
-    """One script, loaded into a server when it is first found missing there."""
+    """One script, loaded into a server when it is first found missing there.
 
-    def __init__(self, name: str, *parts: str) -> None:
+    Redis runs the whole text at each call, and to define a function takes it as long as to call a small one.
+    So what a busy script seldom needs is only run when it first asks for it: `seldom` names parts, each with
+    what it is called and the Lua expression that it then is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[str] = ("_lib", "_array"),
+        seldom: Mapping[str, tuple[str, str]] | None = None,
+    ) -> None:
         self.name = name
-        self._parts = ("_lib", "_array", *parts)
+        self._parts = parts
+        self._seldom = seldom or {}
 
     @cached_property
     def text(self) -> str:
         """The whole text that is sent: keys, library, script, and the writes that these put off."""
+        seldom = (_when_asked_for(name, *part) for name, part in self._seldom.items())
         body = ("local function script()", _read(self.name), "end")
         end = ("local reply = script()", "flush()", "return reply")
-        return "\n".join((_keys_in_lua(), *map(_read, self._parts), *body, *end))
+        parts = map(_read, self._parts)
+        return "\n".join((_keys_in_lua(), *parts, *seldom, *body, *end))
 
     @cached_property
     def sha(self) -> str:
@@ -55,21 +68,32 @@ def _read(name: str) -> str:
     return resources.files(__name__).joinpath(f"{name}.lua").read_text(encoding="utf-8")
 
 
+def _when_asked_for(name: str, part: str, expression: str) -> str:
+    body = (f"local {name} = seldom(function()", _read(part), f"return {expression}", "end)")
+    return "\n".join(body)
+
+
 def _keys_in_lua() -> str:
-    """`local K = {...}`: of broker/keys.py, the templates as functions and the constants, for Lua."""
-    rows = [f"  {kind} = {_function(template)}," for kind, template in keys.LUA_TEMPLATES.items()]
-    rows += [f'  {name} = "{getattr(keys, name)}",' for name in _CONSTANTS]
-    return "\n".join(("local K = {", *rows, "}"))
+    """`local K, AFTER`: of broker/keys.py the constants and, of each template, what comes before and after
+    the name; between two names is a colon."""
+    parts = {kind: template.split("%s") for kind, template in keys.LUA_TEMPLATES.items()}
+    before = [f'  {kind} = "{part[0]}",' for kind, part in parts.items()]
+    before += [f'  {name} = "{getattr(keys, name)}",' for name in _CONSTANTS]
+    after = [f'  {kind} = "{part[-1]}",' for kind, part in parts.items() if part[-1]]
+    return "\n".join(("local K = {", *before, "}", "local AFTER = {", *after, "}"))
 
 
-def _function(template: str) -> str:
-    """`rq:job:%s:x` as a function that joins the parts: a third of what string.format costs."""
-    parts = [f'"{part}"' for part in template.split("%s")]
-    joined = " .. ".join(f"{part} .. {name}" for part, name in zip(parts[:-1], "ab", strict=False))
-    return f"function(a, b) return {joined} .. {parts[-1]} end"
-
-
-ROUND = Script("round", "_place")
+ROUND = Script(
+    "round",
+    ["_lib"],
+    seldom={
+        "place": ("_place", "place"),
+        "arrays": (
+            "_array",
+            "{claim_tasks = claim_tasks, may_run_again = may_run_again, settle_arrays = settle_arrays}",
+        ),
+    },
+)
 REGISTER = Script("register")
 RETIRE = Script("retire")
 BEAT = Script("beat")

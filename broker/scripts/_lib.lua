@@ -17,8 +17,25 @@ local MEND_SECONDS = 60         -- between two looks at whether a queue can take
 local RQ_TIMEOUT = '180'        -- rq.Queue.DEFAULT_TIMEOUT, for jobs whose producer set none
 local RQ_FAILURE_TTL = 31536000 -- rq.defaults.DEFAULT_FAILURE_TTL
 
+-- The key of that kind for `a`, or for `a` and `b`.
 local function key(kind, a, b)
-  return K[kind](a, b)
+  local after = AFTER[kind]
+  if b then
+    return K[kind] .. a .. ':' .. b
+  elseif after then
+    return K[kind] .. a .. after
+  end
+  return K[kind] .. a
+end
+
+-- What `load` returns, a table of functions, loaded when the first of them is asked for.
+local function seldom(load)
+  return setmetatable({}, {__index = function(known, name)
+    for each, value in pairs(load()) do
+      rawset(known, each, value)
+    end
+    return rawget(known, name)
+  end})
 end
 
 -- A command on a key of a job or a queue: what somebody put there instead must not stop a script half
@@ -328,6 +345,7 @@ end
 local function add_set(base, digest, canonical)
   local is_new = redis.call('HSETNX', key('sets', base), digest, canonical) == 1
   if is_new then
+    redis.call('SADD', K.QUEUES, key('queue', base)) -- RQ's tools find workers by the queues they know
     tell_of_set(base, digest, canonical)
   end
   return is_new

@@ -19,6 +19,8 @@ local count = 0
 for i = 2, #ARGV do
   count = count + move_range('array_todo', 'array_dropped', array, read_range(ARGV[i]))
 end
-redis.call('HINCRBY', key('array', array), 'left', -count)
+if count > 0 then -- Lua writes 0 with a sign as -0, which is no number to Redis
+  redis.call('HINCRBY', key('array', array), 'left', -count)
+end
 touch_array(array)
 return {'stopping', count}

@@ -23,6 +23,10 @@
 -- the reply to the last round was lost, is accepted without another change. A claim that finds a queue
 -- empty takes its tokens away; one that leaves jobs behind rings for the next worker. A job that was
 -- lost before is not claimed ahead: it may be what kills workers, and its neighbours must not suffer.
+function settle_arrays()
+  arrays.settle_arrays()
+end
+
 local worker, incarnation = ARGV[1], ARGV[2]
 local lease_ms, result_ttl, limit = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local claim_number, wanted, ahead, prefix = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
@@ -208,7 +212,7 @@ end
 
 -- Claim the next tasks of an array; returns whether its entry is off the queue.
 local function claim_array(queue, id, flat, claims, most)
-  local tasks, has_left = claim_tasks(queue, id, flat, most - #claims)
+  local tasks, has_left = arrays.claim_tasks(queue, id, flat, most - #claims)
   for _, task in ipairs(tasks) do
     claim(queue, task[1], task[2], claims)
   end
@@ -243,7 +247,7 @@ local function claim_these(queue, ids, claims, bounds)
       end
     elseif flat and #claims >= bounds.now and losses > 0 then
       return i - 1
-    elseif flat and (not array or may_run_again(id, queue, array)) then
+    elseif flat and (not array or arrays.may_run_again(id, queue, array)) then
       claim(queue, id, flat, claims)
     end
   end

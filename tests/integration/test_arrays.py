@@ -292,6 +292,15 @@ def test_some_tasks_are_canceled_and_the_others_run(redis_client: redis.Redis, w
     assert state(redis_client, array) == "canceled"
 
 
+def test_tasks_that_all_run_are_canceled(redis_client: redis.Redis, who: Session) -> None:
+    array = submit(redis_client, "1-5")
+    running = claim(redis_client, who, 3)
+    assert arrays.cancel(redis_client, array, ranges.parse("2-3")) == "stopping"
+    assert redis_client.llen(keys.worker_signals("w0")) == 2
+    end(redis_client, who, running)
+    assert run_all(redis_client, who) == [4, 5]
+
+
 def as_rq_knows_it(client: redis.Redis, job_id: str) -> Job:
     from rq.serializers import JSONSerializer
 
