@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -105,8 +106,11 @@ class Limit:
     @property
     def _data_bytes(self) -> int:
         """RLIMIT_DATA, which counts what is reserved, of each process; 0: none."""
-        memory = self.memory_bytes
-        return 0 if memory is None or self._group else memory + memory // 2 + _RESERVED_BYTES
+        memory, (_, most) = self.memory_bytes, resource.getrlimit(resource.RLIMIT_DATA)
+        if memory is None or self._group:
+            return 0
+        wanted = memory + memory // 2 + _RESERVED_BYTES
+        return wanted if most == resource.RLIM_INFINITY else min(wanted, most)
 
     # -- while it runs -----------------------------------------------------------------------
 

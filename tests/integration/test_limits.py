@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import rq
 
-from broker import jobs, keys, sets
+from broker import Queue, jobs, keys
 from broker.command import Command
-from broker.requirements import Requirements, parse
+from broker.requirements import parse
 from broker.submit import Options, submit_commands
 from fleet import cgroup
 from fleet.resources import cgroups, cpu_ids
@@ -44,13 +44,9 @@ def ask(workers) -> Callable[..., str]:
     """`ask(["true"], cpus=1)`: a command that asks for something; its job's id."""
 
     def submit(argv: list[str], env: dict[str, str] | None = None, **said: Any) -> str:
-        need = parse(said)
-        sets.add(workers.client, "default", need)
-        (job_id,) = submit_commands(
-            workers.client, "parked", [(None, Command(tuple(argv), env or {}))], Options()
-        )
-        _move(workers.client, job_id, need)
-        return job_id
+        command = Command(tuple(argv), env or {})
+        options = Options(requirements=parse(said))
+        return submit_commands(workers.client, "default", [(None, command)], options)[0]
 
     return submit
 
@@ -62,24 +58,12 @@ def _can_make_cgroups() -> bool:
     return groups is not None
 
 
-def _move(client: Any, job_id: str, need: Requirements) -> None:
-    queue = need.queue_of("default")
-    with client.pipeline() as pipe:
-        pipe.lrem(keys.queue("parked"), 0, job_id)
-        pipe.hset(keys.job(job_id), "origin", queue)
-        pipe.sadd(keys.QUEUES, keys.queue(queue))
-        pipe.rpush(keys.queue(queue), job_id)
-        pipe.execute()
-
-
 @pytest.fixture
 def call(workers) -> Callable[..., str]:
     """`call("rq_jobs.add", 1, 2, cpus=1)`: a function that asks for something; its job's id."""
 
     def submit(name: str, *args: Any, **said: Any) -> str:
-        need = parse(said)
-        sets.add(workers.client, "default", need)
-        job: rq.job.Job = rq.Queue(need.queue_of("default"), connection=workers.client).enqueue(name, *args)
+        job: rq.job.Job = Queue("default", connection=workers.client, **said).enqueue(name, *args)
         return str(job.id)
 
     return submit
