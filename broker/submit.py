@@ -207,7 +207,7 @@ def _submit_gated(client: redis.Redis, rows: Sequence[_Row]) -> list[Submitted]:
         pipe.expire(keys.job(gate), _GATE_SECONDS)
         pipe.execute()
     try:
-        for some in _batches([row.behind(gate) for row in rows], TOGETHER):
+        for some in _batches([row.behind(gate) for row in rows], _BATCH):
             client.expire(keys.job(gate), _GATE_SECONDS)
             _submit_batch(client, some)
         is_whole = True

@@ -196,6 +196,7 @@ def rows(count: int) -> list[Submission]:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("broker.submit.TOGETHER", 100)
+    monkeypatch.setattr("broker.submit._BATCH", 100)
 
 
 def test_a_submission_in_parts_starts_when_all_of_it_is_in(client: redis.Redis, few: None) -> None:
