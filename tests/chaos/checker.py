@@ -122,7 +122,7 @@ def a_job_is_in_one_place(evidence: Evidence) -> Found:
 
 
 def no_two_leases(evidence: Evidence) -> Found:
-    """6. No two valid leases on one job, and no two of its runs at once.
+    """6. No two valid leases on one job, no two of its runs at once, nor more tasks of an array than may be.
 
     Nor does a worker run jobs at once that asked for more CPUs, memory or GPUs than it has. Of a whole host
     that was frozen only one accepted result is promised, which is property 2.
@@ -134,6 +134,7 @@ def no_two_leases(evidence: Evidence) -> Found:
         for record in change.records:
             if record.outcome == "lost" and not _was_over(evidence, record):
                 yield Violation(6, change.job, "a valid lease was taken away", (record,))
+    yield from _too_many_tasks(evidence)
     for job, runs in evidence.executions.items():
         for earlier, later in pairwise(runs):
             if earlier.last_sign > later.start + SLACK and not _was_frozen(evidence, earlier):
@@ -316,6 +317,20 @@ def _executions_of(evidence: Evidence, job: str, runs: Sequence[Execution]) -> F
     if len(counted) > allowed:
         why = f"{len(counted)} executions, {losses} recorded losses, {retries} retries"
         yield Violation(3, job, why, tuple(runs))
+
+
+def _too_many_tasks(evidence: Evidence) -> Found:
+    """Tasks of an array that were leased at one time, more than its max_parallel."""
+    leased: dict[str, set[str]] = defaultdict(set)
+    for _, together in groupby(evidence.changes, key=lambda change: change.step):
+        for change in (changes := list(together)):
+            array = evidence.intents.get(change.job, {}).get("array", "")
+            (leased[array].add if change.after.lease else leased[array].discard)(change.job)
+        for change in changes:
+            intent = evidence.intents.get(change.job, {})
+            limit, running = intent.get("max_parallel"), leased[intent.get("array", "")]
+            if limit and len(running) > limit:
+                yield Violation(6, change.job, f"{len(running)} tasks run, {limit} may", (change,))
 
 
 def _is_newest(by: str, newest: str | None) -> bool:

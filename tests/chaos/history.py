@@ -5,7 +5,8 @@ mix and one that is killed leaves whole lines behind. `at` is seconds on the boo
 processes of a machine share; `who` is the participant.
 
     event           who          fields
-    intent          submitter    job, retries, after (ids), queue, labels: about to be submitted
+    intent          submitter    job, retries, after (ids), queue, labels; array, max_parallel (of its tasks):
+                                 about to be submitted
     ack             submitter    jobs: Redis has said that these are in
     refused         submitter    jobs: Redis has said that these are not in
     registered      worker       incarnation, queues, labels

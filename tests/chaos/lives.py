@@ -11,6 +11,7 @@ from typing import Any
 
 import redis
 
+from broker import arrays, ranges
 from broker.command import Command
 from broker.session import retire
 from broker.submit import Options, Submission, submit_all, submit_commands
@@ -23,7 +24,9 @@ from tests.chaos.roles import depend
 
 #: lives lived side by side, each in a database of its own
 _AT_ONCE = 24
-_KINDS = ("plain", "long", "retried", "dependent", "failing", "hopeless", "anyway")
+_KINDS = ("plain", "long", "retried", "dependent", "failing", "hopeless", "anyway", "array")
+#: tasks of the array, and how many of them may run at once
+_TASKS, _MAX_PARALLEL = 3, 2
 _LONGEST_SECONDS = 150.0
 
 
@@ -99,14 +102,16 @@ class Life:
             assert retire(client, self.name, ["default"])
 
     def _submit(self, client: redis.Redis) -> None:
-        plain, long, retried, dependent, failing, hopeless, anyway = self.ids
+        plain, long, retried, dependent, failing, hopeless, anyway, array = self.ids
+        tasks = [f"{array}-{number}" for number in range(1, _TASKS + 1)]
         more: dict[str, dict[str, Any]] = {
             retried: {"retries": 1},
             dependent: {"after": [plain]},
             hopeless: {"after": [failing]},
             anyway: {"after": [plain], "after_any": [hopeless]},
         }
-        for job in self.ids:
+        more |= {task: {"array": array, "max_parallel": _MAX_PARALLEL} for task in tasks}
+        for job in [*self.ids, *tasks]:
             own = {"retries": 0} | more.get(job, {})
             self.harness.history.note("intent", job=job, queue="default", **own)
         rows = [(plain, Command(commands.work())), (long, Command(commands.work(1.2)))]
@@ -122,7 +127,9 @@ class Life:
             ),
         ]
         submit_all(client, tree)
-        self.harness.history.note("ack", jobs=self.ids)
+        several = arrays.Tasks(ranges.first(_TASKS), max_parallel=_MAX_PARALLEL)
+        arrays.submit(client, Submission(Command(commands.work()), job_id=array), several)
+        self.harness.history.note("ack", jobs=[*self.ids, *tasks])
 
 
 def calls_of_a_life(harness: Harness) -> list[str]:

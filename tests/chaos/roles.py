@@ -22,7 +22,7 @@ from rq.serializers import JSONSerializer
 
 import fleet.assembly
 import fleet.worker
-from broker import clock
+from broker import arrays, clock, ranges
 from broker.command import FUNCTION, Command
 from broker.connection import connect
 from broker.errors import Conflict
@@ -94,7 +94,7 @@ class _Submitter:
     def run(self) -> None:
         kinds = (
             *(self._commands, self._functions, self._retried, self._dependents, self._trees),
-            self._asking,
+            *(self._asking, self._arrays),
         )
         while self._left > 0:
             batch = min(self._left, self._random.randint(1, self._order["batch"]))
@@ -196,6 +196,31 @@ class _Submitter:
             ids.append(job)
         self._insist(rows)
         return 1 + count
+
+    def _arrays(self, queue: str, count: int) -> int:
+        """An array, and one that follows it task by task; some of its tasks fail at first, or for good."""
+        limit = self._random.choice((None, 1, 3))
+        first = self._array(
+            queue, count, self._random.choice((commands.work(), commands.fail_at_first())), limit
+        )
+        if first and self._random.random() < 0.5:
+            self._array(queue, count, commands.work(), None, after=first)
+        return count
+
+    def _array(
+        self, queue: str, count: int, argv: tuple[str, ...], limit: int | None, after: str | None = None
+    ) -> str | None:
+        """Its id; None where it may not be in, for a reply was lost."""
+        array = self._intend(queue)
+        ids = [f"{array}-{number}" for number in range(1, count + 1)]
+        for number, job in enumerate(ids, 1):
+            own = {"array": array, "max_parallel": limit, "after": [f"{after}-{number}"] if after else []}
+            self._history.note("intent", job=job, queue=queue, retries=2, **own)
+        options = Options(retries=2, retry_delay_seconds=0.0)
+        submission = Submission(Command(argv), options, queue, array)
+        tasks = arrays.Tasks(ranges.first(count), max_parallel=limit, after=after)
+        is_in = self._try([array, *ids], lambda: arrays.submit(self._client, submission, tasks))
+        return array if is_in else None
 
     def _try(self, ids: list[str], submit: Callable[[], Any]) -> int:
         try:

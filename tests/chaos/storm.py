@@ -48,8 +48,9 @@ class Plan:
     batch: int = 20
     #: share of jobs that take some tenths of a second
     slow: float = 0.1
-    #: commands, plain RQ functions, commands that fail at first, chains, trees, those that ask for something
-    shares: tuple[int, ...] = (3, 5, 1, 1, 2, 3)
+    #: commands, plain RQ functions, commands that fail at first, chains, trees, those that ask for something,
+    #: arrays
+    shares: tuple[int, ...] = (3, 5, 1, 1, 2, 3, 2)
     queues: tuple[str, ...] = ("high", "default")
     #: beyond its lease, until a worker that stays away comes back
     absent_seconds: float = 3.0

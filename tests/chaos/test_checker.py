@@ -337,6 +337,16 @@ def test_6_a_valid_lease_that_is_taken_away() -> None:
     assert objections(evidence([*base, died("w2", 4.0)], steps)) == {6}, "it was another that died"
 
 
+def test_6_more_tasks_of_an_array_at_once_than_may_be() -> None:
+    ids = ("a-1", "a-2", "a-3")
+    base = [*(intent(job, array="a", max_parallel=2) for job in ids), ack(*ids)]
+    steps = [*map(submitted, ids), claimed("a-1", 1), claimed("a-2", 2, 1.5)]
+    good = [finished("a-1", 1, 2.0), claimed("a-3", 3, 2.5), finished("a-2", 2, 3.0), finished("a-3", 3, 4.0)]
+    assert not objections(evidence(base, steps + good))
+    bad = [claimed("a-3", 3, 1.7), finished("a-1", 1, 2.0), finished("a-2", 2, 3.0), finished("a-3", 3, 4.0)]
+    assert objections(evidence(base, steps + bad)) == {6}
+
+
 def test_6_two_runs_of_a_job_at_once() -> None:
     steps = [*lost("a", 1, 12.0), claimed("a", 2, 13.0), finished("a", 2, 20.0)]
     runs = [*ran("a", 1, 1.1, 15.0), *ran("a", 2, 13.1, 19.0)]
