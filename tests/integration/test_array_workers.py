@@ -11,6 +11,7 @@ import pytest
 from broker import arrays, jobs, keys, ranges, selection, tasks
 from broker.arrays import Tasks
 from broker.command import Command
+from broker.requirements import Requirements
 from broker.submit import Options, Submission
 
 
@@ -72,3 +73,14 @@ def test_a_worker_that_leaves_when_all_is_done_waits_for_arrays(workers: Any, ru
     run_fleet("--redis", workers.url, "worker", "--burst", "--name", "w0", "--slots", "2")
     assert [jobs.show(workers.client, one).state for one in (array, follower)] == ["finished", "finished"]
     assert workers.client.zcard(keys.ARRAYS) == 0
+
+
+def test_each_task_is_given_what_the_array_asks_for(workers: Any, tmp_path: Path) -> None:
+    workers.start("w0", slots=4, resources={"cpus": 2})
+    options = Options(requirements=Requirements(cpus=1.0))
+    out = tmp_path / "out"
+    command = Command(("sh", "-c", f"echo $FLEET_QUEUE $FLEET_TASK_ID >>{out}; sleep 0.1"))
+    array = arrays.submit(workers.client, Submission(command, options), Tasks(ranges.parse("1-6"))).id
+    (view,) = workers.wait([array])
+    assert (view.state, view.requirements) == ("finished", "cpus=1")
+    assert sorted(line.split()[1] for line in out.read_text().splitlines()) == list("123456")
