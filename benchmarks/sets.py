@@ -110,6 +110,7 @@ class _Worker:
             self._placement.give_back(claim.lease)
         ends = [End(claim, "finished", duration_seconds=0.001) for claim in self._held]
         self._placement.count(0)
+        self._placement.lists()
         exchange = self._session.begin(ends, _SLOTS, places=self._placement.places(()))
         reply: Any = scripts.ROUND(self._client, exchange.keys, exchange.arguments)
         self._held = self._session.complete(exchange, reply).claims
@@ -143,10 +144,11 @@ def _fill(site: Site, asked: Asked, jobs: int) -> list[Queue]:
 
 def _spread(site: Site, lists: Sequence[Queue]) -> None:
     """Let it look as if one job had been queued after the other, a moment apart, of each list in turns."""
-    began = datetime.now(UTC) - timedelta(hours=1)
+    ids = {queue: queue.get_job_ids() for queue in lists}
+    began = datetime.now(UTC) - timedelta(seconds=_APART_SECONDS * sum(map(len, ids.values())))
     with site.client.pipeline(transaction=False) as pipe:
         for place, queue in enumerate(lists):
-            for rank, job_id in enumerate(queue.get_job_ids()):
+            for rank, job_id in enumerate(ids[queue]):
                 at = began + timedelta(seconds=_APART_SECONDS * (rank * len(lists) + place))
                 pipe.hset(keys.job(job_id), "enqueued_at", at.strftime("%Y-%m-%dT%H:%M:%S.%fZ"))
         pipe.execute()

@@ -15,7 +15,7 @@ from broker.requirements import SEPARATOR, Offer, Requirements
 from broker.sets import Known, News
 from broker.work import NO_PLACES, Places
 from broker.worker_settings import WorkerSettings
-from fleet.room import Grant, Room, mebibytes_of
+from fleet.room import Free, Grant, Room, mebibytes_of
 
 #: a reservation holds for so many beats; each claim renews it
 _HOLD_BEATS = 2
@@ -56,6 +56,9 @@ class Placement:
         #: the list for whose first job room is held, or ''
         self.held = ""
         self._packed: Mapping[str, str] | None = None
+        #: the lists of which a job would fit, and the room for which that is true
+        self._lists: tuple[str, ...] | None = None
+        self._room_of_lists: tuple[Free, bool, str] | None = None
         #: when the first of its sets asks for more time than is left, seconds of the epoch
         self._until = _FOREVER
 
@@ -86,14 +89,14 @@ class Placement:
         self._judge()
 
     def _judge(self) -> None:
-        self._mine, self._packed, self._until = {}, None, _FOREVER
+        self._mine, self._packed, self._lists, self._until = {}, None, None, _FOREVER
         now = clock.wall().timestamp()
         for base, sets in self._known.items():
             for digest, need in sets.items():
                 self._judge_one(base, digest, need, now)
 
     def _judge_one(self, base: str, digest: str, need: Requirements, now: float) -> None:
-        self._packed = None
+        self._packed = self._lists = None
         if self._only_set not in ("", digest):
             return
         if not need.matches(self._offer, now):
@@ -184,7 +187,10 @@ class Placement:
         if not self._mine:
             return () if self._only_set else self._bases
         self._keep_time()
-        return tuple(self._fitting())
+        room = self.room.free(), self.room.is_used, self.held
+        if self._lists is None or room != self._room_of_lists:
+            self._room_of_lists, self._lists = room, tuple(self._fitting())
+        return self._lists
 
     def _fitting(self) -> Iterator[str]:
         free = self.room.free()

@@ -7,7 +7,7 @@
 --   - within a level the list whose first job waits longest; the plain list is one of level 0;
 --   - what does not fit is passed over. Where its first job has waited too long, one worker holds room for it,
 --     and fills only what it has beyond that.
-local BATCH_MS = 1000 -- jobs that came so close together are taken in one go, whosever turn it would be
+local BATCH_MS, BATCH_SHARE = 1000, 0.05 -- jobs that came so close together, also for what they waited, go in one go
 local PAGE, PAGES = 16, 64 -- heads of a level read at once: at first, and before ours are asked for by name
 local MANY = 1e9
 
@@ -94,6 +94,7 @@ local function add(level, rows)
     if at and not level.passed[queue] then
       local need = string.sub(level.known, at + 1, string.find(level.known, ';', at, true) - 1)
       level.found[#level.found + 1] = {queue = queue, need = need_of(need), since = tonumber(rows[i + 1])}
+      heads_by_queue[queue] = {level.heads, rows[i]}
     end
   end
 end
@@ -191,7 +192,8 @@ end
 local function latest_of(level)
   local second = level.found[level.at + 1]
   if second or not level.is_whole then
-    return (second or level.found[level.at]).since + BATCH_MS
+    local since = (second or level.found[level.at]).since
+    return since + BATCH_MS + BATCH_SHARE * math.max(0, NOW_MS - since)
   end
 end
 
