@@ -71,7 +71,8 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:news                    channel            producers: JSON of a new set; see broker/sets.py
     fleet:heads:BASE:PRIORITY     zset    -          scripts: digest -> since when the first job there waits,
                                                      ms; chores add what RQ's own producers pushed
-    fleet:served:BASE             hash    -          claims: priority -> when one of it was last given, ms
+    fleet:served:BASE             hash    -          claims: priority -> when one of it was last given, ms;
+                                                     held:DIGEST -> when one was given that room was held for
     fleet:reserved:Q              string  2 beats    claims: the worker that holds room for the first job
     fleet:sets:idle               hash    -          chores: sublist -> since when it has no job, ms
 

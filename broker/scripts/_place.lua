@@ -158,6 +158,18 @@ local function take(list, most, latest)
   return given, note_next(list.queue, since)
 end
 
+-- When room that was held was last given to a job of the list: key and field.
+local function last_held(queue)
+  local base, digest = string.match(queue, '^([^@]*)@?(.*)$')
+  return key('served', base), 'held:' .. digest
+end
+
+-- Since when its first job stands first, as far as is known: the next after one for which room was held is as old.
+local function stands_first_since(queue)
+  local since = look_at_head(queue)
+  return since and math.max(since, tonumber(redis.call('HGET', last_held(queue)) or 0) or 0)
+end
+
 -- Hold room for the first job of a list, unless another worker does.
 local function hold(queue)
   local holder = key('reserved', queue)
@@ -181,7 +193,7 @@ local function pass_over(level, list)
   end
   local waits_for_room = need.kind ~= 'a' or left.slots > 0
   if waits_for_room and NOW_MS - list.since >= left.reserve_ms and left.reserved == '' then
-    local since = look_at_head(list.queue) -- it may have been taken away
+    local since = stands_first_since(list.queue) -- it may have been taken away
     if since and NOW_MS - since >= left.reserve_ms and hold(list.queue) then
       reserve(list.queue, need)
     end
@@ -298,8 +310,14 @@ local function serve_reserved(queue, need)
   local is_ours = waits ~= 0 and type(waits) == 'number' and redis.call('SISMEMBER', K.PAUSED, base) == 0 and hold(queue)
   if is_ours and (fitting(need) == 0 or take({queue = queue, need = need}, 1) == 0) then
     reserve(queue, need)
-  elseif redis.call('GET', key('reserved', queue)) == left.worker then
+    return
+  end
+  if redis.call('GET', key('reserved', queue)) == left.worker then
     redis.call('DEL', key('reserved', queue))
+  end
+  if is_ours then
+    local served, field = last_held(queue)
+    try('HSET', served, field, digits[NOW_MS])
   end
 end
 
