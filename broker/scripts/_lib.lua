@@ -157,7 +157,7 @@ local NOW_SECONDS = string.format('%.3f', NOW_MS / 1000)
 local FAR_SECONDS = string.format('%d', (NOW_MS + FAR_MS) / 1000)
 
 -- Fields of a hash that somebody damaged must not stop a script half way: what comes out of these
--- is a whole number that any command takes, or a list of numbers.
+-- is a whole number that any command takes, or a list of numbers. Not for times in ms: these are more than MOST.
 local MOST = 1e12
 
 local function number(text, default)

@@ -34,7 +34,7 @@ for i = 3, #ARGV do
   if not is_empty(queue) then
     redis.call('HDEL', K.SETS_IDLE, queue)
   elseif redis.call('HSETNX', K.SETS_IDLE, queue, digits[NOW_MS]) == 0
-    and NOW_MS - number(redis.call('HGET', K.SETS_IDLE, queue), NOW_MS) >= patience_ms then
+    and NOW_MS - (tonumber(redis.call('HGET', K.SETS_IDLE, queue)) or NOW_MS) >= patience_ms then
     forget(ARGV[i], queue)
     forgotten = forgotten + 1
   end
