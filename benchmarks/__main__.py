@@ -25,6 +25,7 @@ from benchmarks import (
     latency,
     memory,
     peers,
+    placement,
     report,
     sets,
     start,
@@ -51,6 +52,7 @@ ROWS: dict[str, Row] = {
     "anatomy": anatomy.anatomy,
     "up": up.up,
     "sets": sets.measured,
+    "placement": placement.placement,
 }
 
 
