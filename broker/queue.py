@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import rq
 
 from broker import clock, keys, names, sets
 from broker.command import Command
-from broker.requirements import FIELDS, NOTHING, parse
+from broker.requirements import NOTHING, parse
 from broker.submit import Options, submit_commands
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 #: the place of `job_id` among what `rq.Queue.create_job` takes
 _JOB_ID_AT = 9
+#: what `rq.Queue` takes: it passes over anything else in silence
+_RQ_OPTIONS = {*inspect.signature(rq.Queue).parameters, "async"}
 #: seconds after which what jobs ask for is written down anew: what nobody uses is removed, after a while
 _KNOWN_SECONDS = 60.0
 
@@ -39,7 +42,7 @@ class Queue(rq.Queue):
     def __init__(
         self, name: str = "default", connection: Redis | None = None, *args: Any, **options: Any
     ) -> None:
-        asked = {field: options.pop(field) for field in FIELDS if field in options}
+        asked = {name: options.pop(name) for name in options.keys() - _RQ_OPTIONS}
         self.requirements = parse(asked)
         self.base = name
         self._known_at: float | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import redis
 import rq
 from rq.job import Job, JobStatus
 
 from broker import Queue, keys, names
+from broker.errors import UsageError
 
 
 def calls(client: redis.Redis) -> int:
@@ -25,6 +27,17 @@ def test_a_job_goes_in_one_round_trip_with_its_token(redis_client: redis.Redis) 
     assert (stored.func_name, stored.args, stored.timeout, stored.origin) == ("os.getpid", (1,), 7, "default")
     assert stored.get_status() == JobStatus.QUEUED
     assert rq.Queue.all(connection=redis_client) == [queue]
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("cpu", "cpus"), ("gpu", "gpus"), ("label", "labels")])
+def test_what_it_does_not_take_is_refused_with_the_nearest_name(
+    redis_client: redis.Redis, wrong: str, right: str
+) -> None:
+    with pytest.raises(UsageError, match=wrong) as caught:
+        Queue("default", redis_client, **{wrong: 1})
+    assert f"Did you mean {right}?" in caught.value.hint
+    own = Queue("default", redis_client, default_timeout=7, serializer="json", is_async=True)
+    assert own.enqueue("os.getpid").timeout == 7
 
 
 def test_ids_are_uuids_that_tell_of_the_token_and_own_ids_are_kept(redis_client: redis.Redis) -> None:
