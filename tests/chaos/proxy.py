@@ -31,7 +31,7 @@ class Proxy:
     def start(self) -> Proxy:
         """Listen."""
         self._thread.start()
-        self._ready.wait(10)
+        self._ready.wait(60)
         return self
 
     def cut(self) -> None:
