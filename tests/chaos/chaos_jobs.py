@@ -38,6 +38,18 @@ def work(seconds: float = 0.0) -> str:
     return os.environ["RQ_JOB_ID"]
 
 
+def work_until(gate: str) -> str:
+    """Run until the file GATE.0 is there, giving signs of life; in a second run GATE.1."""
+    number = int(Path(f"{gate}.began").exists())
+    Path(f"{gate}.began").touch()
+    note("start")
+    while not Path(f"{gate}.{number}").exists():
+        time.sleep(_TICK_SECONDS)
+        note("tick")
+    note("end")
+    return os.environ["RQ_JOB_ID"]
+
+
 def fail_at_first() -> str:
     """Fail in the first run, as told by a file beside the history."""
     note("start")

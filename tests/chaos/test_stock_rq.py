@@ -22,11 +22,13 @@ def start(harness: Harness, who: str, *queues: str, **order: Any) -> Child:
     return harness.fork("rq-worker", who, url=harness.redis.url, queues=queues, **order)
 
 
-def submit(harness: Harness, client: redis.Redis, seconds: float, retries: int = 0) -> str:
+def submit(
+    harness: Harness, client: redis.Redis, *args: str, function: str = "work", retries: int = 0
+) -> str:
     """A function by RQ's own client, in the queue `low`."""
     harness.history.note("intent", job="victim", queue="low", retries=retries)
     retry = rq.Retry(max=retries) if retries else None
-    rq.Queue("low", connection=client).enqueue("chaos_jobs.work", seconds, job_id="victim", retry=retry)
+    rq.Queue("low", connection=client).enqueue(f"chaos_jobs.{function}", *args, job_id="victim", retry=retry)
     harness.history.note("ack", jobs=["victim"])
     return "victim"
 
@@ -37,7 +39,7 @@ def status(client: Any) -> str:
 
 def test_an_undisturbed_rq_worker_breaks_nothing(harness: Harness) -> None:
     with harness.client() as client:
-        submit(harness, client, 0.0)
+        submit(harness, client)
         assert harness.wait(start(harness, "stock", "low", burst=True)) == 0, harness.log("stock")
         assert status(client) == "finished"
     assert broken(harness) == set()
@@ -45,7 +47,7 @@ def test_an_undisturbed_rq_worker_breaks_nothing(harness: Harness) -> None:
 
 def test_an_rq_worker_that_dies_at_its_blpop_loses_the_job_for_ever(harness: Harness) -> None:
     with harness.client() as client:
-        submit(harness, client, 0.0)
+        submit(harness, client)
         dead = start(harness, "stock", "high", "low", failpoint=["BLPOP#1", "die-sent"])
         assert harness.wait(dead) == -signal.SIGKILL
         again = start(harness, "other", "high", "low", burst=True)
@@ -57,7 +59,8 @@ def test_an_rq_worker_that_dies_at_its_blpop_loses_the_job_for_ever(harness: Har
 
 def test_a_job_of_an_rq_worker_that_is_stopped_runs_twice_and_both_results_count(harness: Harness) -> None:
     with harness.client() as client:
-        submit(harness, client, 12.0, retries=1)
+        gate = harness.folder / "gate"
+        submit(harness, client, str(gate), function="work_until", retries=1)
         first = start(harness, "stock", "low")
         harness.until(lambda: runs(harness) == 1, "it runs")
         harness.kill(first, signal.SIGSTOP)
@@ -67,6 +70,10 @@ def test_a_job_of_an_rq_worker_that_is_stopped_runs_twice_and_both_results_count
         rq_counts(harness.redis.url)  # it only reads, one would think
         harness.history.note("rq-info", before=before, after=digest(client))
         second = start(harness, "other", "low", burst=True)
+        harness.until(lambda: runs(harness) == 2 and both_live(harness), "it runs twice at once")
+        gate.with_name("gate.0").touch()
+        harness.until(lambda: client.xlen("rq:results:victim") == 1, "the first has written its result")
+        gate.with_name("gate.1").touch()
         assert harness.wait(second) == 0, harness.log("other")
         harness.until(lambda: client.xlen("rq:results:victim") == 2, "both have written results")
         harness.kill(first, signal.SIGCONT)
@@ -74,6 +81,13 @@ def test_a_job_of_an_rq_worker_that_is_stopped_runs_twice_and_both_results_count
         harness.wait(first)
     assert runs(harness) == 2
     assert broken(harness) == {2, 3, 6, 10}
+
+
+def both_live(harness: Harness) -> bool:
+    """Whether both runs have given a sign of life since the second began."""
+    events = [event for event in read(harness.path) if event["who"] == "job"]
+    second = max(index for index, event in enumerate(events) if event["event"] == "start")
+    return len({event["pid"] for event in events[second + 1 :] if event["event"] == "tick"}) == 2
 
 
 def runs(harness: Harness) -> int:
