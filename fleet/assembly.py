@@ -278,8 +278,8 @@ def _leave(session: Session, client: redis.Redis, *, known_seconds: int) -> None
 def _is_retired(session: Session, client: redis.Redis, known_seconds: int) -> bool:
     try:
         return session.retire(client, known_seconds=known_seconds)
-    except redis.ConnectionError:
-        # it was cut unheard while it idled: now another one is opened
+    except (redis.ConnectionError, redis.TimeoutError):
+        # it was cut unheard while it idled, or Redis was slow: now another one is opened
         return session.retire(client, known_seconds=known_seconds)
 
 

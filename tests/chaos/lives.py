@@ -89,7 +89,7 @@ class Life:
 
     def _leave(self, worker: Child, client: redis.Redis) -> None:
         self.harness.kill(worker, signal.SIGTERM)
-        if self.harness.wait(worker) == 0:
+        if self.harness.wait(worker) == 0 and "could not sign off" not in self.harness.log(worker.who):
             return
         worker = self._start(worker.who)
         self.harness.until_registered(client, worker)
