@@ -57,6 +57,8 @@ class Attempt(ABC):
     uncounted: bool = False
     #: what it is held to, if it asked for something of its worker
     limit: Limit | None = None
+    #: the most memory that one of its processes was seen to have had: fleet/peaks.py
+    seen_bytes: int = 0
 
     @property
     def timeout_at(self) -> float | None:
@@ -122,6 +124,11 @@ class Attempt(ABC):
             "lost": "WorkerLost: the worker was paused or cut off for longer than its lease",
             "hand-back": "the worker stopped before the job ended",
         }[cause]
+
+    @property
+    def is_unmetered(self) -> bool:
+        """Whether its processes must be looked at while they run, for nobody else tells what they had."""
+        return False
 
     @abstractmethod
     def has_ended(self) -> bool:
@@ -201,6 +208,10 @@ class CommandAttempt(Attempt):
             limit=limit,
         )
 
+    @property
+    def is_unmetered(self) -> bool:
+        return self.limit is None or self.limit.memory_bytes is None
+
     def has_ended(self) -> bool:
         return process.has_exited(self.pgid)
 
@@ -211,7 +222,7 @@ class CommandAttempt(Attempt):
         tails = self.outputs.close(self.files, tail_bytes)
         if self.folder:
             self.working.leave(self.folder)
-        usage = self.used(ended.cpu_seconds, ended.max_rss_bytes)
+        usage = self.used(ended.cpu_seconds, max(ended.max_rss_bytes, self.seen_bytes))
         if self.cause:
             return self.interrupted_end(self.cause, tails, usage)
         if ended.code == 0:

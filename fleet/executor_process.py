@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fleet import executor_main
 from fleet.executor_main import TURN, Frames
+from fleet.process import peak_bytes
 
 if TYPE_CHECKING:
     from fleet.executor_main import Frame
@@ -242,7 +242,7 @@ class Executor:
         if self._status is None:
             with suppress(ChildProcessError):
                 _, self._status, usage = os.wait4(self._process.pid, 0)
-                self.peak_rss_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+                self.peak_rss_bytes = peak_bytes(usage)
         self._process.returncode = self._status or 0
         return self._status
 

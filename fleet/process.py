@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import resource
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,10 @@ _HOST_ERRORS = {
     errno.EAGAIN,
 }
 _DEFAULT_PATH = os.defpath
+#: of ru_maxrss, bytes
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+#: what a child must have had, as a multiple of what we had: the kernel counts each CPU's pages in batches
+_FLOOR = 1.02
 #: where programs were found last, and how many of them are remembered; looked at again before use
 _resolved: dict[tuple[str, str], str] = {}
 _MOST_RESOLVED = 1000
@@ -42,7 +48,7 @@ class CannotStart(Exception):
 
 @dataclass(frozen=True)
 class Exit:
-    """How a process ended: exit code or signal number, and what it used (seconds, bytes)."""
+    """How a process ended: exit code or signal number, and what it used (seconds; bytes, 0: not known)."""
 
     code: int | None
     signal: int | None
@@ -199,8 +205,18 @@ def reap(pid: int) -> Exit:
     """Collect the child `pid`, which has ended."""
     _, status, usage = os.wait4(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    cpu, rss = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    cpu, rss = usage.ru_utime + usage.ru_stime, peak_bytes(usage)
     return Exit(code, None, cpu, rss) if code >= 0 else Exit(None, -code, cpu, rss)
+
+
+def peak_bytes(usage: resource.struct_rusage) -> int:
+    """The most memory that a child, or one that it waited for, had; 0 where it was no more than we had.
+
+    For then nobody can tell: until a child becomes another program it runs in our memory, and the most that
+    this ever held counts as its own (exec_mmap in Linux's fs/exec.c).
+    """
+    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage.ru_maxrss * _RSS_UNIT if usage.ru_maxrss > ours * _FLOOR else 0
 
 
 def signal_group(pgid: int, signum: int) -> None:

@@ -23,6 +23,7 @@ from fleet.executors import Execution, ExecutorPool
 from fleet.function_attempt import FunctionAttempt
 from fleet.guard import Guard
 from fleet.pace import AHEAD_SECONDS, Pace
+from fleet.peaks import Peaks
 from fleet.placement import NoRoom, Placement
 from fleet.process import CannotStart, host_error
 from fleet.room import Grant
@@ -76,6 +77,7 @@ class Slots:
         self._waiting: deque[_Waiting] = deque()
         self._pace = Pace(count)
         self._watch = Watch(resources.gpu_memory_in_use)
+        self._peaks = Peaks()
         #: whether something ended where nobody but `collect` will look
         self._overlooked = False
         #: why this host cannot run jobs at the moment, and when it may be tried again
@@ -285,8 +287,9 @@ class Slots:
         return bool(ended)
 
     def look_at_memory(self) -> None:
-        """Once what ended has been collected, and while nobody waits for us: it takes 0.1 ms."""
+        """Once what ended has been collected, and while nobody waits for us: it takes 0.1 ms for each."""
         self._context.memory.look()
+        self._peaks.look(self._attempts.values())
 
     def _run(self, attempt: Attempt) -> None:
         self._attempts[attempt.claim.lease] = attempt

@@ -36,6 +36,18 @@ def test_of_a_command_and_of_what_it_waits_for(workers):
     assert 200 * _MIB <= (usage.memory_bytes or 0) < 400 * _MIB
 
 
+def test_what_the_worker_has_is_not_put_down_to_a_small_command(workers):
+    """Until a child becomes another program it runs in the worker's memory."""
+    workers.start("w0", slots=2)
+    small = workers.submit("true")
+    long = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    within = "import time; x = bytearray(20 * 2**20); time.sleep(5)"
+    seen = workers.submit("python3", "-c", long, within)
+    assert _usage(workers, small).memory_bytes is None
+    assert (_usage(workers, small).cpu_seconds or 0) > 0
+    assert 20 * _MIB <= (_usage(workers, seen).memory_bytes or 0) < 45 * _MIB
+
+
 def test_of_one_that_fails_and_of_the_last_attempt_alone(workers, tmp_path):
     workers.start("w0")
     script = f"test -e {tmp_path}/mark && exit 0; touch {tmp_path}/mark; python3 -c '{_HUNGRY}'; exit 3"
