@@ -14,12 +14,15 @@ from typing import Any
 
 import redis
 
-from broker import amounts, fitting, jobs, keys, status
+from broker import amounts, fitting, jobs, keys, status, tasks
 from broker.connection import replies
+from broker.errors import NotFound
 from broker.fitting import Free, Reason
 from broker.jobs import JobView, Related
+from broker.ranges import Ranges
 from broker.requirements import NOTHING, SEPARATOR, Offer, Requirements, base_of
 from broker.status import FleetStatus, WorkerStatus
+from broker.tasks import TaskCounts
 
 #: jobs that one waits for which are named one by one
 _NAMED = 20
@@ -36,9 +39,45 @@ class Explanation:
 
 def explain(client: redis.Redis, job_id: str) -> Explanation:
     """Ask Redis. Raises NotFound for a job that is not there, and what redis-py raises."""
-    job = jobs.show(client, job_id)
+    job = _find(client, job_id)
     need = _need(client, job.queue)
     return Explanation(job, need, tuple(_reasons(client, job, need)))
+
+
+def _find(client: redis.Redis, job_id: str) -> JobView:
+    """A job; for a task that is none yet its array, under the id of the task."""
+    try:
+        return jobs.show(client, job_id)
+    except NotFound:
+        array, _, number = job_id.rpartition("-")
+        asked = (
+            Ranges((range(int(number), int(number) + 1),)) if number.isascii() and number.isdigit() else None
+        )
+        state = next(iter(tasks.states(client, array, asked).values())) if array and asked else None
+        if state is None:
+            raise
+        return replace(jobs.show(client, array), id=job_id)
+
+
+def _array(
+    client: redis.Redis, job: JobView, counts: TaskCounts, need: Requirements | None
+) -> Iterator[Reason]:
+    """Of an array that has not ended, or of a task of it that was not begun."""
+    array = job.id if client.exists(keys.array(job.id)) else job.id.rpartition("-")[0]
+    fields: list[Any] = client.hmget(keys.array(array), "max_parallel", "held", "after")
+    most, held = (int(field or 0) for field in fields[:2])
+    if held:
+        after = (fields[2] or b"").decode("utf-8", "replace")
+        numbers = {"tasks": held, "job": after}
+        yield Reason("dependency", f"{held} of its tasks wait for those of {after} to finish", numbers)
+    running = {"tasks": counts.running}
+    if most and counts.running >= most:
+        message = f"{counts.running} of its tasks run, and no more than {most} may at once"
+        yield Reason("max_parallel", message, running | {"max_parallel": most})
+    elif client.hget(keys.job(array), "status") == b"queued":
+        yield from _queued(client, replace(job, id=array, state="queued"), need)
+    elif counts.running:
+        yield Reason("running", f"{counts.running} of its tasks run", running)
 
 
 def _need(client: redis.Redis, queue: str) -> Requirements | None:
@@ -53,7 +92,9 @@ def _need(client: redis.Redis, queue: str) -> Requirements | None:
 
 
 def _reasons(client: redis.Redis, job: JobView, need: Requirements | None) -> Iterator[Reason]:
-    if job.state == "queued":
+    if job.tasks and job.state in ("queued", "started", "deferred") and not job.dependencies:
+        yield from _array(client, job, job.tasks, need)
+    elif job.state == "queued":
         yield from _queued(client, job, need)
     elif job.state == "deferred":
         yield from _deferred(client, job)

@@ -147,9 +147,14 @@ def submission_of(
     context: Context, argv: tuple[str, ...], given: Given, template: Template | None = None
 ) -> Submission:
     """The job that the options of `job_options` describe. Raises UsageError."""
+    from broker import selection
     from broker.command import Command
     from broker.submit import Submission
 
+    if given["job_id"] in (selection.LAST, selection.ALL):
+        raise UsageError(
+            f"--id {given['job_id']} would be no id", "'last' and 'all' are words of other verbs."
+        )
     command = Command(argv, pairs("--env", given["env"]), _folder(given["cwd"]), template)
     return Submission(command, _options(context, given), given["queue"], given["job_id"]).checked()
 

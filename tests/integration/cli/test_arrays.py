@@ -77,6 +77,20 @@ def test_an_array_follows_another_task_by_task(fleet, read, array, burst):
     assert "retry that one" in fleet("retry", two, code=1).stdout
 
 
+def test_what_an_array_or_a_task_waits_for_is_explained(fleet, read, array, spawn, eventually):
+    one = array("--array", "1-9", "--max-parallel", "1", argv=("sleep", "300"))
+    two = array("--after-array", one)
+    codes = [reason["code"] for reason in read("explain", f"{one}-7")["reasons"]]
+    assert codes == ["no_worker"]
+    assert "9 of its tasks wait for those of" in fleet("explain", two).stdout
+    spawn([*_fleet(), "worker", "--name", "w0"])
+    eventually(lambda: read("show", one)["tasks"]["running"] == 1)
+    for job in (one, f"{one}-7"):
+        assert "1 of its tasks run, and no more than 1 may at once" in fleet("explain", job).stdout
+    assert [reason["code"] for reason in read("explain", f"{one}-1")["reasons"]] == ["running"]
+    fleet("explain", f"{one}-10", code=4)
+
+
 def test_waiting_tells_how_many_finished(fleet, read, array, burst):
     made = array("--array", "1-4", argv=FAILS_AT_3)
     burst()
@@ -126,6 +140,13 @@ def test_following_prints_the_tasks_in_their_order(fleet, spawn, burst):
     assert follower.returncode == 0
 
 
+def _fleet() -> list[str]:
+    import sys
+    from pathlib import Path
+
+    return [str(Path(sys.executable).parent / "fleet")]
+
+
 def _with_path() -> dict[str, str]:
     import os
     import sys
@@ -144,6 +165,7 @@ def _with_path() -> dict[str, str]:
         (["--each-line", "-"], "no tasks"),
         (["--from-json", "-"], "stdin:1: no JSON"),
         (["--max-parallel", "2"], "are for arrays"),
+        (["--id", "last"], "would be no id"),
         (["--array", "1-2", "--id", "x" * 120], "at most 119 characters"),
     ],
 )
