@@ -7,7 +7,7 @@
 --   - within a level the list whose first job waits longest; the plain list is one of level 0;
 --   - what does not fit is passed over. Where its first job has waited too long, one worker holds room for it,
 --     and fills only what it has beyond that.
-local BATCH_MS, BATCH_SHARE = 1000, 0.05 -- jobs that came so close together, also for what they waited, go in one go
+local BATCH_MS, BATCH_SHARE = 5000, 0.05 -- jobs that came so close together, also for what they waited, go in one go
 local PAGE, PAGES = 16, 64 -- heads of a level read at once: at first, and before ours are asked for by name
 local MANY = 1e9
 

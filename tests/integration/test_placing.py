@@ -319,9 +319,9 @@ def test_what_takes_too_long_for_the_rest_of_a_life_is_not_taken(redis_client: r
 
 
 def test_ahead_come_jobs_that_take_no_room_alone(redis_client: redis.Redis) -> None:
-    put(redis_client, "labelled", seconds_ago=30, labels=["host!=x"])
-    put(redis_client, "plain", seconds_ago=29)
-    put(redis_client, "labelled-2", seconds_ago=25, labels=["host!=x"])
+    put(redis_client, "labelled", seconds_ago=60, labels=["host!=x"])
+    put(redis_client, "plain", seconds_ago=50)
+    put(redis_client, "labelled-2", seconds_ago=30, labels=["host!=x"])
     put(redis_client, "cpus", seconds_ago=10, cpus=1)
     put(redis_client, "plain-2", seconds_ago=9)
     worker = Worker(redis_client, slots=1, cpus=1)
@@ -380,9 +380,9 @@ def head_of(client: redis.Redis, queue: str) -> Any:
 def test_a_job_that_comes_back_is_the_first_of_its_own_list_and_as_old_as_it_was(
     redis_client: redis.Redis, how: str
 ) -> None:
-    put(redis_client, "a", seconds_ago=30, cpus=1)
+    put(redis_client, "a", seconds_ago=60, cpus=1)
     put(redis_client, "b", seconds_ago=20, cpus=1)
-    put(redis_client, "other", seconds_ago=25, memory="1G")
+    put(redis_client, "other", seconds_ago=40, memory="1G")
     queue = "default@" + parse({"cpus": 1}).digest()
     before, at = head_of(redis_client, queue), redis_client.hget(keys.job("a"), "enqueued_at")
     worker = Worker(redis_client)

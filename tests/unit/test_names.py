@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import uuid
 
+import pytest
+
 from broker import names
+from broker.errors import UsageError
 
 
 def test_ids_that_nobody_chose_tell_that_their_jobs_come_with_a_token():
@@ -16,3 +19,14 @@ def test_ids_that_nobody_chose_tell_that_their_jobs_come_with_a_token():
         assert not names.is_rung_for(str(uuid.uuid4()).encode())
     assert not names.is_rung_for(b"nightly-report")
     assert not names.is_rung_for(b"\xff\x00")
+
+
+def test_queues_have_weights_or_an_order():
+    assert names.weighted_queues(["a", "b:c"]) == (("a", "b:c"), ())
+    assert names.weighted_queues(["a:3", "b:c:1"]) == (("a", "b:c"), (3, 1))
+
+
+@pytest.mark.parametrize("words", [["a:3", "b"], ["a:0"], ["a:1000001"], ["a b:1"], [""]])
+def test_queues_with_half_a_weight_or_none_at_all_are_refused(words):
+    with pytest.raises(UsageError):
+        names.weighted_queues(words)

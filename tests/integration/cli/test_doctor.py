@@ -7,7 +7,7 @@ import json
 import pytest
 import rq
 
-from broker import keys
+from broker import Queue, keys
 
 
 @pytest.fixture
@@ -116,6 +116,17 @@ def test_workers_are_looked_at(checks, own_redis):
     assert "'a b'" in found["queues"]["found"]
     levels = {found[name]["level"] for name in ("workers", "versions", "taking jobs", "queues")}
     assert levels == {"warning"}
+
+
+def test_a_sublist_of_which_nobody_knows_what_its_jobs_ask_for_is_an_error(checks, own_redis):
+    server = own_redis()
+    with server.client() as client:
+        Queue("default", connection=client, cpus=1).enqueue("time.time")
+        assert checks(server.url)["requirements"]["level"] == "ok"
+        rq.Queue("default@unknown", connection=client).enqueue("time.time")
+        found = checks(server.url, 1)["requirements"]
+    assert found["level"] == "error"
+    assert "default@unknown" in found["found"]
 
 
 def _worker(client, name: str, **fields: object) -> None:

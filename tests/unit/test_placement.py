@@ -1,0 +1,91 @@
+"""What a worker takes of the sets that there are, and which lists it waits on."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from broker import clock
+from broker.requirements import Offer, Requirements, parse
+from broker.sets import Known, News
+from broker.worker_settings import WorkerSettings
+from fleet.placement import Placement
+from fleet.resources import Resources
+from fleet.room import Room
+
+GIB = 2**30
+
+
+def placement(*needs: Requirements, ends_at: float | None = None) -> Placement:
+    """A worker with four CPUs and slots, and these sets of the queue `q`."""
+    offer = Offer({"zone": "a"}, 4, 8 * GIB, (), 4, ends_at)
+    made = Placement(["q"], offer, Room(Resources(4, 8 * GIB), 4), WorkerSettings())
+    made.learn(Known(1, {"q": {need.digest(): need for need in needs}}))
+    return made
+
+
+def waits_on(made: Placement) -> set[str]:
+    return set(made.lists())
+
+
+def news(version: int, need: Requirements | None, digest: str = "") -> News:
+    return News(version, "q", digest or (need.digest() if need else ""), need)
+
+
+def test_who_satisfies_no_set_says_nothing():
+    made = placement(parse({"cpus": 5}), parse({"labels": ["zone=b"]}))
+    assert (made.places(()).free, made.lists()) == ("", ("q",))
+
+
+def test_a_set_is_heard_of_and_forgotten_again():
+    made, need = placement(), parse({"cpus": 1})
+    assert made.hear(news(2, need))
+    assert waits_on(made) == {"q", need.queue_of("q")}
+    assert made.hear(news(3, None, need.digest()))
+    assert waits_on(made) == {"q"}
+
+
+def test_a_gap_in_the_news_calls_for_all_of_them():
+    made = placement()
+    assert not made.hear(news(3, parse({"cpus": 1})))
+    assert made.hear(news(1, parse({"cpus": 1}))), "that is known already"
+    assert waits_on(made) == {"q"}
+
+
+def test_it_waits_on_what_fits_the_room_that_is_left():
+    one, four, alone = parse({"cpus": 1}), parse({"cpus": 4}), parse({"exclusive": True})
+    made = placement(one, four, alone)
+    assert waits_on(made) == {"q", *(need.queue_of("q") for need in (one, four, alone))}
+    made.take("lease", one.queue_of("q"))
+    assert waits_on(made) == {"q", one.queue_of("q")}
+    made.count(4)  # three plain ones beside it
+    assert waits_on(made) == set()
+    made.count(1)
+    made.give_back("lease")
+    made.count(0)
+    assert four.queue_of("q") in waits_on(made)
+
+
+def test_what_is_held_for_a_large_job_is_offered_to_no_other():
+    one, four = parse({"cpus": 1}), parse({"cpus": 4})
+    made = placement(one, four)
+    made.take("lease", one.queue_of("q"))
+    assert made.hold(four.queue_of("q"))
+    assert waits_on(made) == set()
+    assert made.hold("")
+    assert waits_on(made) == {"q", one.queue_of("q")}
+
+
+def test_labels_that_change_are_judged_anew():
+    need = parse({"labels": ["zone=b"]})
+    made = placement(need)
+    made.offer(Offer({"zone": "b"}, 4, 8 * GIB, (), 4))
+    assert need.queue_of("q") in waits_on(made)
+
+
+def test_time_that_runs_out_takes_sets_away(monkeypatch):
+    need, now = parse({"time_request": 60}), clock.wall()
+    made = placement(need, ends_at=now.timestamp() + 100)
+    assert need.queue_of("q") in waits_on(made)
+    monkeypatch.setattr(clock, "wall", lambda: now + timedelta(seconds=41))
+    assert waits_on(made) == {"q"}
+    assert made.places(()).free == ""
