@@ -101,7 +101,7 @@ def told_outage(client: redis.Redis) -> None:
 
 
 def clock_set_back(client: redis.Redis) -> None:
-    shift_seen(client, -100)
+    shift_seen(client, -60_000)
     ask(client)
 
 
@@ -113,7 +113,7 @@ def test_recovery_pauses_for_a_lease_after_an_outage_and_counts_no_loss(
     outage(watched)
     assert recover(watched) == 0
     left = int(watched.get(keys.RECOVERY_NOT_BEFORE)) - now_ms(watched)
-    assert LEASE_MS - 5000 < left <= LEASE_MS
+    assert LEASE_MS - 20_000 < left <= LEASE_MS
     end_of_pause(watched)
     assert recover(watched) == 1
     assert losses(watched, job) == 0
@@ -254,16 +254,21 @@ def test_thousands_of_queues_take_few_short_calls(
     chore.run(redis_client)
 
     def is_quick() -> bool:
-        """None of at most ten calls took 10 ms, all 50 ms; others may hold up Redis, but not always."""
+        """Ten calls took 50 ms of a processor; others may hold it up in between, but not always."""
         redis_client.config_resetstat()
-        redis_client.slowlog_reset()
+        before = seconds_of_redis(redis_client)
         chore.run(redis_client)
-        asked = redis_client.info("commandstats")["cmdstat_evalsha"]
-        assert asked["calls"] <= 10
-        return asked["usec"] <= 50_000 and redis_client.slowlog_len() == 0
+        took = seconds_of_redis(redis_client) - before
+        assert 5 <= redis_client.info("commandstats")["cmdstat_evalsha"]["calls"] <= 10
+        return took <= 0.05
 
-    redis_client.config_set("slowlog-log-slower-than", 10_000)
     eventually(is_quick)
+
+
+def seconds_of_redis(client: redis.Redis) -> float:
+    """Of a processor, that it has used so far."""
+    used = client.info("cpu")
+    return float(used["used_cpu_user_main_thread"] + used["used_cpu_sys_main_thread"])
 
 
 def schedule(client: redis.Redis, ids: list[str], queue: str) -> None:

@@ -19,6 +19,7 @@ import redis
 import rq
 
 from broker import jobs, keys, scripts
+from broker.connection import connect
 from broker.line import Line
 from broker.session import Session
 from broker.work import Claim, End, Tails
@@ -32,7 +33,12 @@ _VERY_MANY = 4500
 CALM = {"heartbeat_seconds": 10.0, "lease_seconds": 30.0}
 
 
-def test_a_round_of_very_many_jobs_is_whole(redis_client: redis.Redis) -> None:
+def test_a_round_of_very_many_jobs_is_whole(redis_url: str) -> None:
+    with connect(redis_url, timeout_seconds=100) as client:
+        run_very_many(client)
+
+
+def run_very_many(redis_client: redis.Redis) -> None:
     submit(redis_client, _VERY_MANY)
     who = session(redis_client, "w0")
     claims = claim(redis_client, who, _VERY_MANY)
