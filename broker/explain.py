@@ -260,8 +260,35 @@ def _workers(job: JobView, need: Requirements, facts: _Queued) -> Iterator[Reaso
         yield _nobody(base, listening, facts.fleet.workers)
     elif not matching:
         yield from fitting.unmatched(need, [offers[worker.name] for worker in alive], now)
+        yield from _elsewhere(need, alive, now)
     else:
         yield from _those_that_match(need, matching, offers)
+
+
+def _elsewhere(need: Requirements, workers: Sequence[WorkerStatus], now: float) -> Iterator[Reason]:
+    """Workers that would match, had others of their hosts not been promised what they lack."""
+    for worker in workers:
+        there = dict(worker.elsewhere or {})
+        more = {
+            "cpus": there.get("cpus", 0),
+            "memory": there.get("memory_bytes", 0),
+            "gpus": there.get("gpus", 0),
+        }
+        lacks = need.mismatches(worker.offer(), now)
+        if all(
+            isinstance(one.has, int | float) and one.asked <= one.has + more.get(one.what, 0) for one in lacks
+        ):
+            parts = {
+                "cpus": f"{more['cpus']} CPUs",
+                "memory": f"{amounts.rough_size(more['memory'])} of memory",
+                "gpus": f"{more['gpus']} GPUs",
+            }
+            what = ", ".join(parts[one.what] for one in lacks)
+            whose = _some(there.get("workers", ()))
+            words = (
+                f"{worker.name} would match, but {what} of its host are promised to {whose}, until that ends"
+            )
+            yield Reason("elsewhere", words, {"worker": worker.name, **there})
 
 
 def _nobody(base: str, listening: Sequence[WorkerStatus], workers: Sequence[WorkerStatus]) -> Reason:

@@ -49,6 +49,9 @@ class WorkerStatus:
     ends_at: datetime | None = None
     #: what it had left for jobs at its last heartbeat; None: it did not say
     free: Free | None = None
+    #: what of its host it would have, were it not promised to others there: `cpus`, `memory_bytes`, `gpus`;
+    #: and `workers`, the names of these; None: it has all that it wanted
+    elsewhere: Mapping[str, Any] | None = None
     #: the tunnel through which it finds Redis, how that is, and by whom it is held, or why it is down
     tunnel_id: str = ""
     tunnel: Literal["up", "down"] | None = None
@@ -251,6 +254,7 @@ def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus
         notice=str(fields.get("notice", "")),
         ends_at=from_iso(fields.get("ends_at")),
         free=_free(fields.get("free")),
+        elsewhere=fields.get("elsewhere"),
         tunnel_id=str(fields.get("tunnel") or ""),
     )
 

@@ -49,7 +49,7 @@ _COLUMNS = (
 _WORKER_FIELDS = (
     *("name", "host", "pid", "state", "probe", "queues", "slots", "running", "labels", "version"),
     *("cpus", "memory_bytes", "gpus", "started_at", "last_heartbeat", "heartbeat_age_seconds"),
-    *("finished", "failed", "tunnel", "ends_at", "free"),
+    *("finished", "failed", "tunnel", "ends_at", "free", "elsewhere"),
 )
 _QUEUE_FIELDS = (
     "name",

@@ -89,9 +89,9 @@ def _offering(config: WorkerConfig, ends_at: float | None) -> Iterator[Offering]
     file = ledger.path(state_dir())
     said = {"cpus": None, "memory_bytes": None, "num_gpus": None, **config.resources}
     wish = ledger.Wish(**said, is_modest=config.is_modest, number=config.sibling, of=config.siblings)
-    share = ledger.promise(file, config.name, wish)
+    promise = ledger.Promise(file, config.name, wish)
     try:
-        yield Offering(config, share, ends_at)
+        yield Offering(config, promise.share, ends_at, promise)
     finally:
         ledger.release(file)
 
@@ -232,7 +232,7 @@ def _parts(
     placement = Placement(
         session.identity.queues,
         offering.offer(),
-        Room(share.total, config.slots, share.cpu_ids, [gpu.index for gpu in share.total.gpus]),
+        Room(share.total, config.slots, share.cpu_ids, share.gpu_ids),
         settings,
         config.only_set,
     )
@@ -297,7 +297,6 @@ class _Description:
             "queues": list(config.served),
             "slots": config.slots,
             "version": __version__,
-            **dataclasses.asdict(offering.share.total),
             "ends_at": None if ends_at is None else datetime.fromtimestamp(ends_at, UTC).isoformat(),
             "ephemeral": who.ephemeral,
             "tunnel": config.tunnel,
@@ -314,8 +313,11 @@ class _Description:
         return self.loop is not None and self.loop.was_done
 
     def __call__(self) -> str:
+        elsewhere = self.offering.elsewhere
         now = {
             "at": clock.wall().isoformat(),
+            **dataclasses.asdict(self.offering.share.total),
+            "elsewhere": dataclasses.asdict(elsewhere) if elsewhere else None,
             "labels": dict(self.offering.labels),
             "finished": self._session.finished,
             "failed": self._session.failed,

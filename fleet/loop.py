@@ -388,10 +388,25 @@ class WorkerLoop:
                 with self._linked():
                     self._session.restore_labels(self._links.client, self._offering.operators)
         elif self._offering.heard(labels or {}):
-            self._placement.offer(self._offering.offer())
             log.info("labels: %s", ",".join(f"{k}={v}" for k, v in self._offering.labels.items()))
-            if self.beater:  # whoever looks shall see it
-                self.beater.beat_now()
+            self._offer_anew()
+
+    def _grow(self) -> None:
+        """Take what others of this host have left, if it wanted that."""
+        if self._is_leaving() or not self._offering.grown():
+            return
+        share = self._offering.share
+        self._placement.room.hold(share.total, share.cpu_ids, share.gpu_ids)
+        has = share.total.cpus, share.total.memory_bytes >> 20, len(share.total.gpus)
+        log.info("others of this host have left: it has %d CPUs, %d MiB and %d GPUs now", *has)
+        self._offer_anew()
+
+    def _offer_anew(self) -> None:
+        """It may serve other sublists now, which may hold jobs."""
+        self._placement.offer(self._offering.offer())
+        self._unseen.update(self._placement.sublists())
+        if self.beater:  # whoever looks shall see it
+            self.beater.beat_now()
 
     def _is_fit(self) -> bool:
         """Whether this host can run jobs: one must not fail because of us, another host may be fit."""
@@ -508,6 +523,7 @@ class WorkerLoop:
             self._heed_drain(beat.draining)
             self._heed_labels(beat.labels)
             self._catch_up(beat.sets_version)
+        self._grow()
         self._pool.reap()
         self._fleet_size = max(1, beat.workers)
         for lease in beat.lost | beat.stop:

@@ -8,21 +8,29 @@ from collections.abc import Mapping
 
 from broker import clock
 from broker.requirements import Offer
-from fleet.ledger import Share
+from fleet.ledger import Elsewhere, Promise, Share
 from fleet.resources import Gpu
 from fleet.worker_config import WorkerConfig
 
 
 class Offering:
-    """The labels may change while it runs; each change is one assignment, so that threads may look.
+    """Labels and share may change while it runs; each change is one assignment, so that threads may look.
 
     `ends_at`: seconds of the epoch when the worker has to be gone, None where it stays.
     """
 
-    def __init__(self, config: WorkerConfig, share: Share, ends_at: float | None = None) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        share: Share,
+        ends_at: float | None = None,
+        promise: Promise | None = None,
+    ) -> None:
+        """`promise`: that `share` is of, where it may become more."""
         self.share = share
         self.ends_at = ends_at
-        self._slots = config.slots
+        self._promise = promise
+        self._config = config
         self._automatic = automatic_labels(config, share.total.gpus)
         self._given = config.labels
         #: what operators said of it, as it heard last
@@ -37,6 +45,20 @@ class Offering:
         self.labels = self._all(operators)
         return True
 
+    def grown(self) -> bool:
+        """Take what others of its host have left; says whether that is anything."""
+        if not self._promise or not self._promise.grow():
+            return False
+        self.share = self._promise.share
+        self._automatic = automatic_labels(self._config, self.share.total.gpus)
+        self.labels = self._all(self.operators)
+        return True
+
+    @property
+    def elsewhere(self) -> Elsewhere | None:
+        """What others of its host have, that it wanted."""
+        return self._promise.elsewhere if self._promise else None
+
     def _all(self, operators: Mapping[str, str]) -> dict[str, str]:
         """Those that somebody gave come first."""
         given = {**self._given, **operators}
@@ -46,7 +68,7 @@ class Offering:
         """What sets of requirements are judged by."""
         total = self.share.total
         memories = tuple(gpu.memory_bytes for gpu in total.gpus)
-        return Offer(self.labels, total.cpus, total.memory_bytes, memories, self._slots, self.ends_at)
+        return Offer(self.labels, total.cpus, total.memory_bytes, memories, self._config.slots, self.ends_at)
 
 
 def ends_at(limit_seconds: float | None) -> float | None:

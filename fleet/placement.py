@@ -84,7 +84,7 @@ class Placement:
         return True
 
     def offer(self, offer: Offer) -> None:
-        """The worker is something else from now on: its labels have changed."""
+        """The worker is something else from now on: its labels have changed, or `room` has become more."""
         self._offer = offer
         self._judge()
 

@@ -69,18 +69,22 @@ class Room:
     def __init__(
         self, total: Resources, slots: int, cpu_ids: Sequence[int] = (), gpu_ids: Sequence[int] = ()
     ) -> None:
+        self._slots = slots
+        self.hold(total, cpu_ids, gpu_ids)
+        #: by lease; made anew with each change, so that other threads may ask what is free
+        self._held: dict[str, _Holding] = {}
+        #: how many jobs there are besides that ask for nothing: counted, not listed, for they are many
+        self.plain = 0
+
+    def hold(self, total: Resources, cpu_ids: Sequence[int] = (), gpu_ids: Sequence[int] = ()) -> None:
+        """It has this from now on, no less than before: jobs keep what they were given."""
         #: index on the host -> GPU
         self._gpus = dict(zip(gpu_ids or range(len(total.gpus)), total.gpus, strict=True))
-        self._slots = slots
         self._milli_cpus = round(total.cpus * _MILLI)
         self._mebibytes = total.memory_bytes // MEBIBYTE
         self._cpu_ids = tuple(cpu_ids)[: math.floor(total.cpus)] if len(cpu_ids) >= total.cpus else ()
-        #: by lease; made anew with each change, so that other threads may ask what is free
-        self._held: dict[str, _Holding] = {}
         #: what a job counts that asks for no CPUs
-        self.plain_milli_cpus = min(_MILLI, self._milli_cpus // slots)
-        #: how many jobs there are besides that ask for nothing: counted, not listed, for they are many
-        self.plain = 0
+        self.plain_milli_cpus = min(_MILLI, self._milli_cpus // self._slots)
 
     def __contains__(self, lease: str) -> bool:
         return lease in self._held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fleet import ledger, resources
-from fleet.ledger import Share, Wish, part
+from fleet.ledger import Elsewhere, Share, Wish, part
 from fleet.process import began
 from fleet.resources import Gpu, Resources
 
@@ -43,7 +44,7 @@ def other(file, host):
         process = subprocess.Popen(["sleep", "600"])
         started.append(process)
         before = ledger._read(file)
-        ledger.promise(file, f"w{process.pid}", wish)
+        ledger.Promise(file, f"w{process.pid}", wish)
         (mine,) = [row for row in ledger._read(file) if row.pid == os.getpid()]
         theirs = {
             **vars(mine),
@@ -60,7 +61,7 @@ def other(file, host):
 
 
 def mine(file: Path, **wish: int) -> Share:
-    return ledger.promise(file, "w0", Wish(**wish))
+    return ledger.Promise(file, "w0", Wish(**wish)).share
 
 
 @pytest.mark.usefixtures("host")
@@ -164,8 +165,8 @@ from pathlib import Path
 from fleet import ledger, resources
 from fleet.ledger import Wish
 resources.cpu_ids, resources.find_cpus, resources.cpu_quotas = lambda: tuple(range(8)), lambda: 8, dict
-share = ledger.promise(Path(sys.argv[1]), "w", Wish(number=int(sys.argv[2]), of=8))
-print(*share.cpu_ids, flush=True)
+has = ledger.Promise(Path(sys.argv[1]), "w", Wish(number=int(sys.argv[2]), of=8))
+print(*has.share.cpu_ids, flush=True)
 sys.stdin.read()
 """
 
@@ -182,3 +183,60 @@ def test_many_at_once_get_each_a_cpu_of_its_own(file):
         for process in started:
             process.communicate("")
     assert sorted(found) == [[str(cpu)] for cpu in range(8)]
+
+
+def ends(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def test_who_got_less_takes_what_the_dead_had(file, other, caplog):
+    greedy, small = (
+        other(Wish(cpus=6, memory_bytes=60 * _GIB, num_gpus=3)),
+        other(Wish(cpus=1, memory_bytes=0, num_gpus=0)),
+    )
+    ours = ledger.Promise(file, "w0", Wish())
+    assert ours.share == Share(Resources(1, 4 * _GIB, _GPUS[3:]), (7,))
+    assert ours.elsewhere == Elsewhere(7, 60 * _GIB, 3, (f"w{greedy.pid}", f"w{small.pid}"))
+    assert f"w{greedy.pid} (process {greedy.pid}), w{small.pid}" in caplog.text
+    assert not ours.grow(), "both live"
+    ends(greedy)
+    assert ours.grow()
+    assert ours.share == Share(Resources(7, 64 * _GIB, _GPUS), (0, 1, 2, 3, 4, 5, 7))
+    assert ours.elsewhere == Elsewhere(1, 0, 0, (f"w{small.pid}",))
+    (row,) = [row for row in ledger._read(file) if row.pid == os.getpid()]
+    assert (list(row.cpu_ids), row.memory_bytes, row.gpus) == ([0, 1, 2, 3, 4, 5, 7], 64 * _GIB, [0, 1, 2, 3])
+    ends(small)
+    assert ours.grow()
+    assert (ours.share.total.cpus, ours.elsewhere) == (8, None)
+
+
+def test_what_it_has_is_never_less_whatever_others_say_they_have(file, other):
+    first = other(Wish(cpus=4))
+    ours = ledger.Promise(file, "w0", Wish())
+    had = ours.share
+    other(Wish(cpus=8, num_gpus=4, memory_bytes=64 * _GIB))
+    ends(first)
+    assert not ours.grow()
+    assert ours.share == had
+
+
+@pytest.mark.parametrize("wish", [Wish(cpus=2, memory_bytes=_GIB, num_gpus=1), Wish(number=0, of=2)])
+def test_who_has_what_it_wanted_takes_no_more(file, other, wish, caplog):
+    neighbour = other(Wish(cpus=2, memory_bytes=_GIB, num_gpus=1))
+    ours = ledger.Promise(file, "w0", wish)
+    had = ours.share
+    ends(neighbour)
+    assert not ours.grow()
+    assert (ours.share, ours.elsewhere, caplog.text) == (had, None, "")
+
+
+def test_it_waits_for_nobody_who_is_at_the_ledger(file, other):
+    neighbour = other(Wish(cpus=4))
+    ours = ledger.Promise(file, "w0", Wish())
+    ends(neighbour)
+    with file.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not ours.grow()
+    assert ours.grow()
+    assert ours.share.total.cpus == 8

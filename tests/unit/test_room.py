@@ -201,3 +201,14 @@ def test_a_lease_takes_once():
     room.take("a", Requirements(cpus=1))
     with pytest.raises(ValueError):
         room.take("a", Requirements(cpus=1))
+
+
+def test_what_it_gets_later_is_for_jobs_beside_those_that_run():
+    room = room_of(cpus=1, memory=G, gpus=(), cpu_ids=(3,))
+    first = room.take("first", Requirements(cpus=1, memory_bytes=G))
+    total = Resources(3, 4 * G, (Gpu("x", G, 5),))
+    room.hold(total, (1, 2, 3), (5,))
+    assert (room.free().cpus, room.free().memory_bytes, room.free().gpus) == (2, 3 * G, (1,))
+    second = room.take("second", Requirements(cpus=2, gpus=1))
+    assert (first.cpu_ids, second.cpu_ids, second.gpu_ids) == ((3,), (1, 2), (5,))
+    assert not room.fits(Requirements(cpus=1))

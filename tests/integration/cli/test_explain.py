@@ -9,8 +9,10 @@ import redis
 
 from broker import Queue, keys
 from broker.clock import wall
+from fleet import resources
 
 GIB = 2**30
+QUICK = {"heartbeat_seconds": 1.0, "lease_seconds": 60.0}
 QUIET = {"heartbeat_seconds": 5.0, "lease_seconds": 60.0}
 
 
@@ -93,6 +95,26 @@ def test_no_worker_has_what_it_asks_for(submit, why, host, read, fleet):
     reason = document["reasons"][0]
     assert (reason["code"], reason["what"]) == ("no_match", "memory")
     assert (reason["asked"], reason["largest"]) == (64 * GIB, 40 * GIB)
+
+
+def test_another_worker_of_its_host_has_it(workers, submit, why, read, eventually):
+    """And when that one has died, it gets it, and the job."""
+    first = workers.start("w0", queues=("other",), settings=QUICK)
+    workers.start("w1", slots=2, settings=QUICK)
+    cpus = resources.find_cpus()
+    job = submit("true", options=("--cpus", "1"))
+    assert why(job) == [
+        "1 worker on the queue; the largest has 0 of the 1 CPU asked for",
+        f"w1 would match, but {cpus} CPUs of its host are promised to w0, until that ends",
+    ]
+    (reason,) = [one for one in read("explain", job)["reasons"] if one["code"] == "elsewhere"]
+    assert (reason["worker"], reason["workers"], reason["cpus"]) == ("w1", ["w0"], cpus)
+    first.kill()
+    first.wait()
+    eventually(lambda: read("show", job)["state"] == "finished", message="w1 has it all, and runs the job")
+    (left,) = [worker for worker in read("status")["workers"] if worker["name"] == "w1"]
+    assert (left["cpus"], left["memory_bytes"]) == (cpus, resources.find_memory())
+    assert (left["elsewhere"], left["free"]["cpus"]) == (None, cpus)
 
 
 def test_submitting_what_no_worker_has_says_so(fleet, host):
