@@ -159,7 +159,10 @@ def _too_little(
 ) -> Reason:
     asked, best = _asked(need, plain=1 if free else None)[what], max(has)
     left = " left" if what == "time" else f" {free}" if free else ""
-    words = f"{_BEST[what]} {_bare(what, best)}{left} of the {_readable(need, what, asked)} asked for"
+    there, wanted = _bare(what, best), _readable(need, what, asked)
+    if there == wanted and what == "memory":
+        there, wanted = amounts.readable_size(int(best)), amounts.readable_size(int(asked))
+    words = f"{_BEST[what]} {there}{left} of the {wanted} asked for"
     return Reason(code, f"{who}; {words}", {"what": what, "asked": asked, "largest": best})
 
 

@@ -258,6 +258,12 @@ def test_a_job_that_has_ended(submit, why, burst, fleet):
     assert gone.startswith("it was canceled")
 
 
+def test_sizes_that_differ_little_are_told_exactly(submit, why, host):
+    host("w0", gib=1)
+    (reason,) = why(submit("true", options=("--memory", "1025M")))
+    assert "1G of the 1025M asked for" in reason
+
+
 def test_a_job_that_is_not_there(fault):
     assert fault("explain", "nobody", code=4)["code"] == "not_found"
 
