@@ -126,7 +126,7 @@ def placement(site: Site, peers: Sequence[Peer]) -> Section:
         found = Simulation(site.client, fleet, work, SETTINGS).run(check_every=max(1, count // 1000))
     bound = best_bound(fleet, work)
     faults = found.faults + starved(found, SETTINGS)
-    busy = cpus_in_use(fleet, work, _ARRIVALS, bound / 2)
+    busy = cpus_in_use(fleet, work, bound / 4, bound / 2)
     rows = [
         ("the best that any packing could do, s", number(bound)),
         ("all jobs had ended after, s", number(found.makespan)),
