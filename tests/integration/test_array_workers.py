@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +30,19 @@ def pids(tmp_path: Path) -> Path:
     return tmp_path / "pids"
 
 
-def test_what_runs_of_a_canceled_array_is_stopped_within_two_seconds(
+def test_what_runs_of_a_canceled_array_is_stopped_and_waits_for_no_beat(
     workers: Any, pids: Path, is_alive: Any
 ) -> None:
     for name in ("w0", "w1"):
-        workers.start(name, slots=3)
+        workers.start(name, slots=3, settings={"heartbeat_seconds": 300, "lease_seconds": 600})
     array = submit(workers, ("sh", "-c", f"echo $$ >>{pids}; exec sleep 300"), "1-1000")
     workers.until(lambda: pids.exists() and len(pids.read_text().split()) == 6, "six run")
-    began = time.monotonic()
     (target,) = selection.targets_of(workers.client, [array])
     assert selection.cancel(workers.client, target) == "stopping"
-    workers.until(lambda: not any(map(is_alive, map(int, pids.read_text().split()))), "all were stopped", 20)
-    took = time.monotonic() - began
+    workers.until(lambda: not any(map(is_alive, map(int, pids.read_text().split()))), "all were stopped")
     workers.wait([array])
     assert len(pids.read_text().split()) == 6, "none was begun after that"
     assert jobs.show(workers.client, array).state == "canceled"
-    assert took < 10, "two seconds, and what a busy machine needs"
     workers.until(lambda: not any(workers.leftovers().values()), "nothing is left")
 
 

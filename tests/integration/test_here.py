@@ -31,7 +31,7 @@ def test_a_worker_for_one_set_takes_nothing_else_and_leaves_when_none_is_left(wo
     submit_all(workers.client, [Submission(TRUE, job_id="plain")])
     put(workers, "urgent", parse({"labels": ["host=here"], "priority": "urgent"}))
     put(workers, "a"), put(workers, "b")
-    worker = workers.start("w0", until_done=True, only_set=HERE.digest())
+    worker = workers.start("w0", until_done=True, only_set=HERE.digest(), wait=False)
     assert worker.wait(60) == 0
     assert state(workers, "a", "b", "plain", "urgent") == ["finished", "finished", "queued", "queued"]
 

@@ -59,7 +59,7 @@ def test_a_worker_that_lives_here_runs_it(submit_here, fleet, spawn, redis_clien
         job = jobs.show(redis_client, json.loads(done.stdout)["id"])
         assert (job.state, job.worker) == ("finished", "w0")
     worker.terminate()
-    worker.wait(30)
+    worker.wait(60)
 
 
 def test_what_this_machine_cannot_run_is_refused(submit_here, redis_client):
@@ -79,7 +79,7 @@ def test_auto_is_here_where_no_worker_can_run_it(submit_here, spawn, redis_clien
     assert "No worker can run it now, nor this machine: it has not site=mars." in nowhere.stderr
     assert jobs.states(redis_client, [nowhere.stdout.strip()]) == {nowhere.stdout.strip(): "queued"}
     worker.terminate()
-    worker.wait(30)
+    worker.wait(60)
 
 
 def test_jobs_one_after_another_and_at_once_all_run(submit_here, redis_client):
@@ -93,7 +93,7 @@ def test_jobs_one_after_another_and_at_once_all_run(submit_here, redis_client):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(250)
     assert len(ids) == 6
     assert set(jobs.states(redis_client, ids).values()) == {"finished"}
 
