@@ -67,7 +67,8 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     Q is `BASE` or, for jobs that ask for something of their worker, `BASE@DIGEST`, a sublist of that queue;
     broker/requirements.py has the digest.
     fleet:sets:BASE               hash    -          producers: digest -> what jobs there ask for, JSON
-    fleet:sets:version            string  -          counted up with each set that is new, or removed
+    fleet:sets:version            string  -          counted up with each set that is new, or removed;
+                                                     from the ms of the first on: none is there twice
     fleet:news                    channel            producers: JSON of a new set; see broker/sets.py
     fleet:heads:BASE:PRIORITY     zset    -          scripts: digest -> since when the first job there waits,
                                                      ms; chores add what RQ's own producers pushed

@@ -523,6 +523,9 @@ class WorkerLoop:
             self._heed_drain(beat.draining)
             self._heed_labels(beat.labels)
             self._catch_up(beat.sets_version)
+        elif self._links.up:  # Redis has lost our record, and maybe more
+            with self._linked():
+                self._learn_sets()
         self._grow()
         self._pool.reap()
         self._fleet_size = max(1, beat.workers)

@@ -73,7 +73,7 @@ class Placement:
     def hear(self, news: News) -> bool:
         """One set more, or less. False: something was missed, and all must be read anew."""
         if news.version != self.version + 1:
-            return news.version <= self.version
+            return news.version <= self.version and self._is_known(news)
         self.version = news.version
         if news.base in self._known and news.need is None:
             self._known[news.base].pop(news.digest, None)
@@ -82,6 +82,10 @@ class Placement:
             self._known[news.base][news.digest] = news.need
             self._judge_one(news.base, news.digest, news.need, clock.wall().timestamp())
         return True
+
+    def _is_known(self, news: News) -> bool:
+        """Whether it tells what was learned before it came; else Redis has lost what it had."""
+        return news.base not in self._known or self._known[news.base].get(news.digest) == news.need
 
     def offer(self, offer: Offer) -> None:
         """The worker is something else from now on: its labels have changed, or `room` has become more."""

@@ -335,8 +335,10 @@ local function announce(queue)
   ring(queue)
 end
 
--- Tell the workers of a set: `canonical` is what it asks for, nil where it is gone.
+-- Tell the workers of a set: `canonical` is what it asks for, nil where it is gone. Versions are counted from the
+-- time on, so that those after a loss are like none before it.
 local function tell_of_set(base, digest, canonical)
+  redis.call('SET', K.SETS_VERSION, digits[NOW_MS], 'NX')
   local version = redis.call('INCR', K.SETS_VERSION)
   redis.call('PUBLISH', K.NEWS, cjson.encode({version = version, base = base, digest = digest, set = canonical}))
 end

@@ -80,6 +80,29 @@ def test_what_was_said_while_the_worker_was_cut_off_is_learned_when_it_is_back(w
     assert workers.wait([put(workers, cpus=1)])[0].state == "finished"
 
 
+def test_sets_that_come_after_redis_lost_all_are_heard_of_though_as_many_were_known(workers: Workers) -> None:
+    workers.start("w0", settings=SLOW_BEAT)
+    for sets_known in (1, 3):
+        job_ids = [put(workers, cpus=1, labels=[f"x{number}!=y"]) for number in range(sets_known)]
+        assert {job.state for job in workers.wait(job_ids)} == {"finished"}
+        workers.client.flushall()
+        others = [put(workers, cpus=1, labels=[f"z{number}!=y"]) for number in range(sets_known)]
+        assert {job.state for job in workers.wait(others)} == {"finished"}
+
+
+def test_a_worker_that_registers_again_knows_the_sets_that_redis_has_then(workers: Workers) -> None:
+    workers.start("w0")
+    assert workers.wait([put(workers, cpus=1)])[0].state == "finished"
+    need, version = parse({"labels": ["x!=y"]}), workers.client.get(keys.SETS_VERSION)
+    with workers.client.pipeline() as pipe:  # a state of before, with a version that is as it was
+        pipe.flushall()
+        pipe.hset(keys.sets("default"), need.digest(), need.canonical())
+        pipe.set(keys.SETS_VERSION, version)
+        pipe.execute()
+    job = Queue(need.queue_of("default"), connection=workers.client).enqueue("rq_jobs.add", 1, 1)
+    assert workers.wait([job.id])[0].state == "finished"
+
+
 def test_a_worker_that_starts_later_takes_what_waits(workers: Workers) -> None:
     workers.start("w0", settings=SLOW_BEAT)
     job = put(workers, labels=["rack=7"])
