@@ -164,10 +164,12 @@ local function last_held(queue)
   return key('served', base), 'held:' .. digest
 end
 
--- Since when its first job stands first, as far as is known: the next after one for which room was held is as old.
-local function stands_first_since(queue)
+-- Since when its first job waits for room: the next after one for which room was held is as old, yet where jobs of
+-- a higher priority wait, its time begins then.
+local function waits_since(queue, is_outranked)
   local since = look_at_head(queue)
-  return since and math.max(since, tonumber(redis.call('HGET', last_held(queue)) or 0) or 0)
+  local held = since and is_outranked and redis.call('HGET', last_held(queue))
+  return since and math.max(since, tonumber(held or 0) or 0)
 end
 
 -- Hold room for the first job of a list, unless another worker does.
@@ -193,11 +195,12 @@ local function pass_over(level, list)
   end
   local waits_for_room = need.kind ~= 'a' or left.slots > 0
   if waits_for_room and NOW_MS - list.since >= left.reserve_ms and left.reserved == '' then
-    local since = stands_first_since(list.queue) -- it may have been taken away
+    local since = waits_since(list.queue, left.highest_passed > level.priority) -- it may have been taken away
     if since and NOW_MS - since >= left.reserve_ms and hold(list.queue) then
       reserve(list.queue, need)
     end
   end
+  left.highest_passed = math.max(left.highest_passed, level.priority)
 end
 
 -- How young a job of the first list may be to be taken before those of the next, ms; nil: there are no others.
@@ -337,7 +340,7 @@ function place.begin(text, worker, slots, ahead, claim)
   left = {worker = worker, slots = slots, ahead = ahead, claim = claim, cpus = tonumber(cpus),
     mebibytes = tonumber(mebibytes), next_cpus = tonumber(next_cpus), in_use = in_use == '1',
     plain = plain ~= '-' and need_of(plain), -- '-': it takes no plain jobs
-    ageing_ms = tonumber(ageing), reserve_ms = tonumber(reserve_ms), hold_ms = tonumber(hold_ms), reserved = ''}
+    ageing_ms = tonumber(ageing), reserve_ms = tonumber(reserve_ms), hold_ms = tonumber(hold_ms), reserved = '', highest_passed = -math.huge}
   if held then
     serve_reserved(held, need_of(need))
   end

@@ -248,19 +248,31 @@ def test_before_the_bound_nothing_is_held(redis_client: redis.Redis) -> None:
     assert worker.placement.held == ""
 
 
-def test_room_is_held_for_one_job_of_a_backlog_and_the_next_waits_as_long(redis_client: redis.Redis) -> None:
+def test_of_a_backlog_that_others_outrank_room_is_held_for_one_job(redis_client: redis.Redis) -> None:
     for number in range(3):
         put(redis_client, f"large-{number}", seconds_ago=90, cpus=4, priority="low")
     put(redis_client, "urgent", seconds_ago=95, cpus=1, priority="urgent")
     worker = Worker(redis_client, cpus=4, reserve_after_seconds=50)
     assert worker.claim() == ["urgent"]
     assert worker.placement.held
-    assert worker.finish("urgent") == ["large-0"]
-    for number in range(4):
+    for number in range(8):
         put(redis_client, f"urgent-{number}", cpus=1, priority="urgent")
-    assert len(worker.finish("large-0")) == 4, "the urgent ones"
-    worker.claim()
+    assert worker.finish("urgent") == ["large-0"]
     assert worker.placement.held == ""
+    assert worker.finish("large-0") == [f"urgent-{number}" for number in range(4)]
+    assert worker.finish("urgent-0") == ["urgent-4"]
+    assert worker.placement.held == ""
+
+
+def test_of_a_backlog_that_nobody_outranks_one_after_the_other_gets_room(redis_client: redis.Redis) -> None:
+    for number in range(3):
+        put(redis_client, f"large-{number}", seconds_ago=90, cpus=4)
+    put(redis_client, "small", seconds_ago=95, cpus=1)
+    worker = Worker(redis_client, cpus=4, reserve_after_seconds=50)
+    assert worker.claim() == ["small"]
+    put(redis_client, "small-2", cpus=1)
+    assert worker.finish("small") == ["large-0"]
+    assert worker.finish("large-0") == ["large-1"]
 
 
 def test_room_is_let_go_when_the_job_is_gone_or_the_queue_paused(redis_client: redis.Redis) -> None:
