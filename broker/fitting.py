@@ -49,7 +49,7 @@ class Free:
 def unmatched(need: Requirements, offers: Sequence[Offer], now: float) -> list[Reason]:
     """What none of `offers` has; none of them matches, at `now`, seconds of the epoch."""
     reasons = list(_labels(need, offers))
-    fitting = [offer for offer in offers if all(rule.holds(offer.labels) for rule in need.labels)]
+    fitting = [offer for offer in offers if all(need.met(rule, offer) for rule in need.labels)]
     chosen = fitting or offers
     who = _who(len(chosen), by_labels=bool(fitting and need.labels))
     has = [_totals(need, offer, now) for offer in chosen]
@@ -60,11 +60,11 @@ def unmatched(need: Requirements, offers: Sequence[Offer], now: float) -> list[R
 
 def _labels(need: Requirements, offers: Sequence[Offer]) -> Iterator[Reason]:
     """Each condition that no worker meets or, where each is met by some, that no worker meets all."""
-    met = {rule: sum(rule.holds(offer.labels) for offer in offers) for rule in need.labels}
+    met = {rule: sum(need.met(rule, offer) for offer in offers) for rule in need.labels}
     for rule, count in met.items():
         if not count:
             yield _unmet(rule, offers)
-    meets_all = any(all(rule.holds(offer.labels) for rule in need.labels) for offer in offers)
+    meets_all = any(all(need.met(rule, offer) for rule in need.labels) for offer in offers)
     if all(met.values()) and not meets_all:
         each = ", ".join(f"{count} {_has(count)} {rule}" for rule, count in met.items())
         yield Reason("no_match", f"no worker has all of these labels at once: of {len(offers)}, {each}")
@@ -137,13 +137,13 @@ def _totals(need: Requirements, offer: Offer, now: float) -> dict[str, float]:
     return {
         "cpus": offer.cpus,
         "memory": offer.memory_bytes,
-        "gpus": sum(need.gpu_is_enough(memory) for memory in offer.gpus),
+        "gpus": sum(need.gpus_enough(offer)),
         "time": math.inf if offer.ends_at is None else max(0.0, offer.ends_at - now),
     }
 
 
 def _left(need: Requirements, offer: Offer, free: Free) -> dict[str, float]:
-    shares = [left for left, memory in zip(free.gpus, offer.gpus, strict=False) if need.gpu_is_enough(memory)]
+    shares = [left for left, enough in zip(free.gpus, need.gpus_enough(offer), strict=False) if enough]
     whole = sum(left >= 1 for left in shares)
     gpus = max(shares, default=0) if need.gpus < 1 else whole
     return {"slots": free.slots, "cpus": free.cpus, "memory": free.memory_bytes, "gpus": gpus}

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -35,6 +35,21 @@ _DIGEST_CHARACTERS = 10
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _RULE = re.compile(r"([^=!]*)(!?)=(.*)", re.DOTALL)
 _LONGEST_GLOB = 200
+
+
+#: the label of which rules hold for each GPU that is given
+GPU_NAME = "gpu_name"
+
+
+def gpu_label(names: Iterable[str]) -> str:
+    """The label of a worker with GPUs of these names: each once."""
+    return ",".join(dict.fromkeys(names))
+
+
+def gpu_names(labels: Mapping[str, str], names: Iterable[str]) -> tuple[str, ...]:
+    """What rules on `gpu_name` are judged by: names of the GPUs; none where somebody gave another label."""
+    found = tuple(names)
+    return found if labels.get(GPU_NAME) == gpu_label(found) else ()
 
 
 @dataclass(frozen=True, order=True)
@@ -60,7 +75,8 @@ class LabelRule:
 class Offer:
     """What one worker is and has in all: memory in bytes; of each GPU its memory, 0: not known.
 
-    `ends_at`: seconds of the epoch at which the worker has to go, None: it stays.
+    `ends_at`: seconds of the epoch at which the worker has to go, None: it stays. `gpu_names`: see the
+    function of that name.
     """
 
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -69,6 +85,12 @@ class Offer:
     gpus: tuple[int, ...] = ()
     slots: int = 1
     ends_at: float | None = None
+    gpu_names: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> tuple[str | None, ...]:
+        """Of each GPU what its label `gpu_name` is; None: it has none."""
+        return self.gpu_names or (self.labels.get(GPU_NAME),) * len(self.gpus)
 
 
 @dataclass(frozen=True)
@@ -77,7 +99,7 @@ class Mismatch:
 
     `what` is `label`, `cpus`, `memory`, `gpus`, `gpu_memory` or `time`, in that order; `asked` the rule, or
     the number of CPUs, bytes, GPUs or seconds; `has` the label's value, or the number that there is (for
-    `gpu_memory`: how many GPUs have as much as was asked for), None where there is none.
+    `gpus` and `gpu_memory`: how many will do), None where there is none.
     """
 
     what: str
@@ -189,7 +211,7 @@ class Requirements:
         lacking = [
             Mismatch("label", rule, offer.labels.get(rule.key))
             for rule in self.labels
-            if not rule.holds(offer.labels)
+            if not self.met(rule, offer)
         ]
         if self.cpus is not None and self.cpus > offer.cpus:
             lacking.append(Mismatch("cpus", self.cpus, offer.cpus))
@@ -197,19 +219,40 @@ class Requirements:
             lacking.append(Mismatch("memory", self.memory_bytes, offer.memory_bytes))
         if self.gpus > len(offer.gpus):
             lacking.append(Mismatch("gpus", self.gpus, len(offer.gpus)))
-        elif self.gpus > (enough := sum(self.gpu_is_enough(memory) for memory in offer.gpus)):
-            lacking.append(Mismatch("gpu_memory", self.gpu_memory_bytes or 0, enough))
+        elif self.gpus and self.gpus > (enough := sum(self.gpus_enough(offer))):
+            asked = Mismatch("gpus", self.gpus, enough)
+            if self.gpu_memory_bytes:
+                asked = Mismatch("gpu_memory", self.gpu_memory_bytes, enough)
+            lacking.append(asked)
         if not self.in_time(offer.ends_at, now):
             lacking.append(Mismatch("time", self.time_seconds or 0, max(0.0, (offer.ends_at or 0) - now)))
         return lacking
 
-    def gpu_is_enough(self, memory_bytes: int) -> bool:
-        """Whether a GPU of so much memory will do."""
-        return memory_bytes >= (self.gpu_memory_bytes or 0)
+    def met(self, rule: LabelRule, offer: Offer) -> bool:
+        """Whether that worker meets one of its rules; of GPUs that are asked for one must."""
+        if rule.key != GPU_NAME or not self.gpus or not offer.gpus:
+            return rule.holds(offer.labels)
+        return any(_meets(model, rule) for model in offer.models)
+
+    def gpus_enough(self, offer: Offer) -> list[bool]:
+        """Of each GPU whether it will do, whatever is to be said of rules that none of them meets."""
+        met = tuple(rule for rule in self.labels if self.met(rule, offer))
+        need = self if met == self.labels else replace(self, labels=met)
+        each = zip(offer.gpus, offer.models, strict=True)
+        return [need.gpu_is_enough(memory_bytes, model) for memory_bytes, model in each]
+
+    def gpu_is_enough(self, memory_bytes: int, model: str | None) -> bool:
+        """Whether a GPU of so much memory, with that label `gpu_name`, will do."""
+        rules = (rule for rule in self.labels if rule.key == GPU_NAME)
+        return memory_bytes >= (self.gpu_memory_bytes or 0) and all(_meets(model, rule) for rule in rules)
 
     def in_time(self, ends_at: float | None, now: float) -> bool:
         """Whether enough is left of a worker that has to go at `ends_at`."""
         return self.time_seconds is None or ends_at is None or ends_at - now >= self.time_seconds
+
+
+def _meets(model: str | None, rule: LabelRule) -> bool:
+    return rule.holds({} if model is None else {GPU_NAME: model})
 
 
 def base_of(queue: str) -> str:

@@ -18,7 +18,7 @@ from broker import chores, clock, keys, tasks, tunnels
 from broker.clock import from_iso
 from broker.connection import replies
 from broker.fitting import Free
-from broker.requirements import SEPARATOR, Offer, Requirements, base_of
+from broker.requirements import SEPARATOR, Offer, Requirements, base_of, gpu_names
 
 WorkerState = Literal["idle", "busy", "draining", "connecting", "offline"]
 
@@ -61,7 +61,8 @@ class WorkerStatus:
         """What sets of requirements are judged by."""
         memories = tuple(int(gpu.get("memory_bytes", 0)) for gpu in self.gpus)
         ends_at = self.ends_at.timestamp() if self.ends_at else None
-        return Offer(self.labels, self.cpus, self.memory_bytes, memories, self.slots, ends_at)
+        names = gpu_names(self.labels, (str(gpu.get("name", "")) for gpu in self.gpus))
+        return Offer(self.labels, self.cpus, self.memory_bytes, memories, self.slots, ends_at, names)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Mapping
 
 from broker import clock
-from broker.requirements import Offer
+from broker.requirements import GPU_NAME, Offer, gpu_label, gpu_names
 from fleet.ledger import Elsewhere, Promise, Share
 from fleet.resources import Gpu
 from fleet.worker_config import WorkerConfig
@@ -67,8 +67,11 @@ class Offering:
     def offer(self) -> Offer:
         """What sets of requirements are judged by."""
         total = self.share.total
+        names = gpu_names(self.labels, (gpu.name for gpu in total.gpus))
         memories = tuple(gpu.memory_bytes for gpu in total.gpus)
-        return Offer(self.labels, total.cpus, total.memory_bytes, memories, self._config.slots, self.ends_at)
+        return Offer(
+            self.labels, total.cpus, total.memory_bytes, memories, self._config.slots, self.ends_at, names
+        )
 
 
 def ends_at(limit_seconds: float | None) -> float | None:
@@ -86,7 +89,7 @@ def automatic_labels(
         "os": platform.system().lower(),
         "arch": platform.machine(),
         "python": platform.python_version(),
-        "gpu_name": ",".join(dict.fromkeys(gpu.name for gpu in gpus)),
+        GPU_NAME: gpu_label(gpu.name for gpu in gpus),
         "slurm_job_id": environ.get("SLURM_JOB_ID", ""),
     }
     return {name: value for name, value in found.items() if value}

@@ -48,6 +48,7 @@ class Placement:
         self._only_set = only_set
         self._offer = offer
         self.room = room
+        self.room.call_gpus(offer.models)
         self._settings = settings
         self._known: dict[str, dict[str, Requirements]] = {base: {} for base in bases}
         self._mine: dict[str, _Mine] = {}
@@ -90,6 +91,7 @@ class Placement:
     def offer(self, offer: Offer) -> None:
         """The worker is something else from now on: its labels have changed, or `room` has become more."""
         self._offer = offer
+        self.room.call_gpus(offer.models)
         self._judge()
 
     def _judge(self) -> None:

@@ -80,11 +80,16 @@ class Room:
         """It has this from now on, no less than before: jobs keep what they were given."""
         #: index on the host -> GPU
         self._gpus = dict(zip(gpu_ids or range(len(total.gpus)), total.gpus, strict=True))
+        self.call_gpus([gpu.name for gpu in total.gpus])
         self._milli_cpus = round(total.cpus * _MILLI)
         self._mebibytes = total.memory_bytes // MEBIBYTE
         self._cpu_ids = tuple(cpu_ids)[: math.floor(total.cpus)] if len(cpu_ids) >= total.cpus else ()
         #: what a job counts that asks for no CPUs
         self.plain_milli_cpus = min(_MILLI, self._milli_cpus // self._slots)
+
+    def call_gpus(self, models: Sequence[str | None]) -> None:
+        """Of each GPU the label `gpu_name`, None: it has none; its own name, if nothing is said."""
+        self._models = dict(zip(self._gpus, models, strict=True))
 
     def __contains__(self, lease: str) -> bool:
         return lease in self._held
@@ -197,7 +202,7 @@ class Room:
         fit = [
             index
             for index, gpu in self._gpus.items()
-            if left[index] >= share and need.gpu_is_enough(gpu.memory_bytes)
+            if left[index] >= share and need.gpu_is_enough(gpu.memory_bytes, self._models[index])
         ]
         fit.sort(key=lambda index: (left[index], self._gpus[index].memory_bytes, index))
         return tuple(sorted(fit[:count])) if len(fit) >= count else None

@@ -302,6 +302,20 @@ def test_gpus_known_by_nvidia_smi_alone_are_given_too(workers, ask, tmp_path, mo
     assert record["labels"]["gpu_name"] == "L4"
 
 
+def test_of_unlike_gpus_a_job_gets_such_as_it_asked_for(workers, ask, tmp_path, monkeypatch):
+    """The T4 comes first where any will do: it has least memory."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf 'A100, 40960\\nT4, 15360\\nA100, 40960\\n'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    workers.start("w0", slots=1)
+    tell = ["sh", "-c", "echo $CUDA_VISIBLE_DEVICES"]
+    asked = [[], ["gpu_name=A1*"], ["gpu_name!=T4"], ["gpu_name=T4"]]
+    given = [_output(workers, ask(tell, gpus=1, labels=labels)).strip() for labels in asked]
+    assert given == ["1", "0", "0", "1"]
+    assert _output(workers, ask(tell, gpus=2, labels=["gpu_name=A100"])).strip() == "0,2"
+
+
 # --- fleet status ----------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from broker import names, requirements
 from broker.errors import UsageError
-from broker.requirements import FieldError, Offer, Requirements, parse
+from broker.requirements import FieldError, Mismatch, Offer, Requirements, gpu_names, parse
 from tests.sets import NOW, G, needs, offers
 
 # --- the canonical form --------------------------------------------------------------------------
@@ -215,6 +215,48 @@ def test_gpus_that_are_too_small_do_not_count():
     assert need.matches(Offer(gpus=(80 * G, 16 * G, 40 * G)), NOW)
     (lack,) = need.mismatches(Offer(gpus=(80 * G, 16 * G, 0)), NOW)
     assert (lack.what, lack.asked, lack.has) == ("gpu_memory", 40 * G, 1)
+
+
+UNLIKE = ("NVIDIA A100", "NVIDIA A100", "Tesla T4")
+
+
+@pytest.mark.parametrize(
+    ("rule", "most"),
+    [
+        ("gpu_name=*A100", 2),
+        ("gpu_name=*T4", 1),
+        ("gpu_name!=*T4*", 2),
+        ("gpu_name=*", 3),
+        ("gpu_name=L4", 0),
+    ],
+)
+def test_a_rule_on_gpu_name_is_of_each_gpu(rule, most):
+    offer = Offer({"gpu_name": "NVIDIA A100,Tesla T4"}, gpus=(G, G, 0), gpu_names=UNLIKE)
+    matching = [count for count in (1, 2, 3) if parse({"gpus": count, "labels": [rule]}).matches(offer, NOW)]
+    assert matching == list(range(1, most + 1))
+
+
+def test_what_lacks_of_unlike_gpus_is_told():
+    offer = Offer({"gpu_name": "NVIDIA A100,Tesla T4"}, gpus=(G, G, 0), gpu_names=UNLIKE)
+    three = parse({"gpus": 3, "labels": ["gpu_name=*A100"]})
+    assert three.mismatches(offer, NOW) == [Mismatch("gpus", 3, 2)]
+    none = parse({"gpus": 1, "labels": ["gpu_name=L4"]})
+    assert [lack.what for lack in none.mismatches(offer, NOW)] == ["label"]
+
+
+def test_a_gpu_name_that_somebody_gave_is_that_of_each_gpu():
+    labels = {"gpu_name": "big"}
+    assert gpu_names(labels, UNLIKE) == ()
+    assert gpu_names({"gpu_name": "NVIDIA A100,Tesla T4"}, UNLIKE) == UNLIKE
+    offer = Offer(labels, gpus=(G, G, G))
+    assert parse({"gpus": 3, "labels": ["gpu_name=big"]}).matches(offer, NOW)
+    assert not parse({"gpus": 1, "labels": ["gpu_name=*A100"]}).matches(offer, NOW)
+
+
+def test_without_gpus_a_rule_on_gpu_name_is_of_the_worker():
+    offer = Offer({"gpu_name": "NVIDIA A100,Tesla T4"}, gpus=(G, G, 0), gpu_names=UNLIKE)
+    assert parse({"labels": ["gpu_name=*T4"]}).matches(offer, NOW)
+    assert not parse({"labels": ["gpu_name!=*T4"]}).matches(offer, NOW)
 
 
 def test_a_label_that_is_missing():

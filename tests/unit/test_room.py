@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from broker.requirements import Requirements
+from broker.requirements import Requirements, parse
 from fleet.resources import Gpu, Resources
 from fleet.room import Grant, Room
 
@@ -201,6 +201,21 @@ def test_a_lease_takes_once():
     room.take("a", Requirements(cpus=1))
     with pytest.raises(ValueError):
         room.take("a", Requirements(cpus=1))
+
+
+def test_of_unlike_gpus_those_are_given_of_which_the_label_holds():
+    names = ("A100", "T4", "A100")
+    room = Room(Resources(4, G, tuple(Gpu(name, G) for name in names)), 4, gpu_ids=(4, 5, 6))
+    need = parse({"gpus": 1, "labels": ["gpu_name=A100"]})
+    half = parse({"gpus": 0.5, "labels": ["gpu_name!=A*"]})
+    assert not room.fits(parse({"gpus": 3, "labels": ["gpu_name=A100"]}))
+    assert [room.take(str(number), need).gpu_ids for number in range(2)] == [(4,), (6,)]
+    assert not room.fits(need)
+    assert room.take("half", half).gpu_ids == (5,)
+    room.give_back("0")
+    room.call_gpus(["mine", "mine", "mine"])
+    assert not room.fits(need)
+    assert room.take("named", parse({"gpus": 1, "labels": ["gpu_name=mine"]})).gpu_ids == (4,)
 
 
 def test_what_it_gets_later_is_for_jobs_beside_those_that_run():
