@@ -140,7 +140,8 @@ class _Books:
     def _fits(self, need: Requirements, slots: int, cpus: float, memory: int, gpus: list[float]) -> bool:
         if need.exclusive and self.held:
             return False
-        enough = [left for left, size in zip(gpus, self._offer.gpus, strict=True) if need.gpu_is_enough(size)]
+        will_do = need.gpus_enough(self._offer)
+        enough = [left for left, this_will in zip(gpus, will_do, strict=True) if this_will]
         return (
             cpus + 1e-6 >= (self._plain if need.cpus is None else need.cpus)
             and memory >= (need.memory_bytes or 0)
