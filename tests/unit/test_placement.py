@@ -45,10 +45,19 @@ def test_a_set_is_heard_of_and_forgotten_again():
 
 
 def test_a_gap_in_the_news_calls_for_all_of_them():
-    made = placement()
-    assert not made.hear(news(3, parse({"cpus": 1})))
-    assert made.hear(news(1, parse({"cpus": 1}))), "that is known already"
-    assert waits_on(made) == {"q"}
+    need = parse({"cpus": 1})
+    made = placement(need)
+    assert not made.hear(news(3, parse({"cpus": 2})))
+    assert made.hear(news(1, need)), "that is known already"
+    assert waits_on(made) == {"q", need.queue_of("q")}
+
+
+def test_news_of_no_later_version_that_are_not_known_call_for_all_of_them():
+    need = parse({"cpus": 1})
+    made = placement(need)
+    assert not made.hear(news(1, parse({"cpus": 2}))), "Redis has lost what it had, and counts anew"
+    assert not made.hear(news(1, None, need.digest()))
+    assert made.hear(news(1, None, "gone")), "and so it is"
 
 
 def test_it_waits_on_what_fits_the_room_that_is_left():
