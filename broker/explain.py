@@ -202,8 +202,8 @@ class _Queued:
     suspended: bool
     #: list -> the worker that holds room for its first job
     reserved: Mapping[str, str]
-    #: list of the same base -> its priority
-    priorities: Mapping[str, int]
+    #: list of the same base -> what its jobs ask for
+    needs: Mapping[str, Requirements]
 
 
 def _queued(client: redis.Redis, job: JobView, need: Requirements | None) -> Iterator[Reason]:
@@ -228,14 +228,14 @@ def _look(client: redis.Redis, job: JobView) -> _Queued:
         pipe.mget([keys.of("reserved", name) for name in lists] or [keys.of("reserved", base)])
         position, suspended, sets, holders = replies(pipe)
     reserved = {name: holder.decode() for name, holder in zip(lists, holders, strict=False) if holder}
-    return _Queued(position, fleet, suspended == 1, reserved, dict(_priorities(base, sets)))
+    return _Queued(position, fleet, suspended == 1, reserved, dict(_needs(base, sets)))
 
 
-def _priorities(base: str, sets: Mapping[bytes, bytes]) -> Iterator[tuple[str, int]]:
-    yield base, 0
+def _needs(base: str, sets: Mapping[bytes, bytes]) -> Iterator[tuple[str, Requirements]]:
+    yield base, NOTHING
     for digest, text in sets.items():
         try:
-            yield f"{base}{SEPARATOR}{digest.decode()}", Requirements.from_canonical(text).priority
+            yield f"{base}{SEPARATOR}{digest.decode()}", Requirements.from_canonical(text)
         except ValueError:
             continue
 
@@ -262,7 +262,12 @@ def _workers(job: JobView, need: Requirements, facts: _Queued) -> Iterator[Reaso
         yield from fitting.unmatched(need, [offers[worker.name] for worker in alive], now)
         yield from _elsewhere(need, alive, now)
     else:
-        yield from _those_that_match(need, matching, offers)
+        held = {
+            worker: facts.needs[name]
+            for name, worker in facts.reserved.items()
+            if name in facts.needs and name != job.queue
+        }
+        yield from _those_that_match(need, matching, offers, held)
 
 
 def _elsewhere(need: Requirements, workers: Sequence[WorkerStatus], now: float) -> Iterator[Reason]:
@@ -302,8 +307,12 @@ def _nobody(base: str, listening: Sequence[WorkerStatus], workers: Sequence[Work
 
 
 def _those_that_match(
-    need: Requirements, matching: Sequence[WorkerStatus], offers: Mapping[str, Offer]
+    need: Requirements,
+    matching: Sequence[WorkerStatus],
+    offers: Mapping[str, Offer],
+    held: Mapping[str, Requirements],
 ) -> Iterator[Reason]:
+    """`held`: worker -> for what it holds room, if that is for others."""
     for state, words in (("draining", "take nothing new"), ("connecting", "have been silent for a while")):
         found = [worker.name for worker in matching if worker.state == state]
         if found:
@@ -315,12 +324,16 @@ def _those_that_match(
     ready = [worker for worker in matching if worker.state in ("idle", "busy")]
     free = {worker.name: _free(worker) for worker in ready}
     with_room = [name for name, left in free.items() if fitting.fits(need, offers[name], left)]
-    if with_room:
-        names = _some(with_room)
-        yield Reason(
-            "room", f"there is room for it on {names}: it starts when its turn comes", {"workers": with_room}
-        )
-    elif ready:
+    open_to_it = [
+        name
+        for name in with_room
+        if name not in held
+        or fitting.fits(need, offers[name], fitting.beside(held[name], offers[name], free[name]))
+    ]
+    if open_to_it:
+        words = f"there is room for it on {_some(open_to_it)}: it starts when its turn comes"
+        yield Reason("room", words, {"workers": open_to_it})
+    elif ready and not with_room:  # else who holds room is told with what comes before it
         yield fitting.without_room(need, [(offers[name], left) for name, left in free.items()])
 
 
@@ -340,7 +353,7 @@ def _before(job: JobView, need: Requirements, facts: _Queued) -> Iterator[Reason
     """What is given out first, and for what room is held."""
     waiting = {queue.name: queue.queued for queue in facts.fleet.queues}
     higher = sum(
-        waiting.get(name, 0) for name, priority in facts.priorities.items() if priority > need.priority
+        waiting.get(name, 0) for name, other in facts.needs.items() if other.priority > need.priority
     )
     if facts.position:
         yield Reason(

@@ -95,6 +95,17 @@ def fits(need: Requirements, offer: Offer, free: Free) -> bool:
     return idle and all(has[what] >= amount for what, amount in asked.items() if what != "time")
 
 
+def beside(held: Requirements, offer: Offer, free: Free) -> Free:
+    """What a worker that holds room for a job which asks for `held` gives to others."""
+    if held.exclusive:
+        return Free(0, 0, 0, ())
+    cpus = _plain_cpus(offer) if held.cpus is None else held.cpus
+    most_left = sorted(range(len(free.gpus)), key=lambda index: free.gpus[index], reverse=True)
+    kept = set(most_left[: math.ceil(held.gpus)])
+    gpus = tuple(0.0 if index in kept else left for index, left in enumerate(free.gpus))
+    return Free(free.slots - 1, free.cpus - cpus, free.memory_bytes - (held.memory_bytes or 0), gpus)
+
+
 def without_room(need: Requirements, workers: Sequence[tuple[Offer, Free]]) -> Reason:
     """What those that match have not free now; none of them has room."""
     who = f"{_count(len(workers), 'worker')} {'matches' if len(workers) == 1 else 'match'}, all busy"

@@ -26,10 +26,10 @@ local function need_of(text)
   return needs[text]
 end
 
--- How many jobs can begin at once. The GPUs of a second one would have to be counted by the worker.
+-- How many jobs can begin at once. Once GPUs were given, or room for some is held, the worker must count them anew.
 local function fitting(need)
   local kind, most = need.kind, left.slots
-  if kind == 'G' or (kind == 'g' and left.gpus_given) or (kind == 'x' and left.in_use) then
+  if kind == 'G' or (kind == 'g' and left.gpus_changed) or (kind == 'x' and left.in_use) then
     return 0
   end
   if need.cpus > 0 then
@@ -49,7 +49,6 @@ local function subtract(need, jobs)
   left.slots = math.max(0, left.slots - jobs)
   left.cpus = math.max(0, left.cpus - jobs * need.cpus)
   left.mebibytes = math.max(0, left.mebibytes - jobs * need.mebibytes)
-  left.gpus_given = left.gpus_given or need.kind == 'g' or need.kind == 'G'
   left.in_use = true
   if need.kind == 'x' then
     left.slots, left.ahead = 0, 0
@@ -152,6 +151,7 @@ local function take(list, most, latest)
   local given, since = left.claim(list.queue, math.min(most, now + ahead_of(list.need)), now, latest)
   if given > 0 then
     left.has_given_gpus = left.has_given_gpus or list.need.kind == 'g'
+    left.gpus_changed = left.gpus_changed or list.need.kind == 'g'
     subtract(list.need, math.min(given, now))
     left.ahead = math.max(0, left.ahead - math.max(0, given - now))
   end
@@ -198,6 +198,7 @@ local function pass_over(level, list)
     local since = waits_since(list.queue, left.highest_passed > level.priority) -- it may have been taken away
     if since and NOW_MS - since >= left.reserve_ms and hold(list.queue) then
       reserve(list.queue, need)
+      left.gpus_changed = left.gpus_changed or need.kind == 'g' or need.kind == 'G'
     end
   end
   left.highest_passed = math.max(left.highest_passed, level.priority)

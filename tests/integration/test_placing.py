@@ -275,6 +275,27 @@ def test_of_a_backlog_that_nobody_outranks_one_after_the_other_gets_room(redis_c
     assert worker.finish("large-0") == ["large-1"]
 
 
+def test_gpus_beside_those_that_are_held_are_given(redis_client: redis.Redis) -> None:
+    put(redis_client, "running", seconds_ago=90, memory="40G")
+    worker = Worker(redis_client, gpus=3, reserve_after_seconds=50)
+    assert worker.claim() == ["running"]
+    put(redis_client, "held", seconds_ago=60, memory="30G", gpus=1)
+    put(redis_client, "one", seconds_ago=9, gpus=1)
+    assert worker.claim() == [], "its flags are of before room was held"
+    assert worker.placement.held == name_of(memory="30G", gpus=1)
+    put(redis_client, "half", seconds_ago=8, gpus=0.5)
+    put(redis_client, "two", seconds_ago=7, gpus=1)
+    assert worker.claim() == ["one"]
+    assert worker.claim() == ["half"]
+    assert worker.claim() == [], "one is held"
+    assert worker.finish("running") == ["held"]
+    assert worker.finish("one") == ["two"]
+
+
+def name_of(**said: Any) -> str:
+    return parse(said).queue_of("default")
+
+
 def test_room_is_let_go_when_the_job_is_gone_or_the_queue_paused(redis_client: redis.Redis) -> None:
     put(redis_client, "one", seconds_ago=80, cpus=1)
     worker = Worker(redis_client, cpus=2, reserve_after_seconds=50)

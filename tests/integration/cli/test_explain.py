@@ -173,6 +173,21 @@ def test_room_is_held(submit, why, host, runs, redis_client):
     assert why(small)[-1] == f"w0 holds room for the first job of {queue}"
 
 
+def test_room_that_is_held_is_not_called_room_for_others(
+    submit, why, workers, runs, redis_client, eventually
+):
+    resources = {"cpus": 4, "memory_bytes": 4 * GIB, "num_gpus": 3}
+    workers.start("w0", resources=resources, slots=8, settings=QUIET | {"reserve_after_seconds": 0.1})
+    runs("--memory", "3G")
+    submit("true", options=("--memory", "2G", "--gpus", "1", "--cpus", "2"))
+    held = Queue("default", connection=redis_client, memory="2G", gpus=1, cpus=2).name
+    eventually(lambda: redis_client.get(keys.of("reserved", held)) == b"w0", message="room is held")
+    runs("--gpus", "1")
+    assert why(submit("true", options=("--cpus", "3"))) == [f"w0 holds room for the first job of {held}"], (
+        "four CPUs are free, two of them held"
+    )
+
+
 def test_those_that_match_drain_or_are_silent(submit, why, host, fleet, codes, redis_client, eventually):
     host("w0", zone="eu")
     host("w1", zone="eu")
