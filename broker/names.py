@@ -10,7 +10,9 @@ from broker.errors import UsageError
 
 _WORKER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _QUEUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,127}")
-_WEIGHTED = re.compile(r"(.+):([0-9]{1,9})", re.DOTALL)
+#: what ends in a number, also where that is no weight
+_WEIGHTED = re.compile(r"(.+):(-?[0-9.]+)", re.DOTALL)
+_WEIGHT = re.compile(r"[0-9]{1,9}")
 _LARGEST_WEIGHT = 1_000_000
 _JOB = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
@@ -38,20 +40,34 @@ def queue_name(name: str) -> str:
 def weighted_queues(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The names of queues a worker serves, and their weights: none, where it serves them in strict order.
 
-    `words` are all NAME, or all NAME:WEIGHT. Raises UsageError.
+    `words` are all NAME, or all NAME:WEIGHT. One alone is a name, whatever it ends in: a weight would mean
+    nothing. Raises UsageError.
     """
     found = [_WEIGHTED.fullmatch(word) for word in words]
-    if not any(found):
+    if len(words) == 1 or not any(found):
         return tuple(map(queue_name, words)), ()
-    pairs = [(queue_name(one[1]), int(one[2])) for one in found if one]
+    pairs = [(queue_name(one[1]), one[2]) for one in found if one]
     if len(pairs) < len(words):
         raise UsageError(
             f"{','.join(words)}: some of these queues have a weight and others none",
-            "Give all of them one (a:3,b:1), or none for strict order (a,b).",
+            f"Give all of them one (a:3,b:1), or none for strict order (a,b). {_way_out(words, found)}",
         )
-    if not all(0 < weight <= _LARGEST_WEIGHT for _, weight in pairs):
-        raise UsageError(f"{','.join(words)}: a weight is a whole number from 1 to {_LARGEST_WEIGHT}")
-    return tuple(name for name, _ in pairs), tuple(weight for _, weight in pairs)
+    for (name, weight), word in zip(pairs, words, strict=True):
+        if not _WEIGHT.fullmatch(weight) or not 0 < int(weight) <= _LARGEST_WEIGHT:
+            raise UsageError(
+                f"{word}: a weight is a whole number from 1 to {_LARGEST_WEIGHT}", _way_out(words, found)
+            )
+        if [other for other, _ in pairs].count(name) > 1:
+            raise UsageError(f"{','.join(words)}: {name} is there twice", _way_out(words, found))
+    return tuple(name for name, _ in pairs), tuple(int(weight) for _, weight in pairs)
+
+
+def _way_out(words: Sequence[str], found: Sequence[re.Match[str] | None]) -> str:
+    """What to write where these are names as they stand."""
+    name = next(word for word, one in zip(words, found, strict=True) if one)
+    return (
+        f"Where a queue is called {name}, it needs a weight too: {','.join(f'{word}:1' for word in words)}."
+    )
 
 
 def job_id(name: str) -> str:

@@ -131,6 +131,9 @@ def _run_locked(
         signals.hold()
         lifecycle.enter(session, client, describe(), lock, signals.sleep)
     log.info("worker %s registered at Redis %s", config.name, address(client))
+    if weights:
+        shares = ", ".join(f"{queue} {weight}" for queue, weight in zip(queues, weights, strict=True))
+        log.info("queues by weight: %s", shares)
     try:
         with translated(address(client)):
             offering.heard(lifecycle.inherit(session, client, describe()).labels or {})
