@@ -22,6 +22,7 @@ _WORKER = {
     "tunnel",
     "ends_at",
     "free",
+    "elsewhere",
 }
 _QUEUE = {"name", "queued", "running", "finished", "failed", "oldest_age_seconds", "paused", "requirements"}
 
