@@ -342,7 +342,11 @@ def main(signals: StopSignals) -> int:
     """Start from the command line of `fleet.worker`; returns the exit code."""
     arguments = sys.argv[1:]
     if len(arguments) != 2 or arguments[0] != "--config":  # argparse would stay, half a MiB of it
-        sys.exit("usage: python -I -m fleet.worker --config FILE")
+        is_asked_for = arguments == ["--help"]
+        print(
+            "usage: python -I -m fleet.worker --config FILE", file=sys.stdout if is_asked_for else sys.stderr
+        )
+        return 0 if is_asked_for else 2
     set_up_logging()
     try:
         config = WorkerConfig.from_json(_read(Path(arguments[1])))

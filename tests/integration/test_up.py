@@ -174,13 +174,13 @@ def test_where_a_worker_writes_is_kept_until_it_is_said_anew(farm, fleet, run_fl
     assert "output_dir=~/other" in run_fleet("hosts", "list").stdout
 
 
-def test_what_a_host_is_said_to_have_is_believed(farm, fleet, run_fleet):
+def test_what_a_host_is_said_to_have_is_believed_and_its_workers_divide_it(farm, fleet, run_fleet):
     farm.add("host1")
     said = ("--num-cpus", "6", "--memory-gb", "1.5", "--num-gpus", "2")
     assert fleet("up", "host1", options=("--workers-per-host", "2", *said)).returncode == 0
     for row in json.loads(run_fleet("status", "--json").stdout)["workers"]:
-        assert (row["slots"], row["cpus"], row["memory_bytes"]) == (3, 6, 3 * 2**29)
-        assert row["gpus"] == [{"name": "unknown", "memory_bytes": 0}] * 2
+        assert (row["slots"], row["cpus"], row["memory_bytes"]) == (3, 3, 3 * 2**28)
+        assert [gpu["name"] for gpu in row["gpus"]] == ["unknown"]
     assert fleet("down").returncode == 0
 
 
