@@ -86,6 +86,7 @@ def test_what_makes_no_sense_is_a_usage_error(fleet, words):
 
 def test_a_job_deleted_meanwhile_is_told(spawn, submit, redis_client, eventually, read):
     job = submit("true")
+    eventually(lambda: len(redis_client.client_list()) == 1, message="who submitted it has gone")
     process = spawn([fleet_script(), "wait", job], stderr=subprocess.PIPE)
     eventually(lambda: len(redis_client.client_list()) > 1, message="it waits")
     redis_client.delete(keys.job(job))
@@ -93,9 +94,10 @@ def test_a_job_deleted_meanwhile_is_told(spawn, submit, redis_client, eventually
 
 
 def test_ctrl_c_ends_it_without_a_traceback(spawn, submit, tmp_path, redis_client, eventually):
-    said = tmp_path / "said"
+    said, job = tmp_path / "said", submit("true")
+    eventually(lambda: len(redis_client.client_list()) == 1, message="who submitted it has gone")
     with open(said, "wb") as errors:
-        process = spawn([fleet_script(), "wait", submit("true")], stderr=errors)
+        process = spawn([fleet_script(), "wait", job], stderr=errors)
     eventually(lambda: len(redis_client.client_list()) > 1, message="it waits")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
