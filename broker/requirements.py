@@ -308,13 +308,15 @@ def label_rule(word: str) -> LabelRule:
             f"{word!r}: a glob has 1 to {_LONGEST_GLOB} printable characters",
             f"For any value write {found[1]}=*, for a label that is not there {found[1]}!=*.",
         )
+    if found[3].startswith("="):
+        raise UsageError(f"{word!r}: no label begins with =", f"Write {found[1]}{found[2]}{found[3]}.")
     return LabelRule(found[1], found[3], bool(found[2]))
 
 
 def priority(value: str | int) -> int:
     """A whole number, or a name of `PRIORITIES`. Raises UsageError."""
-    if value in PRIORITIES:
-        return PRIORITIES[str(value)]
+    if str(value).lower() in PRIORITIES:
+        return PRIORITIES[str(value).lower()]
     try:
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise ValueError

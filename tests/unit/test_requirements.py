@@ -139,6 +139,7 @@ def test_how_a_set_reads():
         ({"exclusive": "yes"}, "exclusive: 'yes' is neither"),
         ({"priority": "highest"}, "priority: 'highest' is no priority"),
         ({"priority": 1.5}, "priority: 1.5 is no priority"),
+        ({"labels": ["zone==eu"]}, "labels: 'zone==eu': no label begins with ="),
         ({"priority": True}, "priority: True is no priority"),
         ({"gpu": 1}, "gpu: there is no such requirement"),
     ],
@@ -257,6 +258,10 @@ def test_without_gpus_a_rule_on_gpu_name_is_of_the_worker():
     offer = Offer({"gpu_name": "NVIDIA A100,Tesla T4"}, gpus=(G, G, 0), gpu_names=UNLIKE)
     assert parse({"labels": ["gpu_name=*T4"]}).matches(offer, NOW)
     assert not parse({"labels": ["gpu_name!=*T4"]}).matches(offer, NOW)
+
+
+def test_names_of_priorities_are_read_in_any_case():
+    assert parse({"priority": "HIGH"}) == parse({"priority": "high"}) == parse({"priority": 10})
 
 
 def test_a_label_that_is_missing():
