@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from broker import amounts
-from broker.requirements import LabelRule, Offer, Requirements
+from broker.requirements import MEBIBYTE, MILLI, LabelRule, Offer, Requirements
 
 #: values of a label that are named before the rest is only counted
 _NAMED = 6
@@ -35,12 +35,20 @@ class Reason:
 
 @dataclass(frozen=True)
 class Free:
-    """What a worker has left, as its last heartbeat said. `gpus`: the share left of each."""
+    """What a worker has left. `gpus`: of each GPU the share that is left, 0 to 1."""
 
     slots: int
     cpus: float
     memory_bytes: int
     gpus: tuple[float, ...]
+
+    @property
+    def milli_cpus(self) -> int:
+        return round(self.cpus * MILLI)
+
+    @property
+    def mebibytes(self) -> int:
+        return self.memory_bytes // MEBIBYTE
 
 
 # --- nobody could ever run it ----------------------------------------------------------------------

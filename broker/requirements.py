@@ -26,6 +26,7 @@ _LARGEST_PRIORITY = 1_000_000_000
 #: memory is counted in these, also by the scripts: what is asked for is rounded up, what is there down
 MEBIBYTE = 2**20
 #: CPUs and shares of a GPU are counted in thousandths
+MILLI = 1000
 _DIGITS = 3
 _MOST = 1_000_000
 #: between a queue's name and the digest of a set

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from broker import clock
+from broker.fitting import Free
 from broker.requirements import SEPARATOR, Offer, Requirements
 from broker.sets import Known, News
 from broker.work import NO_PLACES, Places
 from broker.worker_settings import WorkerSettings
-from fleet.room import Free, Grant, Room, mebibytes_of
+from fleet.room import Grant, Room, mebibytes_of
 
 #: a reservation holds for so many beats; each claim renews it
 _HOLD_BEATS = 2

@@ -10,10 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from broker.requirements import MEBIBYTE, Requirements
+from broker.fitting import Free
+from broker.requirements import MEBIBYTE, MILLI, Requirements
 from fleet.resources import Resources
-
-_MILLI = 1000
 
 
 @dataclass(frozen=True)
@@ -30,24 +29,6 @@ class Grant:
     memory_bytes: int | None = None
     gpu_ids: tuple[int, ...] = ()
     gpu_share: float = 1
-
-
-@dataclass(frozen=True)
-class Free:
-    """What is left. `gpus`: of each GPU the share that is left, 0 to 1."""
-
-    slots: int
-    cpus: float
-    memory_bytes: int
-    gpus: tuple[float, ...]
-
-    @property
-    def milli_cpus(self) -> int:
-        return round(self.cpus * _MILLI)
-
-    @property
-    def mebibytes(self) -> int:
-        return self.memory_bytes // MEBIBYTE
 
 
 @dataclass(frozen=True)
@@ -81,11 +62,11 @@ class Room:
         #: index on the host -> GPU
         self._gpus = dict(zip(gpu_ids or range(len(total.gpus)), total.gpus, strict=True))
         self.call_gpus([gpu.name for gpu in total.gpus])
-        self._milli_cpus = round(total.cpus * _MILLI)
+        self._milli_cpus = round(total.cpus * MILLI)
         self._mebibytes = total.memory_bytes // MEBIBYTE
         self._cpu_ids = tuple(cpu_ids)[: math.floor(total.cpus)] if len(cpu_ids) >= total.cpus else ()
         #: what a job counts that asks for no CPUs
-        self.plain_milli_cpus = min(_MILLI, self._milli_cpus // self._slots)
+        self.plain_milli_cpus = min(MILLI, self._milli_cpus // self._slots)
 
     def call_gpus(self, models: Sequence[str | None]) -> None:
         """Of each GPU the label `gpu_name`, None: it has none; its own name, if nothing is said."""
@@ -112,9 +93,9 @@ class Room:
         plain_milli_cpus = self.plain * self.plain_milli_cpus
         return Free(
             max(0, self._slots - len(self._held) - self.plain),
-            max(0, self._milli_cpus - self._taken_milli_cpus() - plain_milli_cpus) / _MILLI,
+            max(0, self._milli_cpus - self._taken_milli_cpus() - plain_milli_cpus) / MILLI,
             (self._mebibytes - sum(held.mebibytes for held in self._held.values())) * MEBIBYTE,
-            tuple(milli / _MILLI for milli in self._free_gpus().values()),
+            tuple(milli / MILLI for milli in self._free_gpus().values()),
         )
 
     def fits(self, need: Requirements) -> bool:
@@ -149,7 +130,7 @@ class Room:
         if lease in self._held or not self.fits(need):
             raise ValueError(f"no room for {lease}: {need.readable() or 'a plain job'}")
         grant = self._whole_worker(need) if need.exclusive else self._grant(need)
-        share = _milli_gpus(need) if 0 < need.gpus < 1 else _MILLI
+        share = _milli_gpus(need) if 0 < need.gpus < 1 else MILLI
         held = _Holding(self.milli_cpus_of(need), mebibytes_of(need), share, need.exclusive, grant)
         self._held = {**self._held, lease: held}
         return grant
@@ -171,7 +152,7 @@ class Room:
         """An exclusive job has all CPUs and GPUs, but where it asked for fewer."""
         asked = self._grant(need)
         return Grant(
-            asked.cpus or self._milli_cpus / _MILLI,
+            asked.cpus or self._milli_cpus / MILLI,
             self._cpu_ids if need.cpus is None else asked.cpu_ids,
             asked.memory_bytes,
             asked.gpu_ids or tuple(self._gpus),
@@ -182,7 +163,7 @@ class Room:
 
     def milli_cpus_of(self, need: Requirements) -> int:
         """What a job counts."""
-        return self.plain_milli_cpus if need.cpus is None else round(need.cpus * _MILLI)
+        return self.plain_milli_cpus if need.cpus is None else round(need.cpus * MILLI)
 
     def _choose_cpus(self, need: Requirements) -> tuple[int, ...]:
         """Whole CPUs are the job's own: all of them together are never more than there are."""
@@ -208,7 +189,7 @@ class Room:
         return tuple(sorted(fit[:count])) if len(fit) >= count else None
 
     def _free_gpus(self) -> dict[int, int]:
-        left = dict.fromkeys(self._gpus, _MILLI)
+        left = dict.fromkeys(self._gpus, MILLI)
         for held in self._held.values():
             for index in held.grant.gpu_ids:
                 left[index] -= held.milli_gpu
@@ -230,4 +211,4 @@ def mebibytes_of(need: Requirements) -> int:
 
 def _milli_gpus(need: Requirements) -> int:
     """What it needs of each GPU it gets."""
-    return round(min(need.gpus, 1) * _MILLI)
+    return round(min(need.gpus, 1) * MILLI)

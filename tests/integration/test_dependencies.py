@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import redis
 import rq
@@ -120,24 +122,25 @@ def test_canceled_jobs_take_those_along_that_wait_for_them(client: redis.Redis) 
     assert client.zcard("rq:failed:default") == client.zcard("rq:canceled:default") == 0
 
 
-def test_a_chain_that_is_mended_goes_on(workers: Workers, tmp_path) -> None:
-    client = workers.client
-    put(client, "a", command=Command(("test", "-e", str(tmp_path / "mended"))))
-    put(client, "b", "a"), put(client, "c", "b")
+def fail_a_chain_and_mend_it(workers: Workers, folder: Path) -> None:
+    """a, b and c, one after the other: all have failed, and a would not again."""
+    put(workers.client, "a", command=Command(("test", "-e", str(folder / "mended"))))
+    put(workers.client, "b", "a"), put(workers.client, "c", "b")
     workers.start("w0")
     workers.wait(["c"])
-    (tmp_path / "mended").touch()
+    (folder / "mended").touch()
+
+
+def test_a_chain_that_is_mended_goes_on(workers: Workers, tmp_path) -> None:
+    client = workers.client
+    fail_a_chain_and_mend_it(workers, tmp_path)
     assert dict(control.retry(client, ["a"])) == {"a": "retried"}
     assert [job.state for job in workers.wait(["a", "b", "c"])] == ["finished"] * 3
 
 
 def test_a_failure_that_rq_requeues_brings_those_back_that_failed_for_it(workers: Workers, tmp_path) -> None:
     client = workers.client
-    put(client, "a", command=Command(("test", "-e", str(tmp_path / "mended"))))
-    put(client, "b", "a"), put(client, "c", "b")
-    workers.start("w0")
-    workers.wait(["c"])
-    (tmp_path / "mended").touch()
+    fail_a_chain_and_mend_it(workers, tmp_path)
     rq.Queue(connection=client).failed_job_registry.requeue("a")
     workers.until(lambda: state(client, "a", "b", "c") == ["finished"] * 3, "all finished")
 
