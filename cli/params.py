@@ -205,6 +205,33 @@ def resources(options: Mapping[str, Any]) -> dict[str, int]:
     return {name: value for name, value in said.items() if value is not None}
 
 
+def stagger_options(command: Any) -> Any:
+    """How workers that a script starts are kept from arriving at once; `stagger_seconds` reads them."""
+    for option in (
+        click.option("--no-stagger", is_flag=True, help="Workers begin at once, all of them."),
+        click.option(
+            "--startup-delay-seconds",
+            type=Duration(zero=True),
+            metavar="W",
+            help="Workers begin within W, each at its own moment; default: by their number.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def stagger_seconds(options: Mapping[str, Any], workers: int, registrations_per_second: float) -> float:
+    """The window in which `workers`, all of one submission, begin. Raises UsageError."""
+    from fleet import jitter
+
+    said: float | None = options["startup_delay_seconds"]
+    if options["no_stagger"] and said is not None:
+        raise UsageError("--no-stagger and --startup-delay-seconds contradict each other", "Leave one out.")
+    if options["no_stagger"]:
+        return 0.0
+    return jitter.window_seconds(workers, registrations_per_second) if said is None else said
+
+
 def requirement_options(command: Any) -> Any:
     """What a job needs of the worker that runs it, for a verb that submits; `requirements` reads them."""
     for option in (

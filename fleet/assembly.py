@@ -98,7 +98,8 @@ def _offering(config: WorkerConfig, ends_at: float | None) -> Iterator[Offering]
 
 def _wait_its_turn(config: WorkerConfig) -> None:
     """Begin at its own moment of the window in which many start. Raises SystemExit if told to stop."""
-    delay = jitter.delay_seconds(config.startup_delay_seconds, config.host, config.name)
+    who = jitter.identity_of(config.host, config.name, os.environ)
+    delay = jitter.delay_seconds(config.startup_delay_seconds, *who)
     if delay:
         log.info("starting in %.3f s, so that not all workers come at once", delay)
         time.sleep(delay)

@@ -7,7 +7,7 @@ machine and at every start, and different ones spread evenly over the window.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from broker.session import Identity
 from broker.worker_settings import WorkerSettings
@@ -36,10 +36,17 @@ def window_seconds(workers: int, registrations_per_second: float) -> float:
     return max(_MANY_SECONDS, workers / registrations_per_second)
 
 
-def delay_seconds(window_seconds: float, *identity: str) -> float:
-    """How long the one of that identity waits: from 0 to less than the window.
+def identity_of(host: str, name: str, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """What tells a worker from all others: its host and its name; in a job of Slurm also the id of that, the
+    number of the node in it, and of the task on the node (where Slurm says none, the task's PID)."""
+    task = environ.get("SLURM_LOCALID") or environ.get("SLURM_TASK_PID")
+    of_slurm = (environ.get("SLURM_JOB_ID"), environ.get("SLURM_NODEID"), task)
+    return host, name, *(part for part in of_slurm if part)
 
-    `identity` is what tells it from the others: its host and its name; or its host, Slurm job, node and task.
+
+def delay_seconds(window_seconds: float, *identity: str) -> float:
+    """How long the one of that identity (see `identity_of`) waits: from 0 to less than the window.
+
     The delay is window x SHA-256(parts joined by NUL, as UTF-8)[first 4 bytes, big-endian] / 2^32.
     """
     digest = hashlib.sha256("\0".join(identity).encode()).digest()

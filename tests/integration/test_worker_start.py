@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from broker import keys
+from fleet import jitter
 from tests.integration.conftest import Workers
 from tests.integration.test_worker import appending, lines, runs, waiting_for
 
@@ -120,6 +121,16 @@ def test_an_executors_interpreter_is_tried_once_and_again_when_it_is_another(
 def test_a_worker_begins_at_its_own_moment_of_the_window(workers: Workers) -> None:
     workers.start("w4", startup_delay_seconds=2.0)
     assert "starting in 0.766 s" in workers.log("w4"), "2 s x the hash of here, w4: tests/unit/test_jitter.py"
+
+
+def test_in_a_job_of_slurm_its_moment_is_that_of_its_place_there(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"JOB_ID": "4711", "NODEID": "2", "LOCALID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    workers.start("w4", startup_delay_seconds=1.0)
+    expected = jitter.delay_seconds(1.0, "here", "w4", "4711", "2", "1")
+    assert f"starting in {expected:.3f} s" in workers.log("w4")
 
 
 def test_sigterm_ends_the_wait_for_its_moment_at_once(workers: Workers) -> None:

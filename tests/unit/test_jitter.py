@@ -65,7 +65,23 @@ def test_a_delay_never_changes(identity, seconds):
     assert jitter.delay_seconds(60.0, *identity) == seconds
 
 
-@pytest.mark.parametrize("seed", ["0", "1"])
+@pytest.mark.parametrize(
+    ("environ", "of_slurm"),
+    [
+        ({}, ()),
+        ({"SLURM_JOB_ID": "4711"}, ("4711",)),
+        (
+            {"SLURM_JOB_ID": "4711", "SLURM_NODEID": "2", "SLURM_LOCALID": "0", "SLURM_TASK_PID": "99"},
+            ("4711", "2", "0"),
+        ),
+        ({"SLURM_JOB_ID": "4711", "SLURM_NODEID": "2", "SLURM_TASK_PID": "99"}, ("4711", "2", "99")),
+    ],
+)
+def test_a_worker_is_told_from_others_by_host_and_name_and_its_place_in_slurm(environ, of_slurm):
+    assert jitter.identity_of("node1", "node1-0", environ) == ("node1", "node1-0", *of_slurm)
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "random"])
 def test_a_delay_is_the_same_in_every_process(seed):
     script = "from fleet import jitter; print(jitter.delay_seconds(60.0, 'node1', 'node1-0'))"
     said = subprocess.check_output(
