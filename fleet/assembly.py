@@ -27,7 +27,7 @@ from broker.connection import address, connect, translated
 from broker.errors import FleetError, UsageError
 from broker.session import Identity, Session
 from broker.worker_settings import WorkerSettings
-from fleet import jitter, ledger, lifecycle, offer
+from fleet import jitter, ledger, lifecycle, offer, resources
 from fleet.attempt import CommandContext
 from fleet.beater import Beater, patience
 from fleet.chores import AllDone, ChoreThread
@@ -43,6 +43,7 @@ from fleet.offer import Offering
 from fleet.outputs import Folders, Outputs, WorkingFolders
 from fleet.placement import Placement
 from fleet.room import Room
+from fleet.sampler import Sampler
 from fleet.signals import StopSignals, kept_from_threads
 from fleet.slots import Slots
 from fleet.worker_config import WorkerConfig, state_dir
@@ -185,7 +186,7 @@ def _work(
             all_done=partial(parts.mail.post, AllDone()) if config.until_done else None,
             queues=config.served,
         )
-        for thread in (loop.beater, chores):
+        for thread in (loop.beater, chores, parts.sampler):
             with kept_from_threads():
                 thread.start()
             stack.callback(thread.stop)
@@ -240,8 +241,10 @@ def _parts(
         settings,
         config.only_set,
     )
-    slots = Slots(config.slots, settings, context, pool, guard, placement)
-    return Parts(session, selector, links, slots, pool, guard, Mailbox(), folders, offering, placement)
+    mail = Mailbox()
+    sampler = Sampler(resources.gpu_memory_in_use, mail.post)
+    slots = Slots(config.slots, settings, context, pool, guard, placement, sampler)
+    return Parts(session, selector, links, slots, pool, guard, mail, folders, offering, placement, sampler)
 
 
 def _executor_config(

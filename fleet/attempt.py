@@ -20,6 +20,7 @@ from fleet import process
 from fleet.limits import Limit, Limits
 from fleet.memory import Memory
 from fleet.outputs import Folders, OutputFiles, Outputs, WorkingFolders
+from fleet.processes import Process
 from fleet.room import Grant
 
 #: why an attempt was interrupted: its time ran out, an operator or RQ's stop-job, RQ's kill-horse,
@@ -57,8 +58,10 @@ class Attempt(ABC):
     uncounted: bool = False
     #: what it is held to, if it asked for something of its worker
     limit: Limit | None = None
-    #: the most memory that one of its processes was seen to have had: fleet/peaks.py
+    #: the most memory that one of its processes was seen to have had, and number -> start (seconds on the
+    #: boot clock) of those that there were: fleet/sampler.py
     seen_bytes: int = 0
+    known: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def timeout_at(self) -> float | None:
@@ -129,6 +132,10 @@ class Attempt(ABC):
     def is_unmetered(self) -> bool:
         """Whether its processes must be looked at while they run, for nobody else tells what they had."""
         return False
+
+    def counts(self, pid: int, found: Process) -> bool:
+        """Whether that process of its group, or of what descends from it, is the job's."""
+        return True
 
     @abstractmethod
     def has_ended(self) -> bool:

@@ -14,6 +14,7 @@ from fleet.limits import Limit
 from fleet.memory import Memory
 from fleet.outputs import file_end, output_paths, tail_of
 from fleet.process import Exit
+from fleet.processes import TICK, Process
 from fleet.room import Grant
 
 
@@ -75,6 +76,12 @@ class FunctionAttempt(Attempt):
 
     def signal(self, number: int) -> None:
         self.execution.kill(number)  # and not the next job of its executor, should this one just have ended
+
+    def counts(self, pid: int, found: Process) -> bool:
+        """One that is held to limits has a process forked for it; its executor, and what was there before,
+        do not count."""
+        limit = self.limit
+        return limit is None or (pid != self.pgid and found.started >= limit.made_at - TICK)
 
     def has_ended(self) -> bool:
         return self.execution.outcome is not None

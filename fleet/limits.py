@@ -2,7 +2,7 @@
 
 CPUs: it is bound to those that are its alone; one with a part of a CPU yields to others in proportion.
 Memory: by a cgroup of its own (`fleet/cgroup.py`); where there can be none it is watched
-(`fleet/watch.py`), and RLIMIT_DATA stops a leap that no watching would see in time. GPUs: by the
+(`fleet/sampler.py`), and RLIMIT_DATA stops a leap that no watching would see in time. GPUs: by the
 variables that CUDA and ROCm read.
 """
 

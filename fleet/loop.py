@@ -31,6 +31,7 @@ from fleet.offer import Offering
 from fleet.outputs import Folders
 from fleet.placement import Placement
 from fleet.rounds import Rounds
+from fleet.sampler import Sampler, TooLarge
 from fleet.slots import Slots
 from fleet.worker_config import WorkerConfig
 
@@ -58,6 +59,7 @@ class Parts:
     folders: Folders
     offering: Offering
     placement: Placement
+    sampler: Sampler
 
 
 @dataclass(frozen=True)
@@ -512,6 +514,8 @@ class WorkerLoop:
                 self._give_up(f"Redis refused us: {news.reason}", 6)
             elif isinstance(news, AllDone):
                 self._all_done = True
+            elif isinstance(news, TooLarge):
+                self._slots.kill_too_large(news.lease)
             elif news.state == "taken":
                 self._give_up("another worker has our name now", 1)
             else:

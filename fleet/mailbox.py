@@ -9,8 +9,9 @@ from queue import Empty, SimpleQueue
 from broker.work import Beat
 from fleet.beater import Denied
 from fleet.chores import AllDone
+from fleet.sampler import TooLarge
 
-Letter = Beat | Denied | AllDone
+Letter = Beat | Denied | AllDone | TooLarge
 _CHUNK = 4096
 
 

@@ -17,17 +17,15 @@ from typing import NamedTuple
 from broker import clock, command, template
 from broker.work import Claim, End, Outcome
 from broker.worker_settings import WorkerSettings
-from fleet import resources
 from fleet.attempt import Attempt, Cause, CommandAttempt, CommandContext, never_started
 from fleet.executors import Execution, ExecutorPool
 from fleet.function_attempt import FunctionAttempt
 from fleet.guard import Guard
 from fleet.pace import AHEAD_SECONDS, Pace
-from fleet.peaks import Peaks
 from fleet.placement import NoRoom, Placement
 from fleet.process import CannotStart, host_error
 from fleet.room import Grant
-from fleet.watch import Watch, Watched
+from fleet.sampler import Sampler
 
 log = logging.getLogger("fleet.worker")
 
@@ -61,6 +59,7 @@ class Slots:
         pool: ExecutorPool,
         guard: Guard,
         placement: Placement,
+        sampler: Sampler,
     ) -> None:
         self._count = count
         self._placement = placement
@@ -76,8 +75,7 @@ class Slots:
         self._lined_up: dict[Execution, tuple[_Waiting, FunctionAttempt]] = {}
         self._waiting: deque[_Waiting] = deque()
         self._pace = Pace(count)
-        self._watch = Watch(resources.gpu_memory_in_use)
-        self._peaks = Peaks()
+        self._sampler = sampler
         #: whether something ended where nobody but `collect` will look
         self._overlooked = False
         #: why this host cannot run jobs at the moment, and when it may be tried again
@@ -289,14 +287,10 @@ class Slots:
     def look_at_memory(self) -> None:
         """Once what ended has been collected, and while nobody waits for us: it takes 0.1 ms for each."""
         self._context.memory.look()
-        self._peaks.look(self._attempts.values())
 
     def _run(self, attempt: Attempt) -> None:
         self._attempts[attempt.claim.lease] = attempt
-        if attempt.limit:
-            is_function = isinstance(attempt, FunctionAttempt)
-            watched = Watched(attempt.limit, lambda: attempt.pgid, is_function)
-            self._watch.add(attempt.claim.lease, watched)
+        self._sampler.add(attempt)
         self.busy_at = clock.monotonic()
 
     def _could_not_start(self, claim: Claim, exc: CannotStart) -> None:
@@ -318,7 +312,7 @@ class Slots:
     def _finish(self, lease: str, attempt: Attempt) -> None:
         if isinstance(attempt, CommandAttempt):
             self._guard.remove(attempt.pgid)
-        self._watch.remove(lease)
+        self._sampler.remove(lease)
         end = attempt.collect(self._settings.output_tail_bytes)
         if end.outcome == "failed" and _may_come_first_again(attempt):
             self.hand_back_waiting()
@@ -335,14 +329,10 @@ class Slots:
         if self._overlooked:
             return clock.monotonic()
         times = [at for attempt in self for at in (attempt.timeout_at, attempt.kill_at) if at is not None]
-        times += [self._patient_until(), self._watch.next_time]
-        return min(times, default=float("inf"))
+        return min([*times, self._patient_until()])
 
     def enforce_limits(self) -> None:
-        """Interrupt what ran too long, kill what was given its grace, or has too much memory."""
-        for lease in self._watch.look():
-            self._attempts[lease].kill("memory")
-            self._overlooked |= self._attempts[lease].has_ended()
+        """Interrupt what ran too long, kill what was given its grace."""
         now = clock.monotonic()
         for attempt in self:
             if attempt.timeout_at is not None and now >= attempt.timeout_at:
@@ -351,6 +341,13 @@ class Slots:
             if attempt.kill_at is not None and now >= attempt.kill_at:
                 attempt.kill()
                 self._overlooked |= attempt.has_ended()
+
+    def kill_too_large(self, lease: str) -> None:
+        """It has more memory than it asked for, if it runs still."""
+        attempt = self._attempts.get(lease)
+        if attempt:
+            attempt.kill("memory")
+            self._overlooked |= attempt.has_ended()
 
     def stop_job(self, job_id: object) -> None:
         """An operator, or RQ's stop-job, wants it ended."""

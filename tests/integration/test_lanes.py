@@ -24,6 +24,7 @@ from fleet.outputs import Folders, Outputs, WorkingFolders
 from fleet.placement import Placement
 from fleet.resources import Resources
 from fleet.room import Room
+from fleet.sampler import Sampler
 from fleet.slots import Slots
 from tests.integration import test_executors
 from tests.integration.test_claims import claim, send, session
@@ -261,7 +262,9 @@ class Desk:
         guard: Any = self.guard
         settings, room = self.who.settings, Room(Resources(count, 0), count)
         placement = Placement(["default"], Offer(cpus=count, slots=count), room, settings)
-        self.slots = Slots(count, settings, context, bench.pool, guard, placement)
+        self.slots = Slots(
+            count, settings, context, bench.pool, guard, placement, Sampler(lambda _: None, lambda _: None)
+        )
 
     def take(self, *calls: tuple[Any, ...]) -> list[str]:
         """Enqueue these and claim them all; returns their ids."""
