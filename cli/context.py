@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from broker.errors import FleetError
     from broker.settings import Settings
+    from fleet.endpoint import Endpoint
 
 SCHEMA = 1
 
@@ -65,6 +66,18 @@ class Context:
         from fleet.embedded import embedded_url
 
         return embedded_url(start=start, say=self.say)
+
+    def endpoint(self, redis_host: str | None) -> Endpoint:
+        """How scripts that run elsewhere find Redis, no secret in it; `redis_host`: its machine to them.
+
+        Raises UsageError, RedisUnreachable.
+        """
+        from fleet import endpoint
+
+        url = self._configured_url()
+        if url is None:
+            return endpoint.of_embedded(redis_host)
+        return endpoint.configured(url, self.settings.redis_password_file, redis_host, self.say)
 
     def embedded_addresses(self) -> tuple[str, ...]:
         """The addresses that the embedded broker listens on; none where another Redis is configured."""

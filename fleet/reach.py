@@ -35,7 +35,7 @@ def url_for(redis_url: str, bound_to: Sequence[str], probe: base.Probe) -> str:
             f"Redis listens at {redacted(redis_url)}, out of that machine's reach",
             _way_out(urlsplit(redis_url), bound_to, probe.our_address),
         )
-    return _moved(redis_url, address)
+    return moved(redis_url, address)
 
 
 def is_loopback(redis_url: str) -> bool:
@@ -80,7 +80,7 @@ def _way_out(url: SplitResult, bound_to: Sequence[str], our_address: str | None)
     )
 
 
-def _moved(redis_url: str, address: str) -> str:
+def moved(redis_url: str, address: str) -> str:
     """`redis_url` with another address, its password, port and database kept."""
     parts = urlsplit(redis_url)
     login, at, _ = parts.netloc.rpartition("@")
