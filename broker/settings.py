@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     redis_url: str | None = None
     #: file whose first line is the password of Redis, for a URL without one
     redis_password_file: Path | None = None
+    #: of the logs of workers: "human" is `TIME LEVEL MESSAGE`, "json" an object a line
+    log_format: Literal["human", "json"] = "human"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     worker: WorkerSettings = WorkerSettings()
     ssh: SshSettings = SshSettings()
     jobs: JobSettings = JobSettings()

@@ -49,7 +49,10 @@ def see_to_it(context: Context, client: redis.Redis, job_id: str, submission: Su
     """Have a worker here for a job that `for_here` gave. Raises FleetError where none can be started."""
     from fleet import here
 
-    orders = here.Orders(context.url(), asdict(context.settings.worker), str(Path.cwd()))
+    settings = context.settings
+    orders = here.Orders(
+        context.url(), asdict(settings.worker), str(Path.cwd()), settings.log_format, settings.log_level
+    )
     need = submission.options.requirements
     try:
         worker = here.see_to_it(client, job_id, submission.queue, need, orders)

@@ -198,6 +198,8 @@ def _orders(context: Context, options: Options) -> Orders:
         paths=options["paths"] or here,
         resources=resources(options),
         settings=dataclasses.asdict(context.settings.worker),
+        log_format=context.settings.log_format,
+        log_level=context.settings.log_level,
         ephemeral=options["ephemeral"],
         until_done=options["until_done"],
         startup_delay_seconds=options["startup_delay_seconds"],

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from broker.errors import FleetError
 from cli.context import Context, pass_context
 from cli.params import Duration, labels, resource_options, resources
+from fleet.logs import FORMATS, LEVELS
 
 if TYPE_CHECKING:
     from fleet.worker_config import WorkerConfig
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 @click.option("--output-dir", type=click.Path(path_type=Path), help="Where jobs run and write.")
 @resource_options
 @click.option("--time-limit", type=Duration(), help="It has ended after so long (90, 5m, 2h).")
+@click.option("--log-format", type=click.Choice(FORMATS), help="Of its log; default: human (see settings).")
+@click.option("--log-level", type=click.Choice(LEVELS), help="The least that it logs; default: info.")
 @pass_context
 def worker(context: Context, /, **options: Any) -> int:
     """Run one worker here until it is told to stop (Ctrl-C twice hurries it)."""
@@ -50,12 +54,17 @@ def worker(context: Context, /, **options: Any) -> int:
     from fleet.signals import StopSignals
 
     signals = StopSignals().install()
-    config = _config(options, context.url())
-    assembly.set_up_logging()
-    return assembly.run(config, context.settings.worker, signals)
+    config = _config(context, options)
+    assembly.log_to_stderr(config)
+    try:
+        return assembly.run(config, context.settings.worker, signals)
+    except FleetError as exc:
+        if config.log_format == "human":
+            raise
+        return assembly.refused(exc)
 
 
-def _config(options: dict[str, Any], redis_url: str) -> WorkerConfig:
+def _config(context: Context, options: dict[str, Any]) -> WorkerConfig:
     """What the command line says, as every launcher would say it."""
     from fleet.worker_config import WorkerConfig, default_output_dir, this_host
 
@@ -64,7 +73,7 @@ def _config(options: dict[str, Any], redis_url: str) -> WorkerConfig:
     return WorkerConfig(
         name=options["name"] or f"{host}-0",
         host=host,
-        redis_url=redis_url,
+        redis_url=context.url(),
         output_dir=str(options["output_dir"] or default_output_dir()),
         queues=tuple(part.strip() for part in options["queues"].split(",")),
         slots=options["slots"] or 1,
@@ -81,4 +90,6 @@ def _config(options: dict[str, Any], redis_url: str) -> WorkerConfig:
         ephemeral=ephemeral,
         resources=resources(options),
         time_limit_seconds=options["time_limit"],
+        log_format=options["log_format"] or context.settings.log_format,
+        log_level=options["log_level"] or context.settings.log_level,
     )

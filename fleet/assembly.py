@@ -27,7 +27,7 @@ from broker.connection import address, connect, translated
 from broker.errors import FleetError, UsageError
 from broker.session import Identity, Session
 from broker.worker_settings import WorkerSettings
-from fleet import jitter, ledger, lifecycle, offer, resources
+from fleet import jitter, ledger, lifecycle, logs, offer, resources
 from fleet.attempt import CommandContext
 from fleet.beater import Beater, patience
 from fleet.chores import AllDone, ChoreThread
@@ -36,6 +36,7 @@ from fleet.guard import Guard
 from fleet.launchers.agent import TOKEN_VARIABLE
 from fleet.limits import Limits
 from fleet.links import Links
+from fleet.logs import about
 from fleet.loop import Parts, WorkerLoop
 from fleet.mailbox import Mailbox
 from fleet.memory import Memory
@@ -102,7 +103,7 @@ def _wait_its_turn(config: WorkerConfig) -> None:
     who = jitter.identity_of(config.host, config.name, os.environ)
     delay = jitter.delay_seconds(config.startup_delay_seconds, *who)
     if delay:
-        log.info("starting in %.3f s, so that not all workers come at once", delay)
+        log.info("starting in %.3f s, so that not all workers come at once", delay, extra=about("waiting"))
         time.sleep(delay)
 
 
@@ -132,10 +133,10 @@ def _run_locked(
         client.connection_pool.release(client.connection_pool.get_connection())  # what takes time comes first
         signals.hold()
         lifecycle.enter(session, client, describe(), lock, signals.sleep)
-    log.info("worker %s registered at Redis %s", config.name, address(client))
+    log.info("worker %s registered at Redis %s", config.name, address(client), extra=about("registered"))
     if weights:
         shares = ", ".join(f"{queue} {weight}" for queue, weight in zip(queues, weights, strict=True))
-        log.info("queues by weight: %s", shares)
+        log.info("queues by weight: %s", shares, extra=about("queues"))
     try:
         with translated(address(client)):
             offering.heard(lifecycle.inherit(session, client, describe()).labels or {})
@@ -276,10 +277,14 @@ def job_environ(environ: Mapping[str, str], config: WorkerConfig, incarnation: s
 def _leave(session: Session, client: redis.Redis, *, known_seconds: int) -> None:
     """Take the record out of the registry, if Redis can be reached; else it lapses by itself."""
     try:
-        if not _is_retired(session, client, known_seconds):
-            log.warning("leases are left; others recover them when they have run out")
+        if _is_retired(session, client, known_seconds):
+            log.info("signed off", extra=about("signed_off"))
+        else:
+            log.warning(
+                "leases are left; others recover them when they have run out", extra=about("leases_left")
+            )
     except redis.RedisError as exc:
-        log.warning("could not sign off: %s", exc)
+        log.warning("could not sign off: %s", exc, extra=about("leases_left"))
 
 
 def _is_retired(session: Session, client: redis.Redis, known_seconds: int) -> bool:
@@ -335,13 +340,6 @@ class _Description:
         return json.dumps(self._fixed | now)
 
 
-def set_up_logging() -> None:
-    """To stderr, one line an event; times in UTC."""
-    logging.Formatter.converter = time.gmtime
-    form = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, datefmt="%Y-%m-%dT%H:%M:%S", stream=sys.stderr)
-
-
 def main(signals: StopSignals) -> int:
     """Start from the command line of `fleet.worker`; returns the exit code."""
     arguments = sys.argv[1:]
@@ -351,13 +349,24 @@ def main(signals: StopSignals) -> int:
             "usage: python -I -m fleet.worker --config FILE", file=sys.stdout if is_asked_for else sys.stderr
         )
         return 0 if is_asked_for else 2
-    set_up_logging()
+    logs.set_up()
     try:
         config = WorkerConfig.from_json(_read(Path(arguments[1])))
+        log_to_stderr(config)
         return run(config, WorkerSettings.from_json(config.settings), signals)
     except FleetError as exc:
-        log.error("%s %s", exc.message, exc.hint)
-        return exc.exit_code
+        return refused(exc)
+
+
+def log_to_stderr(config: WorkerConfig) -> None:
+    """As the configuration has it, from now on."""
+    logs.set_up(config.log_format, config.log_level, worker=config.name, host=config.host)
+
+
+def refused(error: FleetError) -> int:
+    """Log why it cannot work; returns the exit code."""
+    log.error("%s %s", error.message, error.hint, extra=about("refused"))
+    return error.exit_code
 
 
 def _read(path: Path) -> str:

@@ -18,6 +18,7 @@ from broker.connection import is_denied
 from broker.session import Session
 from broker.work import Beat
 from fleet import jitter
+from fleet.logs import about
 
 log = logging.getLogger("fleet.beater")
 
@@ -90,7 +91,7 @@ class Beater:
         try:
             self._beat()
             if not self.connected:
-                log.info("Redis is back")
+                log.info("Redis is back", extra=about("redis_back"))
             self.connected = True
         except Exception as exc:  # whatever it is: without a heartbeat all jobs here are lost
             if is_denied(exc):
@@ -103,6 +104,7 @@ class Beater:
                     "Redis does not answer: %s; jobs run on until their leases end",
                     exc,
                     exc_info=None if is_known else exc,
+                    extra=about("redis_away"),
                 )
             self.connected = False
 
@@ -119,7 +121,7 @@ class Beater:
         self._post(beat)
 
     def _register_again(self) -> Beat:
-        log.warning("our record is gone from Redis: registering again")
+        log.warning("our record is gone from Redis: registering again", extra=about("record_gone"))
         taken = self._session.register(self._client, self._record())
         self._wake.set()  # the next beat renews the leases
         return Beat("taken" if taken else "gone")

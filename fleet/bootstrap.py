@@ -74,6 +74,9 @@ class Orders:
     resources: Mapping[str, int] = field(default_factory=dict)
     #: those of broker.worker_settings.WorkerSettings
     settings: Mapping[str, Any] = field(default_factory=dict)
+    #: of fleet.logs
+    log_format: str = "human"
+    log_level: str = "info"
     #: the window within which workers begin, each at its own moment; None: as their number demands
     startup_delay_seconds: float | None = None
     #: after so long they have ended
@@ -307,6 +310,8 @@ def workers_for(host: Host, orders: Orders, probe: base.Probe, python: str) -> t
         siblings=count,
         time_limit_seconds=orders.time_limit_seconds,
         settings=orders.settings,
+        log_format=orders.log_format,
+        log_level=orders.log_level,
         until_done=orders.until_done,
     )
     first = (first.as_ephemeral() if orders.ephemeral else first).checked()

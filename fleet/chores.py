@@ -22,6 +22,7 @@ from broker import chores, clock, jobs, keys, names, scripts, tunnels
 from broker.requirements import base_of
 from broker.session import Session
 from fleet import jitter
+from fleet.logs import about
 from fleet.outputs import Folders
 
 log = logging.getLogger("fleet.chores")
@@ -114,7 +115,8 @@ class ChoreThread:
         if _is_away(exc) or str(exc) in self._told:
             return
         self._told.add(str(exc))
-        log.warning("chores: %s", exc, exc_info=None if isinstance(exc, redis.RedisError) else exc)
+        trace = None if isinstance(exc, redis.RedisError) else exc
+        log.warning("chores: %s", exc, exc_info=trace, extra=about("chores"))
 
     def _turn(self) -> None:
         self._prune()
@@ -162,7 +164,7 @@ class ChoreThread:
                 self._due[index] = clock.monotonic() + chore.interval_seconds
                 done = chore.run(self._client)
                 if done and isinstance(chore, chores.Recovery):
-                    log.warning("recovered %d jobs of workers that died", done)
+                    log.warning("recovered %d jobs of workers that died", done, extra=about("recovered"))
 
     def _next_due(self, until: float) -> float:
         return min(until, *self._due.values())

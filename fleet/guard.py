@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from fleet.logs import about
 from fleet.sidecar import Sidecar, SidecarGone
 
 log = logging.getLogger("fleet.worker")
@@ -30,7 +31,12 @@ class Guard:
 
     def _listen(self) -> None:
         with self._lock:
-            self._killed |= self._sidecar.killed()
+            self._hear()
+
+    def _hear(self) -> None:
+        self._killed |= self._sidecar.killed()
+        for line in self._sidecar.said():
+            log.warning("the sidecar says: %s", line, extra=about("sidecar_says"))
 
     def add(self, pgid: int) -> None:
         """Have a group killed should this worker die or lose its leases."""
@@ -51,7 +57,8 @@ class Guard:
     def killed(self) -> set[int]:
         """Groups that were killed since the last call because the leases were about to end."""
         with self._lock:
-            killed, self._killed = self._killed | self._sidecar.killed(), set()
+            self._hear()
+            killed, self._killed = self._killed, set()
         return killed
 
     def keep_alive(self) -> None:
@@ -71,14 +78,14 @@ class Guard:
             message(self._sidecar)
 
     def _replace(self) -> None:
-        log.warning("the sidecar died: starting another")
+        log.warning("the sidecar died: starting another", extra=about("sidecar_died"))
         self._unwatch()
         with self._lock:
-            self._killed |= self._sidecar.killed()
+            self._hear()
             try:
                 self._sidecar = self._sidecar.successor()
             except (SidecarGone, OSError) as exc:
-                log.warning("it could not be started, trying again: %s", exc)
+                log.warning("it could not be started, trying again: %s", exc, extra=about("sidecar_died"))
                 return
         if self._selector:
             self._selector.register(self._sidecar, selectors.EVENT_READ, self._listen)

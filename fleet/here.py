@@ -38,11 +38,14 @@ _WAITS = ("queued", "deferred", "scheduled", None)
 
 @dataclass(frozen=True)
 class Orders:
-    """How a worker is started here: `settings` are those of WorkerSettings, as JSON values."""
+    """How a worker is started here: `settings` are those of WorkerSettings, as JSON values; `log_format` and
+    `log_level` of fleet.logs."""
 
     redis_url: str
     settings: Mapping[str, Any]
     folder: str
+    log_format: str = "human"
+    log_level: str = "info"
 
 
 def bound(need: Requirements) -> Requirements:
@@ -120,6 +123,8 @@ def _config(name: str, queue: str, need: Requirements, orders: Orders) -> Worker
         resources={} if need.exclusive else asked,
         is_modest=True,
         settings=orders.settings,
+        log_format=orders.log_format,
+        log_level=orders.log_level,
     )
 
 

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fleet import resources
+from fleet.logs import about
 from fleet.process import began, boot_id
 from fleet.resources import Gpu, Resources
 
@@ -137,7 +138,9 @@ class Promise:
                 rows.append(_row(worker, self.share, self._host))
         except OSError as exc:
             log.warning(
-                "no ledger of this host's resources: %s; other workers here may promise the same", exc
+                "no ledger of this host's resources: %s; other workers here may promise the same",
+                exc,
+                extra=about("ledger"),
             )
             self.share = _share(self._host, wish, [])
         self.elsewhere = self._missing(others)
@@ -190,6 +193,7 @@ class Promise:
             *(has.cpus, alone.cpus, has.memory_bytes >> 20, alone.memory_bytes >> 20),
             *(len(has.gpus), len(alone.gpus)),
             ", ".join(f"{row.worker} (process {row.pid})" for row in others),
+            extra=about("resources"),
         )
 
 
@@ -311,6 +315,7 @@ def _settled(what: str, said: int | None, total: int, left: int, wish: Wish) -> 
             log.warning(
                 "said to have %d %s, of which %d are left on this host: jobs may get in each other's way",
                 *(said, what, left),
+                extra=about("resources"),
             )
         return said
     return min(left, part(total, wish.number, wish.of))

@@ -28,6 +28,7 @@ from broker.session import Session
 from broker.work import Beat
 from fleet import process
 from fleet.launchers.agent import TOKEN_VARIABLE
+from fleet.logs import about
 from fleet.outputs import Folders
 
 log = logging.getLogger("fleet.worker")
@@ -172,7 +173,7 @@ def enter(
         return
     other = _fields(taken)
     if other.get("lock") == lock.identity():
-        log.info("taking over from pid %s, which is gone", other.get("pid"))
+        log.info("taking over from pid %s, which is gone", other.get("pid"), extra=about("taking_over"))
         session.register(client, record, replaces=str(other.get("incarnation")))
         return
     _outwait(session, client, record, other, sleep)
@@ -183,7 +184,8 @@ def _outwait(
 ) -> None:
     """A worker we cannot see has the name: dead ones stop beating, live ones do not."""
     name = session.identity.name
-    log.info("a worker named %s was on host %s: waiting whether it still beats", name, other.get("host"))
+    said = "a worker named %s was on host %s: waiting whether it still beats"
+    log.info(said, name, other.get("host"), extra=about("taking_over"))
     while taken := session.register(client, record):
         now = _fields(taken)
         if (now.get("incarnation"), now.get("at")) != (other.get("incarnation"), other.get("at")):

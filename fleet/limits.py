@@ -19,6 +19,7 @@ from broker import clock
 from broker.usage import Usage
 from broker.work import Claim
 from fleet import cgroup
+from fleet.logs import about
 from fleet.room import Grant
 
 log = logging.getLogger("fleet.worker")
@@ -175,13 +176,14 @@ class Limits:
         if not self._looked:
             self._looked, self._groups = True, cgroup.prepared()
             how = "by cgroups" if self._groups else "by watching, for cgroups are not ours to make"
-            log.info("limits of memory are kept %s", how)
+            log.info("limits of memory are kept %s", how, extra=about("memory_limits"))
         if self._groups is None:
             return None
         try:
             return self._groups.make(f"{claim.job_id}.{claim.fence}", memory_bytes)
         except OSError as exc:
-            log.warning("job %s: no cgroup for it, it is watched: %s", claim.job_id, exc)
+            said = "job %s: no cgroup for it, it is watched: %s"
+            log.warning(said, claim.job_id, exc, extra=about("memory_limits", claim))
             return None
 
     def close(self) -> None:

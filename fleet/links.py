@@ -14,6 +14,7 @@ from broker.line import Line
 from broker.session import Session
 from broker.waiting import Channels, Waiter
 from fleet import jitter
+from fleet.logs import about
 
 log = logging.getLogger("fleet.worker")
 
@@ -56,7 +57,7 @@ class Links:
         is_new = self.up and now - self._up_at >= _STABLE_SECONDS
         if is_new or str(exc) != self._said:
             self._said = str(exc)
-            log.warning("Redis does not answer: %s", exc)
+            log.warning("Redis does not answer: %s", exc, extra=about("redis_away"))
         if is_new:
             self._pauses = jitter.returns_seconds(fleet_size, self._session.settings, self._session.identity)
         self.retry_at = now + next(self._pauses)

@@ -26,6 +26,7 @@ from fleet.chores import AllDone
 from fleet.executors import ExecutorPool
 from fleet.guard import Guard
 from fleet.links import Links
+from fleet.logs import about
 from fleet.mailbox import Mailbox
 from fleet.offer import Offering
 from fleet.outputs import Folders
@@ -226,7 +227,7 @@ class WorkerLoop:
         if self._all_done or (self._config.ephemeral and self._draining):
             return True
         if self._placement.is_useless:
-            log.warning("it was started for jobs that ask for more than it has")
+            log.warning("it was started for jobs that ask for more than it has", extra=about("useless"))
             return True
         limit = self._config.idle_timeout_seconds
         if limit is None or not self._has_looked:
@@ -235,14 +236,14 @@ class WorkerLoop:
 
     def _enforce_stop(self) -> None:
         if self._stop_at is None and clock.monotonic() >= self._last_call.at:
-            log.info("the time limit is near: no more jobs are taken")
+            log.info("the time limit is near: no more jobs are taken", extra=about("time_limit"))
             self._stop_at = self._last_call.until
         if self._stop_at is None:
             return
         if not self._said_stopping:
             self._said_stopping = True
             left = max(0.0, self._stop_at - clock.monotonic())
-            log.info("stopping: %d jobs have %.0f s to end", len(self._slots), left)
+            log.info("stopping: %d jobs have %.0f s to end", len(self._slots), left, extra=about("stopping"))
             if self.beater:  # whoever looks shall see it
                 self.beater.beat_now()
         if clock.monotonic() >= self._stop_at:
@@ -251,7 +252,7 @@ class WorkerLoop:
 
     def _give_up(self, reason: str, exit_code: int) -> None:
         """Nothing more can be told to Redis: end all jobs, and say why."""
-        log.error("%s; stopping", reason)
+        log.error("%s; stopping", reason, extra=about("gave_up"))
         self._exit_code = exit_code
         self._stop_at = clock.monotonic()
         self._slots.kill_all("lost")
@@ -334,7 +335,8 @@ class WorkerLoop:
         if accepted:
             self._asides.follow(end)
         else:
-            log.warning("job %s: its lease was no longer ours, %s dropped", end.claim.job_id, end.outcome)
+            said = "job %s: its lease was no longer ours, %s dropped"
+            log.warning(said, end.claim.job_id, end.outcome, extra=about("lease_lost", end.claim))
 
     def _admit(self, exchange: Exchange, done: Round) -> None:
         """Make new claims known to the heartbeat first; the turn starts them."""
@@ -378,9 +380,10 @@ class WorkerLoop:
         """An operator's wish, which holds until it is undone, also for a worker that starts."""
         if draining and not self._draining:
             name = self._session.identity.name
-            log.info("draining: no jobs are taken until 'fleet undrain %s'", name)
+            said = "draining: no jobs are taken until 'fleet undrain %s'"
+            log.info(said, name, extra=about("draining"))
         elif self._draining and not draining:
-            log.info("no longer draining")
+            log.info("no longer draining", extra=about("undrained"))
         self._draining = draining
 
     def _heed_labels(self, labels: Mapping[str, str] | None) -> None:
@@ -390,7 +393,8 @@ class WorkerLoop:
                 with self._linked():
                     self._session.restore_labels(self._links.client, self._offering.operators)
         elif self._offering.heard(labels or {}):
-            log.info("labels: %s", ",".join(f"{k}={v}" for k, v in self._offering.labels.items()))
+            words = ",".join(f"{k}={v}" for k, v in self._offering.labels.items())
+            log.info("labels: %s", words, extra=about("labels"))
             self._offer_anew()
 
     def _grow(self) -> None:
@@ -400,7 +404,8 @@ class WorkerLoop:
         share = self._offering.share
         self._placement.room.hold(share.total, share.cpu_ids, share.gpu_ids)
         has = share.total.cpus, share.total.memory_bytes >> 20, len(share.total.gpus)
-        log.info("others of this host have left: it has %d CPUs, %d MiB and %d GPUs now", *has)
+        said = "others of this host have left: it has %d CPUs, %d MiB and %d GPUs now"
+        log.info(said, *has, extra=about("resources"))
         self._offer_anew()
 
     def _offer_anew(self) -> None:
@@ -416,7 +421,7 @@ class WorkerLoop:
             return False
         fault = self._slots.fault if clock.monotonic() < self._slots.fault_until else self._disk_fault()
         if fault and not self.notice:
-            log.warning("%s; no jobs are taken", fault)
+            log.warning("%s; no jobs are taken", fault, extra=about("unfit"))
         self.notice = fault
         return not fault
 

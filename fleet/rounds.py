@@ -15,6 +15,7 @@ from broker.connection import is_refusal
 from broker.line import Line
 from broker.session import Session
 from broker.work import NO_PLACES, End, Exchange, Places, Round
+from fleet.logs import about
 from fleet.slots import Slots
 
 log = logging.getLogger("fleet.worker")
@@ -109,7 +110,8 @@ class Rounds:
 
     def _refused(self, exchange: Exchange, why: str) -> None:
         """Find which of the ends it was; the one it was fails its job, and not all others for ever."""
-        log.warning("Redis refused a report of %d ends: %s", len(exchange.ends), why)
+        count = len(exchange.ends)
+        log.warning("Redis refused a report of %d ends: %s", count, why, extra=about("report_refused"))
         self._under_way = None
         self._session.settle(exchange)
         if len(exchange.ends) > 1:
@@ -120,7 +122,7 @@ class Rounds:
     def _replace(self, end: End, why: str) -> None:
         reason = f"ResultRefused: Redis did not take the end of this job: {why[:500]}"
         if end.reason.startswith("ResultRefused: "):  # not even that: its lease will run out
-            log.error("job %s: %s", end.claim.job_id, reason)
+            log.error("job %s: %s", end.claim.job_id, reason, extra=about("report_refused", end.claim))
             self._slots.settled(end)
         else:
             text = failures.encoded(reason)

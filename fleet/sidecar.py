@@ -37,6 +37,7 @@ class Sidecar:
         self._token, self._lock_fd = token, lock_fd
         self._process, self._commands, self._reports = _launch(token, lock_fd)
         self._rest = b""
+        self._said: list[str] = []
         self._at_end = False
 
     @classmethod
@@ -96,7 +97,13 @@ class Sidecar:
         """
         lines = self._read().split(b"\n")
         self._rest = lines.pop()
-        return {int(line) for line in lines}
+        self._said += [line.decode(errors="replace") for line in lines if line and not line.isdigit()]
+        return {int(line) for line in lines if line.isdigit()}
+
+    def said(self) -> list[str]:
+        """The lines that came on its stderr and were not told yet, as of the last `killed`."""
+        said, self._said = self._said, []
+        return said
 
     def fileno(self) -> int:
         """Readable when there is something for `killed`, or when the sidecar died."""
@@ -150,6 +157,8 @@ def _launch(token: str, lock_fd: int | None) -> tuple[subprocess.Popen[bytes], I
                 [sys.executable, "-I", "-S", sidecar_main.__file__, *map(str, [*theirs, os.getpid()]), token],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                # what it has to say in trouble is for the worker to log
+                stderr=their_reports,
                 pass_fds=theirs if lock_fd is None else [*theirs, lock_fd],
                 env=_environment(os.environ),
                 start_new_session=True,

@@ -7,6 +7,7 @@ of two pipes, and the worker's number. It stands alone, with nothing but the sta
                         -PGID   it is gone, its number may soon be another's
                         =SECONDS  kill all unless a later deadline comes by then
     to the worker       PGID    killed, since the deadline had passed
+                        TEXT    whatever comes on its stderr, which is the same pipe
 
 The end of the commands means that the worker is dead, however it died: the groups are killed, then
 whatever else carries the worker's token in its environment, and this process leaves. With it goes

@@ -26,7 +26,7 @@ def kept_from_threads() -> Iterator[None]:
 
 
 def _tell_unless_leaving(dropped: sys.UnraisableHookArgs) -> None:
-    """What Python drops, for a callback of its own raised it, is no fault where it is our wish to leave."""
+    """As `fleet.logs` does later."""
     if dropped.exc_type is not SystemExit:
         sys.__unraisablehook__(dropped)
 

@@ -21,6 +21,7 @@ from fleet.attempt import Attempt, Cause, CommandAttempt, CommandContext, never_
 from fleet.executors import Execution, ExecutorPool
 from fleet.function_attempt import FunctionAttempt
 from fleet.guard import Guard
+from fleet.logs import about
 from fleet.pace import AHEAD_SECONDS, Pace
 from fleet.placement import NoRoom, Placement
 from fleet.process import CannotStart, host_error
@@ -78,6 +79,7 @@ class Slots:
         self._sampler = sampler
         #: whether something ended where nobody but `collect` will look
         self._overlooked = False
+        self._tells_all = log.isEnabledFor(logging.DEBUG)
         #: why this host cannot run jobs at the moment, and when it may be tried again
         self.fault = ""
         self.fault_until = 0.0
@@ -148,7 +150,7 @@ class Slots:
             except command.Damaged as exc:
                 self._end(never_started(claim, f"DamagedJob: {exc}"))
             except NoRoom as exc:
-                log.warning("job %s: %s", claim.job_id, exc)
+                log.warning("job %s: %s", claim.job_id, exc, extra=about("no_room", claim))
                 self._note(End(claim, "handed-back", str(exc)))
 
     def start_waiting(self) -> None:
@@ -291,6 +293,8 @@ class Slots:
     def _run(self, attempt: Attempt) -> None:
         self._attempts[attempt.claim.lease] = attempt
         self._sampler.add(attempt)
+        if self._tells_all:
+            log.debug("job %s started", attempt.claim.job_id, extra=about("job_started", attempt.claim))
         self.busy_at = clock.monotonic()
 
     def _could_not_start(self, claim: Claim, exc: CannotStart) -> None:
@@ -305,6 +309,8 @@ class Slots:
 
     def _note(self, end: End) -> None:
         self._placement.give_back(end.claim.lease)
+        if end.outcome != "finished" or self._tells_all:
+            _tell_of(end)
         if not self._ends:
             self.oldest_end = clock.monotonic()
         self._ends[end.claim.lease] = end
@@ -362,7 +368,7 @@ class Slots:
 
     def end(self, attempt: Attempt, cause: Cause) -> None:
         """End one attempt: a command gets a grace to stop in, a function is killed, as RQ does."""
-        log.info("job %s: %s", attempt.claim.job_id, cause)
+        log.info("job %s: %s", attempt.claim.job_id, cause, extra=about("job_ending", attempt.claim))
         if cause == "stop" and isinstance(attempt, CommandAttempt):
             attempt.interrupt(cause, self._settings.kill_grace_seconds)
         else:
@@ -380,6 +386,14 @@ class Slots:
         for attempt in self._begun() if killed else ():
             if attempt.pgid in killed:
                 attempt.cause, attempt.uncounted = "lost", uncounted
+
+
+def _tell_of(end: End) -> None:
+    """How an attempt ended; whether its job is run again its producer and Redis know."""
+    level = logging.INFO if end.outcome in ("failed", "lost") else logging.DEBUG
+    event = about(f"job_{end.outcome.replace('-', '_')}", end.claim)
+    reason = f": {end.reason}" if end.reason else ""
+    log.log(level, "job %s %s%s", end.claim.job_id, end.outcome, reason, extra=event)
 
 
 def _may_come_first_again(attempt: Attempt) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from broker import clock
-from fleet.assembly import set_up_logging
+from fleet import logs
 from fleet.tunnel_folder import TunnelFolder
 
 log = logging.getLogger("fleet.tunnel")
@@ -32,7 +32,7 @@ _FORWARD = "--forward"
 
 def main(argv: list[str]) -> int:
     """Be the supervisor, or with --forward its forwarder."""
-    set_up_logging()
+    logs.set_up()
     logging.getLogger("asyncssh").setLevel(logging.ERROR)  # it tells of every connection
     folder = TunnelFolder(Path(argv[0]))
     if _FORWARD in argv:

@@ -19,6 +19,7 @@ from typing import Any
 from broker import names
 from broker.errors import UsageError
 from broker.requirements import SEPARATOR
+from fleet import logs
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class WorkerConfig:
     #: after so long it has ended; jobs that cannot end before that are handed back
     time_limit_seconds: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    #: of fleet.logs
+    log_format: str = "human"
+    log_level: str = "info"
 
     def checked(self) -> WorkerConfig:
         """Return itself, or raise UsageError for the first thing that cannot be."""
@@ -85,6 +89,11 @@ class WorkerConfig:
             names.label_value(value)
         if self.executor not in ("warm", "fork"):
             raise UsageError(f"--executor must be warm or fork, got {self.executor!r}")
+        if self.log_format not in logs.FORMATS or self.log_level not in logs.LEVELS:
+            raise UsageError(
+                f"no log of the form {self.log_format!r} and the level {self.log_level!r}",
+                f"--log-format is {' or '.join(logs.FORMATS)}, --log-level {', '.join(logs.LEVELS)}.",
+            )
         return self
 
     @property
