@@ -8,7 +8,6 @@ producer finds the same one. A worker judges a set once, when it first sees it, 
 from __future__ import annotations
 
 import base64
-import difflib
 import hashlib
 import json
 import re
@@ -380,6 +379,8 @@ def _read(name: str, reader: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _nearest(name: str) -> str:
+    import difflib  # a worker has no use for it
+
     near = difflib.get_close_matches(name, FIELDS, 1)
     return f"Did you mean {near[0]}?" if near else f"There are {', '.join(FIELDS)}."
 

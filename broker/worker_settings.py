@@ -6,17 +6,36 @@ without pydantic; `broker.settings` fills the same class from flags, environment
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, get_type_hints
-
-from annotated_types import Ge, Gt
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 from broker.errors import ConfigError
 
-Seconds = Annotated[float, Gt(0)]
-Count = Annotated[int, Ge(1)]
+
+class _Bound(NamedTuple):
+    """What a number must be at least ("ge"), or above ("gt").
+
+    pydantic reads it as it reads those of annotated_types, which would stay in an idle worker.
+    """
+
+    kind: Literal["ge", "gt"]
+    limit: int
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: Callable[[Any], dict[str, Any]]
+    ) -> dict[str, Any]:
+        return handler(source) | {self.kind: self.limit}
+
+    def fault(self, value: float) -> str:
+        """What is wrong with `value`, or ''."""
+        if value > self.limit or (value == self.limit and self.kind == "ge"):
+            return ""
+        return f"must be {'above' if self.kind == 'gt' else 'at least'} {self.limit}"
+
+
+Seconds = Annotated[float, _Bound("gt", 0)]
+Count = Annotated[int, _Bound("ge", 1)]
 
 
 @dataclass(frozen=True)
@@ -30,32 +49,32 @@ class WorkerSettings:
     #: seconds after the last heartbeat when a worker is lost; also the length of a lease
     lease_seconds: Seconds = 30.0
     #: workers that may register, or come back after an outage, in one second
-    registrations_per_second: Annotated[float, Gt(0)] = 50.0
+    registrations_per_second: Annotated[float, _Bound("gt", 0)] = 50.0
     #: times a job may be lost with its worker before it fails as WorkerLost
-    losses_limit: Annotated[int, Ge(0)] = 3
+    losses_limit: Annotated[int, _Bound("ge", 0)] = 3
     #: seconds running jobs get to end when a worker stops, then they are handed back
-    stop_grace_seconds: Annotated[float, Ge(0)] = 30.0
+    stop_grace_seconds: Annotated[float, _Bound("ge", 0)] = 30.0
     #: seconds between SIGTERM and SIGKILL for a job that ran out of time or was stopped
-    kill_grace_seconds: Annotated[float, Ge(0)] = 10.0
+    kill_grace_seconds: Annotated[float, _Bound("ge", 0)] = 10.0
     #: bytes of output of a job kept in Redis, for each of stdout and stderr
-    output_tail_bytes: Annotated[int, Ge(0)] = 65536
+    output_tail_bytes: Annotated[int, _Bound("ge", 0)] = 65536
     #: bytes of a function's return value, or of its traceback, that Redis is given
     max_result_bytes: Count = 64 * 1024 * 1024
     #: seconds the result of a job is kept, unless its producer said otherwise
     result_ttl_seconds: Count = 7 * 86400
     #: bytes that must be free where output is written, or the worker takes no jobs
-    min_free_disk_bytes: Annotated[int, Ge(0)] = 64 * 1024 * 1024
+    min_free_disk_bytes: Annotated[int, _Bound("ge", 0)] = 64 * 1024 * 1024
     #: jobs an executor runs before it is replaced by a fresh one
     executor_max_jobs: Count = 100_000
     #: resident bytes of an executor above which it is replaced after its job
     executor_max_rss_bytes: Count = 2 * 1024**3
     #: seconds without a function after which an executor ends: the next one waits until another has started
-    executor_idle_seconds: Annotated[float, Ge(0)] = 300.0
+    executor_idle_seconds: Annotated[float, _Bound("ge", 0)] = 300.0
 
     #: seconds for which a level of priority is passed over that lift it by 1
     priority_ageing_seconds: Seconds = 60.0
     #: seconds that a job waits which smaller ones pass by, until a worker holds room for it
-    reserve_after_seconds: Annotated[float, Ge(0)] = 600.0
+    reserve_after_seconds: Annotated[float, _Bound("ge", 0)] = 600.0
 
     def __post_init__(self) -> None:
         if self.lease_seconds < 2 * self.heartbeat_seconds:
@@ -77,11 +96,8 @@ class WorkerSettings:
             raise ConfigError(f"setting worker: {exc}") from exc
 
 
-def _fault(value: object, bound: Gt | Ge, *, whole: bool) -> str:
+def _fault(value: object, bound: _Bound, *, whole: bool) -> str:
     """What is wrong with a value, or ''."""
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return "must be a whole number" if whole else "must be a number"
-    least: Any = bound.gt if isinstance(bound, Gt) else bound.ge
-    if math.isnan(value) or value < least or (isinstance(bound, Gt) and value == least):
-        return f"must be {'above' if isinstance(bound, Gt) else 'at least'} {least}"
-    return ""
+    return bound.fault(value)

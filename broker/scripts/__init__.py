@@ -41,9 +41,12 @@ class Script:
         self._parts = parts
         self._seldom = seldom or {}
 
-    @cached_property
+    @property
     def text(self) -> str:
-        """The whole text that is sent: keys, library, script, and the writes that these put off."""
+        """The whole text that is sent: keys, library, script, and the writes that these put off.
+
+        Made anew each time: it is seldom sent, and all of them would stay in an idle worker, 100 KiB each.
+        """
         seldom = (_when_asked_for(name, *part) for name, part in self._seldom.items())
         body = ("local function script()", _read(self.name), "end")
         end = ("local reply = script()", "flush()", "return reply")
