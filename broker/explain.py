@@ -200,8 +200,8 @@ class _Queued:
     position: int | None
     fleet: FleetStatus
     suspended: bool
-    #: list -> the worker that holds room for its first job
-    reserved: Mapping[str, str]
+    #: list -> the workers that hold room for one of its jobs each
+    reserved: Mapping[str, Sequence[str]]
     #: list of the same base -> what its jobs ask for
     needs: Mapping[str, Requirements]
 
@@ -225,9 +225,14 @@ def _look(client: redis.Redis, job: JobView) -> _Queued:
         pipe.lpos(keys.queue(job.queue), job.id)
         pipe.exists(keys.SUSPENDED)
         pipe.hgetall(keys.sets(base))
-        pipe.mget([keys.of("reserved", name) for name in lists] or [keys.of("reserved", base)])
-        position, suspended, sets, holders = replies(pipe)
-    reserved = {name: holder.decode() for name, holder in zip(lists, holders, strict=False) if holder}
+        for name in lists:
+            pipe.zrange(keys.of("reserved", name), 0, -1)
+        position, suspended, sets, *holders = replies(pipe)
+    reserved = {
+        name: [worker.decode() for worker in workers]
+        for name, workers in zip(lists, holders, strict=True)
+        if workers
+    }
     return _Queued(position, fleet, suspended == 1, reserved, dict(_needs(base, sets)))
 
 
@@ -264,8 +269,9 @@ def _workers(job: JobView, need: Requirements, facts: _Queued) -> Iterator[Reaso
     else:
         held = {
             worker: facts.needs[name]
-            for name, worker in facts.reserved.items()
+            for name, workers in facts.reserved.items()
             if name in facts.needs and name != job.queue
+            for worker in workers
         }
         yield from _those_that_match(need, matching, offers, held)
 
@@ -361,8 +367,7 @@ def _before(job: JobView, need: Requirements, facts: _Queued) -> Iterator[Reason
         )
     if higher:
         yield Reason("priority", f"{higher} of its queue have a higher priority", {"jobs": higher})
-    for name, worker in facts.reserved.items():
-        whose = (
-            "the first of those that ask for the same" if name == job.queue else f"the first job of {name}"
-        )
-        yield Reason("reserved", f"{worker} holds room for {whose}", {"worker": worker, "queue": name})
+    for name, workers in facts.reserved.items():
+        hold = f"{_some(workers)} {'holds' if len(workers) == 1 else 'hold'} room"
+        whose = "the first of those that ask for the same" if name == job.queue else f"the first of {name}"
+        yield Reason("reserved", f"{hold} for {whose}", {"workers": workers, "queue": name})

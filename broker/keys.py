@@ -74,7 +74,7 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
                                                      ms; chores add what RQ's own producers pushed
     fleet:served:BASE             hash    -          claims: priority -> when one of it was last given, ms;
                                                      held:DIGEST -> when one was given that room was held for
-    fleet:reserved:Q              string  2 beats    claims: the worker that holds room for the first job
+    fleet:reserved:Q              zset    2 beats    claims: workers that hold room for a job of it -> until
     fleet:sets:idle               hash    -          chores: sublist -> since when it has no job, ms
 
     our fields in rq:job:ID

@@ -5,11 +5,12 @@
 --   - the level with the highest PRIORITY + NEGLECT / ageing, where neglect is the time since it last gave out a
 --     job or, if that is less, since its first job waits: strict order, yet now and then a job of those below;
 --   - within a level the list whose first job waits longest; the plain list is one of level 0;
---   - what does not fit is passed over. Where its first job has waited too long, one worker holds room for it,
---     and fills only what it has beyond that.
+--   - what does not fit is passed over. Where its first jobs have waited too long, workers hold room for one each,
+--     and fill only what they have beyond that: as many workers as jobs wait, yet no more than a tenth of all, or one.
 local BATCH_MS, BATCH_SHARE = 5000, 0.05 -- jobs that came so close together, also for what they waited, go in one go
 local PAGE, PAGES = 16, 64 -- heads of a level read at once: at first, and before ours are asked for by name
 local MANY = 1e9
+local HOLDERS = 10 -- of so many workers one at most holds room for jobs of a list
 
 local place = {}
 local left            -- what the worker has free, as far as this call knows: slots, ahead, cpus (1/1000), mebibytes
@@ -172,13 +173,19 @@ local function waits_since(queue, is_outranked)
   return since and math.max(since, tonumber(held or 0) or 0)
 end
 
--- Hold room for the first job of a list, unless another worker does.
+-- Hold room for one job of a list, unless enough workers do.
 local function hold(queue)
-  local holder = key('reserved', queue)
-  if redis.call('SET', holder, left.worker, 'NX', 'PX', left.hold_ms) then
-    return true
+  local holders = key('reserved', queue)
+  redis.call('ZREMRANGEBYSCORE', holders, '-inf', NOW_MS)
+  local most = math.min(redis.call('LLEN', key('queue', queue)),
+    math.max(1, math.floor(redis.call('SCARD', K.FLEET_WORKERS) / HOLDERS)))
+  local others = redis.call('ZCARD', holders) - (redis.call('ZSCORE', holders, left.worker) and 1 or 0)
+  if others >= most then
+    return false
   end
-  return redis.call('GET', holder) == left.worker and redis.call('PEXPIRE', holder, left.hold_ms) == 1
+  redis.call('ZADD', holders, NOW_MS + left.hold_ms, left.worker)
+  redis.call('PEXPIRE', holders, left.hold_ms)
+  return true
 end
 
 local function reserve(queue, need)
@@ -307,7 +314,7 @@ function place.claim_from(base, known)
 end
 
 -- The list for which this worker holds room comes before all others; the room goes once a job of it was given,
--- or others took them.
+-- or others took them, or hold room for all that are left.
 local function serve_reserved(queue, need)
   local base = string.match(queue, '^[^@]*')
   local waits = redis.pcall('LLEN', key('queue', queue))
@@ -316,9 +323,7 @@ local function serve_reserved(queue, need)
     reserve(queue, need)
     return
   end
-  if redis.call('GET', key('reserved', queue)) == left.worker then
-    redis.call('DEL', key('reserved', queue))
-  end
+  redis.call('ZREM', key('reserved', queue), left.worker)
   if is_ours then
     local served, field = last_held(queue)
     try('HSET', served, field, digits[NOW_MS])

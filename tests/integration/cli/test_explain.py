@@ -168,9 +168,9 @@ def test_room_is_held(submit, why, host, runs, redis_client):
     runs("--cpus", "1")
     big, small = (submit("true", options=("--cpus", count)) for count in ("2", "1.5"))
     queue = Queue("default", connection=redis_client, cpus=2).name
-    redis_client.set(keys.of("reserved", queue), "w0")
+    redis_client.zadd(keys.of("reserved", queue), {"w0": 4e12})
     assert why(big)[-1] == "w0 holds room for the first of those that ask for the same"
-    assert why(small)[-1] == f"w0 holds room for the first job of {queue}"
+    assert why(small)[-1] == f"w0 holds room for the first of {queue}"
 
 
 def test_room_that_is_held_is_not_called_room_for_others(
@@ -181,9 +181,11 @@ def test_room_that_is_held_is_not_called_room_for_others(
     runs("--memory", "3G")
     submit("true", options=("--memory", "2G", "--gpus", "1", "--cpus", "2"))
     held = Queue("default", connection=redis_client, memory="2G", gpus=1, cpus=2).name
-    eventually(lambda: redis_client.get(keys.of("reserved", held)) == b"w0", message="room is held")
+    eventually(
+        lambda: redis_client.zrange(keys.of("reserved", held), 0, -1) == [b"w0"], message="room is held"
+    )
     runs("--gpus", "1")
-    assert why(submit("true", options=("--cpus", "3"))) == [f"w0 holds room for the first job of {held}"], (
+    assert why(submit("true", options=("--cpus", "3"))) == [f"w0 holds room for the first of {held}"], (
         "four CPUs are free, two of them held"
     )
 
