@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import redis
 
-from broker import dependents, failures, keys, names, scripts
+from broker import dependents, failures, history, keys, names, scripts
 from broker.errors import UsageError
 from broker.requirements import base_of
 from broker.worker_settings import WorkerSettings
@@ -335,11 +335,21 @@ class RetireSets:
         )
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What became of jobs so far is written down, for its course."""
+
+    interval_seconds: float = history.SAMPLE_SECONDS
+
+    def run(self, client: redis.Redis) -> int:
+        return history.sample(client)
+
+
 def _batches(items: list[T], size: int) -> Iterator[list[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def table(settings: WorkerSettings) -> list[Chore]:
     """All chores with their intervals."""
-    rest: list[Chore] = [Ring(), Sweep(), Tidy(), PruneGroups(), MendArrays(), RetireSets()]
+    rest: list[Chore] = [Ring(), Sweep(), Tidy(), PruneGroups(), MendArrays(), RetireSets(), Sample()]
     return [Recovery(settings), Due(), Settle(), Deferred(), *rest]

@@ -43,7 +43,13 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:alive                   string  -          chores: how many workers beat
     fleet:settling                list    -          scripts: dependents to look at: JSON [job, other, end]
     fleet:output:JOB              hash    as result  tails of stdout and stderr and how far they reach
-    fleet:counters                hash    -          totals: claims, lost, stale, handed_back ...
+    fleet:counters                hash    -          scripts: totals of no queue: registrations, damaged
+    fleet:history:BASE            hash    30 days    scripts: totals of a queue; see broker/history.py. Chores
+                                                     let the TTL begin anew with a change
+    fleet:histories               zset    -          scripts: queues that have such a record, at most 100, ->
+                                                     since when, ms; the others share the record `(other)`
+    fleet:series:BASE             list    4 h        chores: every 15 s a line of totals:
+                                                     SECONDS CLAIMS FINISHED FAILED RETRIED LOST
     fleet:hosts                   hash    -          operators: hosts kept for `up`, name -> JSON
     fleet:id                      string  -          workers, `up --tunnel`: a name, wherever its Redis is
     fleet:tunnel:ID               string  30 s       whoever holds that tunnel: JSON, see broker/tunnels.py
@@ -119,6 +125,7 @@ ARRAYS = "fleet:arrays"
 SETS_VERSION = "fleet:sets:version"
 SETS_IDLE = "fleet:sets:idle"
 NEWS = "fleet:news"
+HISTORIES = "fleet:histories"
 
 #: templates for keys that name something; the same ones build keys in Lua
 LUA_TEMPLATES = {
@@ -165,6 +172,8 @@ LUA_TEMPLATES = {
     "heads": "fleet:heads:%s:%s",
     "served": "fleet:served:%s",
     "reserved": "fleet:reserved:%s",
+    "history": "fleet:history:%s",
+    "series": "fleet:series:%s",
 }
 _QUEUE_PREFIX = LUA_TEMPLATES["queue"] % ""
 _WAKE_PREFIX = LUA_TEMPLATES["wake"] % ""
@@ -255,3 +264,11 @@ def sets(base: str) -> str:
 
 def heads(base: str, priority: int) -> str:
     return of("heads", base, str(priority))
+
+
+def history(base: str) -> str:
+    return of("history", base)
+
+
+def series(base: str) -> str:
+    return of("series", base)

@@ -19,7 +19,7 @@ from broker import keys
 
 _CONSTANTS = (
     *("QUEUES", "WORKERS", "SUSPENDED", "FENCE", "LEASES", "FLEET_WORKERS", "PAUSED", "COUNTERS"),
-    *("SETTLING", "ARRAYS", "LAST", "SETS_VERSION", "SETS_IDLE", "NEWS"),
+    *("SETTLING", "ARRAYS", "LAST", "SETS_VERSION", "SETS_IDLE", "NEWS", "HISTORIES"),
 )
 
 
@@ -49,7 +49,7 @@ class Script:
         """
         seldom = (_when_asked_for(name, *part) for name, part in self._seldom.items())
         body = ("local function script()", _read(self.name), "end")
-        end = ("local reply = script()", "flush()", "return reply")
+        end = ("local reply = script()", "flush()", "write_history()", "return reply")
         parts = map(_read, self._parts)
         return "\n".join((_keys_in_lua(), *parts, *seldom, *body, *end))
 

@@ -226,6 +226,116 @@ local function job_fields(id)
   }, READ_SELDOM)
 end
 
+-- What broker/history.py reads: counts of each queue, sublists with their base, added up while a script runs and
+-- written once, those alone that changed.
+local MOST_HISTORIES = 100 -- queues that have a record of their own; the others share one
+local OTHER_QUEUES = '(other)' -- no queue's name
+local sums_of, counted = {}, {}
+
+local function sums_for(queue)
+  local base = string.match(queue or '', '^[^@]+') or OTHER_QUEUES
+  local sums = sums_of[base]
+  if not sums then
+    sums = {}
+    sums_of[base], counted[#counted + 1] = sums, base
+  end
+  sums_of[queue or ''] = sums
+  return sums
+end
+
+local function tally(queue, what)
+  local sums = sums_of[queue] or sums_for(queue)
+  sums[what] = (sums[what] or 0) + 1
+end
+
+-- One more time that something took, for a histogram: a bucket is named by its upper bound, in ms.
+local function observe(queue, what, ms)
+  local sums = sums_of[queue] or sums_for(queue)
+  local times = sums[what]
+  if not times then
+    times = {us = 0}
+    sums[what] = times
+  end
+  local bound
+  if ms <= 1000 then
+    ms = ms > 0 and ms or 0
+    bound = ms <= 10 and '10' or ms <= 50 and '50' or ms <= 100 and '100' or ms <= 500 and '500' or '1000'
+  else
+    bound = ms <= 5000 and '5000' or ms <= 15000 and '15000' or ms <= 60000 and '60000' or
+      ms <= 300000 and '300000' or ms <= 1800000 and '1800000' or ms <= 7200000 and '7200000' or
+      ms <= 43200000 and '43200000' or 'inf'
+  end
+  times[bound], times.us = (times[bound] or 0) + 1, times.us + ms * 1000
+end
+
+local write_sums
+
+-- Whether that queue has a record of its own; a new one gets it while there are few.
+local function has_history(base)
+  if redis.pcall('ZSCORE', K.HISTORIES, base) then
+    return true
+  end
+  return redis.call('ZCARD', K.HISTORIES) < MOST_HISTORIES and redis.call('ZADD', K.HISTORIES, NOW_MS, base) == 1
+end
+
+-- Returns whether that was not there before.
+local function add(record, what, n)
+  n = n - n % 1
+  local total = redis.pcall('HINCRBY', record, what, digits[n])
+  if type(total) == 'table' then -- damaged; ours alone
+    redis.call('DEL', record)
+    total = redis.call('HINCRBY', record, what, digits[n])
+  end
+  return total == n
+end
+
+function write_sums(base, sums)
+  local record, is_new = key('history', base), false
+  for what, n in pairs(sums) do
+    if type(n) == 'number' then
+      is_new = add(record, what, n) or is_new
+    else
+      for bound, times in pairs(n) do
+        is_new = add(record, what .. ':' .. bound, times) or is_new
+      end
+    end
+  end
+  if is_new and base ~= OTHER_QUEUES and not has_history(base) then
+    redis.call('DEL', record)
+    write_sums(OTHER_QUEUES, sums)
+  end
+end
+
+local function write_history()
+  for _, base in ipairs(counted) do
+    write_sums(base, sums_of[base])
+  end
+end
+
+-- Why an attempt failed, as one of the few kinds of broker/history.py.
+local function kind_of_failure(status, ended)
+  local reason = ended.reason or ''
+  local function begins(words)
+    return string.sub(reason, 1, #words) == words
+  end
+  if status == 'stopped' then
+    return 'stopped'
+  elseif begins('WorkerLost: ') then
+    return 'worker_lost'
+  elseif begins('OutOfMemory: ') then
+    return 'out_of_memory'
+  elseif begins('Timeout: ') or string.find(reason, '^[%w_.]*JobTimeoutException') then
+    return 'timeout'
+  elseif begins('exit code ') then
+    return 'exit_code'
+  elseif begins('killed by ') or begins('Killed: ') then
+    return 'signal'
+  elseif not ended.duration or begins('ResultTooLarge: ') or begins('ResultRefused: ') then
+    return 'other'
+  end
+  return 'exception'
+end
+
 local as_json = {}
 
 -- A text, or nil, as JSON; for what a call says again and again.
@@ -235,6 +345,7 @@ local function json(text)
   return as_json[text]
 end
 
+-- One more in `fleet:counters`, of what belongs to no queue.
 local function count(what)
   redis.call('HINCRBY', K.COUNTERS, what, 1)
 end
@@ -271,7 +382,8 @@ end
 
 -- A time as RQ writes it, in milliseconds since 1970; nil for anything else.
 local function ms_of(text)
-  local minute, second = string.sub(text or '', 1, 16), tonumber(string.match(text or '', '^:([%d.]+)', 17))
+  text = text or ''
+  local minute, second = string.sub(text, 1, 16), tonumber(string.match(text, '^:([%d.]+)', 17))
   if minutes[minute] == nil then
     minutes[minute] = ms_of_minute(minute)
   end
@@ -601,6 +713,7 @@ local function fail_dependent(id, queue, failure_ttl, culprit, how)
   local ttl = number(failure_ttl, RQ_FAILURE_TTL)
   redis.call('HSET', key('job', id), 'status', 'failed', 'ended_at', NOW, 'exc_info', reason,
     'fleet_reason', reason, 'fleet_dependency', culprit)
+  tally(queue, 'failed:dependency')
   if ttl ~= 0 then
     try('ZADD', key('failed', queue), ttl < 0 and '+inf' or digits[math.floor(NOW_MS / 1000 + ttl)], id)
   end
@@ -771,6 +884,9 @@ end
 -- Back to a queue, to be run again.
 local function give_back(id, fields, outcome, ended, front)
   leave(id, fields, outcome, ended)
+  if outcome == 'handed-back' then
+    tally(fields.origin, 'handed_back')
+  end
   enqueue(id, fields.origin, front, fields.ttl, outcome ~= 'failed')
 end
 
@@ -809,6 +925,7 @@ local function settle_failed(id, fields, ended, status, kind, outcome)
   local ttl = number(fields.failure_ttl, RQ_FAILURE_TTL)
   release(id, fields)
   stamp(id, fields, ended, status, outcome or status)
+  tally(fields.origin, 'failed:' .. kind_of_failure(status, ended))
   add_result(id, fields, kind, ended)
   task_moves(id, fields, 'running', status == 'failed' and 'failed' or 'canceled')
   add_to('failed', fields.origin, id, ttl)
@@ -816,6 +933,7 @@ local function settle_failed(id, fields, ended, status, kind, outcome)
 end
 
 local function run_again(id, fields, ended, delay, front)
+  tally(fields.origin, 'retried:' .. kind_of_failure('failed', ended))
   if delay > 0 then
     leave(id, fields, 'failed', ended)
     schedule(id, fields.origin, delay, fields.ttl)
@@ -853,10 +971,11 @@ end
 -- The attempt is lost with its worker: once more at once, but not without end.
 local function lose(id, fields, ended, limit)
   local losses = number(fields.fleet_losses, 0) + (ended.uncounted and 0 or 1)
-  count('lost')
+  tally(fields.origin, 'lost')
   if losses > limit then
     settle_failed(id, fields, ended, 'failed', 'failed', 'lost')
   else
+    observe(fields.origin, 'recovered', NOW_MS - tonumber(redis.call('ZSCORE', K.LEASES, id) or NOW_MS))
     redis.call('HSET', key('job', id), 'fleet_losses', losses)
     give_back(id, fields, 'lost', ended, true)
   end

@@ -49,7 +49,6 @@ local function reconcile(id, lease, number_of_claim)
   elseif string.sub(execution_of(lease), 1, #incarnation) ~= incarnation then
     table.insert(foreign, {id, lease})
   elseif number_of_claim <= settled then
-    count('handed_back')
     give_back(id, f, 'handed-back', {reason = 'the reply to the claim was lost'}, true)
   end
 end

@@ -21,4 +21,5 @@ redis.call('SADD', K.WORKERS, KEYS[3])
 for i = 8, 7 + queue_count do
   redis.call('SADD', key('queue_workers', ARGV[i]), KEYS[3])
 end
+count('registrations')
 return ''

@@ -74,10 +74,7 @@ local SETTLE = {
   stopped = function(id, f, e) settle_failed(id, f, e, 'stopped', 'stopped') end,
   retry = retry_returned,
   lost = function(id, f, e) lose(id, f, e, limit) end,
-  ['handed-back'] = function(id, f, e)
-    count('handed_back')
-    give_back(id, f, 'handed-back', e, true)
-  end,
+  ['handed-back'] = function(id, f, e) give_back(id, f, 'handed-back', e, true) end,
   failed = function(id, f, e)
     if number(f.retries_left, 0) > 0 then
       retry(id, f, e)
@@ -86,6 +83,9 @@ local SETTLE = {
     end
   end,
 }
+
+-- Where the history has the times of attempts that came to an end of their own.
+local TIMES = {finished = 'ran', failed = 'ran_in_vain', stopped = 'ran_in_vain', retry = 'ran_in_vain'}
 
 local settled_before, accepted_leases = nil, {}
 
@@ -97,7 +97,7 @@ end
 
 -- The server may still list the attempt under this worker: it is over, whoever holds the job now.
 local function refuse(ended)
-  count('stale')
+  tally(ended.queue, 'stale')
   local held = redis.call('HGET', KEYS[2], ended.job)
   if held and string.sub(held, 1, #ended.lease) == ended.lease then
     redis.call('HDEL', KEYS[2], ended.job)
@@ -127,6 +127,10 @@ local function settle(ended)
     return 0
   end
   f.worker_name, f.origin = worker, f.origin or ended.queue -- a late save() may have emptied them
+  local times = TIMES[ended.outcome]
+  if times and (ended.duration or ended.outcome == 'finished') then
+    observe(f.origin, times, (ended.duration or 0) * 1000)
+  end
   save_output(ended.job, f, ended)
   SETTLE[ended.outcome](ended.job, f, ended)
   accept(ended)
@@ -206,15 +210,16 @@ local function next_fence()
   return fence
 end
 
-local function claim(queue, id, flat, claims)
+local function claim(queue, id, flat, since, claims)
+  observe(queue, 'waited', NOW_EXACT_MS - (ms_of(since) or NOW_EXACT_MS))
   claims[#claims + 1] = give(queue, id, flat, next_fence(), prefix .. string.format('%04x', #claims))
 end
 
 -- Claim the next tasks of an array; returns whether its entry is off the queue.
-local function claim_array(queue, id, flat, claims, most)
+local function claim_array(queue, id, flat, since, claims, most)
   local tasks, has_left = arrays.claim_tasks(queue, id, flat, most - #claims)
   for _, task in ipairs(tasks) do
-    claim(queue, task[1], task[2], claims)
+    claim(queue, task[1], task[2], since, claims)
   end
   return has_left
 end
@@ -242,13 +247,13 @@ local function claim_these(queue, ids, claims, bounds)
     if flat and i == 1 and bounds.latest and (ms_of(since) or 0) > bounds.latest then
       return 0 -- it was not the one that had been noted
     elseif is_array then
-      if not claim_array(queue, id, flat, claims, bounds.most) then
+      if not claim_array(queue, id, flat, since, claims, bounds.most) then
         return i - 1
       end
     elseif flat and #claims >= bounds.now and losses > 0 then
       return i - 1
     elseif flat and (not array or arrays.may_run_again(id, queue, array)) then
-      claim(queue, id, flat, claims)
+      claim(queue, id, flat, since, claims)
     end
   end
   return #ids

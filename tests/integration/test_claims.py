@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import redis
 
-from broker import chores, control, jobs, keys
+from broker import chores, control, history, jobs, keys
 from broker.command import Command
 from broker.connection import connect
 from broker.line import Line
@@ -101,7 +101,7 @@ def test_a_second_report_of_the_same_end_changes_nothing(redis_client: redis.Red
     assert report(redis_client, who, end), "the reply was lost, and the worker asks again"
     assert redis_client.hgetall(keys.job(end.claim.job_id)) == before
     assert redis_client.xlen(keys.of("results", end.claim.job_id)) == 1
-    assert redis_client.hget(keys.COUNTERS, "stale") is None
+    assert history.read(redis_client)["default"].stale == 0
 
 
 def test_an_end_that_comes_again_when_others_have_been_reported_is_stale(redis_client: redis.Redis) -> None:
@@ -113,7 +113,7 @@ def test_an_end_that_comes_again_when_others_have_been_reported_is_stale(redis_c
     before = redis_client.hgetall(keys.job(first.claim.job_id))
     assert not report(redis_client, who, first)
     assert redis_client.hgetall(keys.job(first.claim.job_id)) == before
-    assert redis_client.hget(keys.COUNTERS, "stale") == b"1"
+    assert history.read(redis_client)["default"].stale == 1
 
 
 def expire_lease(client: redis.Redis, job_id: str) -> None:

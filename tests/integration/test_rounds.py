@@ -18,7 +18,7 @@ import pytest
 import redis
 import rq
 
-from broker import jobs, keys, scripts
+from broker import history, jobs, keys, scripts
 from broker.connection import connect
 from broker.line import Line
 from broker.session import Session
@@ -235,8 +235,10 @@ def test_rounds_cut_before_and_after_redis_ran_them_lose_and_repeat_nothing(
     views = workers.wait(ids)
     assert {view.state for view in views} == {"finished"}
     assert sorted(notes(path), key=int) == [str(number) for number in range(1500)], "each once"
-    assert redis_client.hget(keys.COUNTERS, "stale") is None, "an end that arrived is recognised"
-    assert redis_client.hget(keys.COUNTERS, "lost") is None
+    counts = history.read(redis_client)["default"]
+    assert counts.stale == 0, "an end that arrived is recognised"
+    assert counts.lost == 0
+    assert counts.finished == 1500
     workers.until(lambda: not any(workers.leftovers().values()), "nothing is left")
     finished = int(redis_client.hget(keys.rq_worker("w0"), "successful_job_count"))
     assert finished == 1500
