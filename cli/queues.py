@@ -9,29 +9,16 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.context import Context, pass_context, print_json
+from cli.fleet_rows import QUEUE_COLUMNS, queue_row
+from cli.glyphs import Glyphs
 from cli.outcomes import NOT_FOUND, exit_code
 from cli.params import QueueName, json_option
-from cli.tables import Cell, Column, age, state
 from cli.tables import show as show_table
 
 if TYPE_CHECKING:
     import redis
 
-    from broker.status import QueueStatus
 
-#: for `fleet status` too, which shows the same
-QUEUE_COLUMNS = (
-    Column("QUEUE", least=8),
-    Column("QUEUED", right=True),
-    Column("RUNNING", right=True),
-    Column("SCHEDULED", rank=2, right=True),
-    Column("DEFERRED", rank=2, right=True),
-    Column("FINISHED", rank=1, right=True),
-    Column("FAILED", rank=1, right=True),
-    Column("OLDEST", right=True),
-    Column("STATE", rank=1),
-    Column("ASKS FOR", rank=3, least=12),
-)
 #: what people read of an outcome
 _WORDS = {
     "paused": "paused: gives out no jobs until 'fleet resume {0}'; what runs goes on",
@@ -53,18 +40,10 @@ def queues(context: Context, /, as_json: bool) -> None:
     if as_json:
         print_json({"queues": [asdict(queue) for queue in found]})
     elif found:
-        show_table(context.console, QUEUE_COLUMNS, [queue_row(queue) for queue in found])
+        glyphs = Glyphs.of(context.console)
+        show_table(context.console, QUEUE_COLUMNS, [queue_row(queue, glyphs) for queue in found])
     else:
         context.say("No queues yet: 'fleet submit -- COMMAND' makes one.")
-
-
-def queue_row(queue: QueueStatus) -> list[Cell]:
-    """The cells of one queue, in the order of the columns."""
-    counts = (queue.queued, queue.running, queue.scheduled, queue.deferred, queue.finished)
-    failed: Cell = (str(queue.failed), "bold red" if queue.failed else "")
-    oldest = age(queue.oldest_age_seconds)
-    held = state("paused") if queue.paused else ""
-    return [queue.name, *map(str, counts), failed, oldest, held, queue.requirements]
 
 
 @click.command()

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from broker.errors import UsageError
-from cli import tables
+from cli import fleet_rows, tables
 from cli.context import Context, error_fields, pass_context, print_json
-from cli.queues import QUEUE_COLUMNS, queue_row
+from cli.glyphs import Glyphs
+from cli.params import Duration
 from cli.ssh import max_parallel, ssh_from, ssh_options
-from cli.tables import Cell, Column
 
 if TYPE_CHECKING:
     import redis
@@ -26,25 +25,7 @@ if TYPE_CHECKING:
     from broker.status import FleetStatus, QueueStatus, WorkerStatus
     from fleet.probing import ProbedHost
 
-_WATCH_SECONDS = 1.0
-_COLUMNS = (
-    Column("WORKER", least=24),
-    Column("STATE"),
-    Column("PROBE", rank=1),
-    Column("SLOTS", right=True),
-    Column("BEAT", right=True),
-    Column("QUEUES", rank=1, least=10, separator=","),
-    Column("RUNNING", rank=2, least=19, separator=" "),
-    Column("DONE", rank=3, right=True),
-    Column("FAILED", rank=3, right=True),
-    Column("HOST", rank=4, least=16),
-    Column("TUNNEL", rank=4),
-    Column("CPUS", rank=5, right=True),
-    Column("MEMORY", rank=5, right=True),
-    Column("GPUS", rank=6, least=8),
-    Column("LABELS", rank=7, least=12, separator=","),
-    Column("VERSION", rank=8),
-)
+_Row = TypeVar("_Row")
 #: what docs/cli.md promises
 _WORKER_FIELDS = (
     *("name", "host", "pid", "state", "probe", "queues", "slots", "running", "labels", "version"),
@@ -61,38 +42,51 @@ _QUEUE_FIELDS = (
     "paused",
     "requirements",
 )
-#: workers that a terminal is shown, and in --watch the fewest of them and the lines that are no workers:
-#: the headline, the heads of both tables, blank lines, what was left out
-_MOST_WORKERS, _LEAST_WORKERS, _OTHER_LINES = 200, 5, 7
-#: states of workers, those first that want to be looked at
-_URGENCY = ("offline", "connecting", "draining", "busy", "idle")
-_MIB = 2**20
+#: workers and queues that a terminal is shown even where they are more than its lines
+_MOST_ROWS = 40
+#: where there are more, the fewest; and the lines that are none: headline, totals, heads, what was left out
+_LEAST_ROWS, _OTHER_LINES = 3, 9
 _NO_WORKER = "No workers: 'fleet worker' starts one here, 'fleet up HOSTS' on other machines."
 
 
 @click.command()
-@click.option("--watch", is_flag=True, help="Show it anew once a second, until Ctrl-C.")
+@click.option(
+    "--watch",
+    type=Duration(),
+    is_flag=False,
+    flag_value="1",
+    metavar="[SECONDS]",
+    help="Show it anew every so often (1 s), until q or Ctrl-C.",
+)
+@click.option(
+    "--all",
+    "every",
+    is_flag=True,
+    help="On a terminal, too: all of a great fleet, not only those in trouble.",
+)
 @click.option("--probe", is_flag=True, help="Ask the kept hosts over SSH too.")
 @ssh_options
 @pass_context
-def status(context: Context, /, watch: bool, probe: bool, as_json: bool, **options: Any) -> None:
+def status(
+    context: Context, /, watch: float | None, every: bool, probe: bool, as_json: bool, **options: Any
+) -> None:
     """Workers, what they run and when they last beat; queues below.
 
-    BEAT is the time since the last heartbeat, SLOTS is used/total. With --probe an offline worker is
-    stale (its process is there, and does not beat), stopped, or unreachable (SSH failed).
+    BEAT is the time since the last heartbeat; SLOTS, CPUS, MEMORY and GPUS are used/total. With --probe an
+    offline worker is stale (its process is there, and does not beat), stopped, or unreachable (SSH failed).
     """
     if watch and probe:
         raise UsageError("--watch and --probe exclude each other", "Try: watch -n 60 fleet status --probe")
     with context.redis() as client:
         read = _probing(context, client, options) if probe else partial(_read, client)
         if watch and as_json:
-            _stream(context, read)
+            _stream(context, read, watch)
         elif watch:
-            _watch(context, read)
+            _watch(context, read, watch, every=every)
         elif as_json:
             print_json(_document(context, read()))
         else:
-            _print(context, read())
+            _print(context, read(), every=every)
 
 
 @dataclass(frozen=True)
@@ -161,37 +155,34 @@ def _queue_fields(queue: QueueStatus) -> dict[str, Any]:
     return {name: getattr(queue, name) for name in _QUEUE_FIELDS}
 
 
-def _print(context: Context, found: _Found) -> None:
-    view = _View(context.console.width, _MOST_WORKERS) if context.console.is_terminal else _View(None, None)
+def _print(context: Context, found: _Found, *, every: bool) -> None:
+    most = max(len(found.status.workers), len(found.status.queues))
+    view = _screen(context, found.status, every=every or most <= _MOST_ROWS)
     tables.print_lines(context.console, _lines(context, found, view))
 
 
-def _stream(context: Context, read: Read) -> None:
+def _stream(context: Context, read: Read, seconds: float) -> None:
     """A document a line, for programs; Ctrl-C ends it."""
     while True:
         print_json(_document(context, read()))
-        time.sleep(_WATCH_SECONDS)
+        time.sleep(seconds)
 
 
-def _watch(context: Context, read: Read) -> None:
-    """The same lines again and again, in place on a terminal; Ctrl-C ends it."""
-    from rich.console import Group
-    from rich.live import Live
+def _watch(context: Context, read: Read, seconds: float, *, every: bool) -> None:
+    """The same lines again and again."""
+    from cli import watching
 
-    if not context.console.is_terminal:
-        while True:
-            _print(context, read())
-            click.echo()
-            time.sleep(_WATCH_SECONDS)
-    with Live(console=context.console, auto_refresh=False, vertical_overflow="crop") as live:
-        last: list[Text] = []
-        while True:
-            last = _look(context, read, last)
-            live.update(Group(*last), refresh=True)
-            time.sleep(_WATCH_SECONDS)
+    last: list[Text] = []
+
+    def look() -> list[Text]:
+        nonlocal last
+        last = _look(context, read, last, every=every)
+        return last
+
+    watching.watch(context.console, look, seconds)
 
 
-def _look(context: Context, read: Read, last: list[Text]) -> list[Text]:
+def _look(context: Context, read: Read, last: list[Text], *, every: bool) -> list[Text]:
     """What there is to see now; while Redis is away, what was seen last and that it is away."""
     from rich.text import Text
 
@@ -200,13 +191,22 @@ def _look(context: Context, read: Read, last: list[Text]) -> list[Text]:
 
     try:
         found = read()
-        room = context.console.height - len(found.status.queues) - _OTHER_LINES
-        return list(_lines(context, found, _View(context.console.width, max(room, _LEAST_WORKERS))))
     except Exception as exc:
         error = explained(exc, context)
         if not isinstance(error, RedisUnreachable):
             raise
-        return [Text(f"{error.message}; trying again", style="bold red"), *last[1:]]
+        return [Text(f"{error.message.rstrip('.')}; trying again", style="bold red"), *last[1:]]
+    return list(_lines(context, found, _screen(context, found.status, every=every)))
+
+
+def _screen(context: Context, found: FleetStatus, *, every: bool) -> _View:
+    """What of it a screen shows: of both tables something."""
+    console = context.console
+    if not console.is_terminal or every:
+        return _View(console.width if console.is_terminal else None, None, None)
+    room = console.height - _OTHER_LINES
+    queues = min(len(found.queues), max(_LEAST_ROWS, room // 3))
+    return _View(console.width, max(_LEAST_ROWS, room - queues), queues)
 
 
 # --- for people ------------------------------------------------------------------------------------
@@ -214,54 +214,65 @@ def _look(context: Context, read: Read, last: list[Text]) -> list[Text]:
 
 @dataclass(frozen=True)
 class _View:
-    """How wide a line may be, and how many workers are shown; None: no limit."""
+    """How wide a line may be, and how many workers and queues are shown; None: no limit."""
 
     width: int | None
     workers: int | None
+    queues: int | None
 
 
 def _lines(context: Context, seen: _Found, view: _View) -> Iterator[Text]:
     """The headline, the workers with their notices, what hosts said, the queues."""
     from rich.text import Text
 
-    found = seen.status
+    found, glyphs = seen.status, Glyphs.of(context.console)
     yield Text(_headline(context, found), overflow="ellipsis", no_wrap=True)
+    if found.workers:
+        yield fleet_rows.totals(found.workers, glyphs, view.width)
     yield Text()
-    shown, hidden = _chosen(found.workers, view.workers)
+    shown, hidden = _chosen(found.workers, view.workers, fleet_rows.worst_first)
     if shown:
-        yield from tables.lines(_COLUMNS, map(_worker_row, shown), view.width)
+        rows = (fleet_rows.worker_row(worker, glyphs) for worker in shown)
+        yield from tables.lines(fleet_rows.WORKER_COLUMNS, rows, view.width)
         yield from _notices(shown)
     else:
         yield Text(_NO_WORKER)
     if hidden:
-        yield Text(f"{len(hidden)} more: {_by_state(hidden)}. A pipe, or --json, gets them all.")
+        yield _left_out(f"{len(hidden):,} more", fleet_rows.by_state(hidden))
     yield from _host_lines(seen.hosts or ())
     if found.queues:
         yield Text()
-        yield from tables.lines(QUEUE_COLUMNS, map(queue_row, found.queues), view.width)
+        listed, others = _chosen(found.queues, view.queues, fleet_rows.longest_waiting_first)
+        queue_rows = (fleet_rows.queue_row(queue, glyphs) for queue in listed)
+        yield from tables.lines(fleet_rows.QUEUE_COLUMNS, queue_rows, view.width)
+        if others:
+            yield _left_out(f"{len(others):,} more", f"{sum(queue.queued for queue in others):,} queued")
+
+
+def _left_out(count: str, what: str) -> Text:
+    from rich.text import Text
+
+    return Text(f"{count} ('fleet status --all'): {what}", style="dim")
 
 
 def _chosen(
-    workers: Sequence[WorkerStatus], limit: int | None
-) -> tuple[Sequence[WorkerStatus], Sequence[WorkerStatus]]:
-    """The workers to show and to leave out: where there are too many, those in trouble come first."""
-    if limit is None or len(workers) <= limit:
-        return workers, ()
-    ranked = sorted(workers, key=lambda worker: (not worker.notice, _URGENCY.index(worker.state)))
-    return ranked[:limit], ranked[limit:]
+    rows: Sequence[_Row], limit: int | None, ranked: Callable[[Iterable[_Row]], list[_Row]]
+) -> tuple[Sequence[_Row], Sequence[_Row]]:
+    """The rows to show and to leave out: where there are too many, the first ones of `ranked` are shown."""
+    if limit is None or len(rows) <= limit:
+        return rows, ()
+    found = ranked(rows)
+    return found[:limit], found[limit:]
 
 
 def _headline(context: Context, found: FleetStatus) -> str:
     count = len(found.workers)
-    workers = f"{count} worker{'s' * (count != 1)}" + (f": {_by_state(found.workers)}" if count else "")
+    workers = f"{count:,} worker{'s' * (count != 1)}" + (
+        f": {fleet_rows.by_state(found.workers)}" if count else ""
+    )
     version = found.redis_version
     server = version if version.startswith("valkey") else f"Redis {version}"
     return f"{found.at:%H:%M:%SZ}  {workers}  {server} at {context.redis_address}"
-
-
-def _by_state(workers: Sequence[WorkerStatus]) -> str:
-    counts = Counter(map(_state, workers))
-    return ", ".join(f"{counts[state]} {state}" for state in sorted(counts))
 
 
 def _notices(workers: Sequence[WorkerStatus]) -> Iterator[Text]:
@@ -286,65 +297,3 @@ def _host_lines(hosts: Sequence[ProbedHost]) -> Iterator[Text]:
             yield Text(f"! host {host.name} is unreachable: {said}", style="yellow")
         elif not host.workers:
             yield Text(f"host {host.name}: {host.probe}, no worker runs there")
-
-
-def _state(worker: WorkerStatus) -> str:
-    """What is known of it: for one that is offline, what its host says."""
-    return (worker.state == "offline" and _probe(worker)) or worker.state
-
-
-def _probe(worker: WorkerStatus) -> str:
-    return getattr(worker, "probe", None) or ""
-
-
-def _worker_row(worker: WorkerStatus) -> list[Cell]:
-    offline = worker.state == "offline"
-    return [
-        worker.name,
-        tables.state(_state(worker)),
-        tables.state(_probe(worker)),
-        f"{len(worker.running)}/{worker.slots}",
-        (tables.age(worker.heartbeat_age_seconds), "bold red" if offline else ""),
-        ",".join(worker.queues),
-        " ".join(worker.running),
-        str(worker.finished),
-        str(worker.failed),
-        worker.host,
-        tables.state(worker.tunnel or ""),
-        _cpus(worker),
-        _memory(worker),
-        _gpus(worker),
-        ",".join(f"{name}={value}" for name, value in worker.labels.items()),
-        worker.version,
-    ]
-
-
-def _cpus(worker: WorkerStatus) -> str:
-    """`1.5/8`: used, of how many."""
-    if not worker.cpus or worker.free is None:
-        return str(worker.cpus or "")
-    return f"{worker.cpus - worker.free.cpus:g}/{worker.cpus}"
-
-
-def _memory(worker: WorkerStatus) -> str:
-    """`2.0 GiB/64.0 GiB`; what was promised to jobs, not what they have."""
-    if not worker.memory_bytes:
-        return ""
-    total = tables.size(worker.memory_bytes)
-    if worker.free is None:
-        return total
-    used = max(0, worker.memory_bytes - worker.free.memory_bytes)
-    # what is less than the MiB that memory is promised in is nobody's
-    return f"{tables.size(used) if used >= _MIB else 0}/{total}"
-
-
-def _gpus(worker: WorkerStatus) -> str:
-    """`1/2x A100`, by kind: how many are used, and in part, of how many."""
-    names = [str(gpu.get("name", "GPU")) for gpu in worker.gpus]
-    left: dict[str, float] = {}
-    for name, share in zip(names, worker.free.gpus if worker.free else (), strict=False):
-        left[name] = left.get(name, 0) + share
-    return ", ".join(
-        (f"{names.count(name) - left[name]:g}/" if name in left else "") + f"{names.count(name)}x {name}"
-        for name in dict.fromkeys(names)
-    )

@@ -44,6 +44,8 @@ STYLES = {
 class Column:
     """One column. `least`: it may be cut to so many characters; None: never cut.
 
+    `in_middle`: it is cut there, for names whose ends tell them apart.
+
     `separator` parts a cell into words: such a cell is cut between two of them, and says how
     many more there are. Where a terminal is too narrow even so, the column with the highest
     `rank` is left out first; those of rank 0 stay.
@@ -54,11 +56,12 @@ class Column:
     right: bool = False
     least: int | None = None
     separator: str = ""
+    in_middle: bool = False
 
 
-def state(word: str) -> Cell:
-    """A state, in its colour."""
-    return word, STYLES.get(word, "")
+def state(word: str, shown: str = "") -> Cell:
+    """A state, in its colour; `shown`: as what."""
+    return shown or word, STYLES.get(word, "")
 
 
 def show(console: Console, columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> None:
@@ -85,12 +88,40 @@ def print_line(console: Console, line: Text) -> None:
 
 def lines(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], width: int | None) -> list[Text]:
     """The lines of a table that is at most `width` wide; None: as wide as it is."""
-    body = [[_plain(cell) for cell in row] for row in rows]
-    chosen = [i for i, column in enumerate(columns) if column.rank == 0 or any(row[i][0] for row in body)]
-    natural = [_widest(columns[i].title, (row[i][0] for row in body)) for i in range(len(columns))]
-    sizes = _fit(columns, natural, chosen, width)
-    head = [(column.title, "bold") for column in columns]
-    return [_line(columns, row, sizes) for row in [head, *body]]
+    return Layout(columns).lines(rows, width)
+
+
+class Layout:
+    """The widths of a table's columns, which only grow, so that nothing jumps about when it is shown anew."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self.columns = columns
+        self._natural = [_width(column.title) for column in columns]
+        self._used = [column.rank == 0 for column in columns]
+        #: of each column that was shown last, by its index
+        self.sizes: dict[int, int] = {}
+
+    def lines(
+        self, rows: Iterable[Sequence[Cell]], width: int | None, titles: Sequence[str] = ()
+    ) -> list[Text]:
+        """The lines of a table that is at most `width` wide, the head first; it may have other `titles`."""
+        body = [[_plain(cell) for cell in row] for row in rows]
+        head = [(title, "bold") for title in titles or (column.title for column in self.columns)]
+        for i in range(len(self.columns)):
+            self._used[i] = self._used[i] or any(row[i][0] for row in body)
+            self._natural[i] = max(self._natural[i], _widest(head[i][0], (row[i][0] for row in body)))
+        chosen = [i for i, is_used in enumerate(self._used) if is_used]
+        self.sizes = _fit(self.columns, self._natural, chosen, width)
+        return [_line(self.columns, row, self.sizes) for row in [head, *body]]
+
+    def column_at(self, x: int) -> int | None:
+        """Which column is shown at that cell of a line."""
+        at = 0
+        for i, size in self.sizes.items():
+            at += size + len(_GAP)
+            if x < at:
+                return i
+        return None
 
 
 def _plain(cell: Cell) -> tuple[str, str]:
@@ -159,7 +190,7 @@ def _line(columns: Sequence[Column], row: Sequence[tuple[str, str]], sizes: dict
     for i, size in sizes.items():
         text, style = row[i]
         if _width(text) > size:
-            text = _cut(_shortened(text, columns[i].separator, size), size)
+            text = _cut(_shortened(text, columns[i].separator, size), size, in_middle=columns[i].in_middle)
         blanks = " " * (size - _width(text))
         start = at + (len(blanks) if columns[i].right else 0)
         if style:
@@ -169,12 +200,15 @@ def _line(columns: Sequence[Column], row: Sequence[tuple[str, str]], sizes: dict
     return Text(_GAP.join(parts).rstrip(), spans=spans)
 
 
-def _cut(text: str, size: int) -> str:
+def _cut(text: str, size: int, *, in_middle: bool = False) -> str:
     if _width(text) <= size:
         return text
     from rich.cells import set_cell_size
 
-    return set_cell_size(text, size - 1) + "…"
+    end = text[len(text) - (size - 1) // 2 :] if in_middle else ""
+    while _width(end) > size // 2:
+        end = end[1:]
+    return set_cell_size(text, size - 1 - _width(end)) + "…" + end
 
 
 def _shortened(text: str, separator: str, size: int) -> str:
@@ -215,8 +249,23 @@ def duration(seconds: float | None) -> str:
 
 def size(count: int) -> str:
     """Bytes for people: 512 B, 3.8 GiB."""
-    if count < 1024:
-        return f"{count} B"
-    power = min((count.bit_length() - 1) // 10, 4)
+    power = _power(count)
+    return f"{_amount(count, power)} {_UNITS[power]}"
+
+
+def size_of(part: int, whole: int) -> str:
+    """Bytes of so many, for people: 2.0/64.0 GiB."""
+    power = _power(whole)
+    return f"{_amount(part, power) if part else 0}/{size(whole)}"
+
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def _power(count: int) -> int:
+    return min((max(count, 1).bit_length() - 1) // 10, 4)
+
+
+def _amount(count: int, power: int) -> str:
     amount = count / 1024**power
-    return f"{amount:.{0 if amount >= 100 else 1}f} {'KMGT'[power - 1]}iB"
+    return f"{amount:.{0 if power == 0 or amount >= 100 else 1}f}"

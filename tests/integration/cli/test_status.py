@@ -117,8 +117,8 @@ def test_of_a_great_fleet_a_terminal_gets_those_in_trouble_first_and_a_pipe_all(
         pipe.execute()
     lines = _on_terminal(["status"], 100).splitlines()
     assert "300 workers: 299 idle, 1 offline" in lines[0]
-    assert lines[3].startswith("w299")
-    assert "100 more: 100 idle" in lines[-1]
+    assert lines[4].startswith("w299")
+    assert "284 more ('fleet status --all'): 284 idle" in lines[-1]
     assert fleet("status").stdout.count("\nw") == 300
 
 

@@ -1,0 +1,211 @@
+"""Workers and queues as rows of a table, for `fleet status` and `fleet top`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from cli import tables
+from cli.glyphs import Glyphs
+from cli.tables import Cell, Column
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from broker.status import QueueStatus, WorkerStatus
+
+_BAR = "blue"
+#: what a narrow terminal gives up first has the highest rank; bars are columns without a title
+WORKER_COLUMNS = (
+    Column("WORKER", least=16, in_middle=True),
+    Column("HOST", rank=9, least=16, in_middle=True),
+    Column("STATE"),
+    Column("PROBE", rank=1),
+    Column("SLOTS", right=True),
+    Column("", rank=3),
+    Column("CPUS", rank=2, right=True),
+    Column("", rank=6),
+    Column("MEMORY", rank=2, right=True),
+    Column("", rank=6),
+    Column("GPUS", rank=4, least=12),
+    Column("", rank=6),
+    Column("BEAT", rank=1, right=True),
+    Column("QUEUES", rank=7, least=12, separator=","),
+    Column("RUNNING", rank=5, least=22, separator=" "),
+    Column("DONE", rank=8, right=True),
+    Column("FAILED", rank=8, right=True),
+    Column("TUNNEL", rank=5),
+    Column("VERSION", rank=10),
+    Column("LABELS", rank=11, least=48, separator=","),
+)
+#: states of workers, those first that want to be looked at
+URGENCY = ("offline", "connecting", "draining", "busy", "idle")
+_MIB = 2**20
+
+
+def state_of(worker: WorkerStatus) -> str:
+    """What is known of it: for one that is offline, what its host says."""
+    return (worker.state == "offline" and probe_of(worker)) or worker.state
+
+
+def probe_of(worker: WorkerStatus) -> str:
+    """What its host says of its process, where it was asked."""
+    return getattr(worker, "probe", None) or ""
+
+
+def worst_first(workers: Iterable[WorkerStatus]) -> list[WorkerStatus]:
+    """Those in trouble first, of these the longest silent ones."""
+
+    def rank(worker: WorkerStatus) -> tuple[bool, int, float]:
+        age = worker.heartbeat_age_seconds or 0.0
+        urgency = URGENCY.index(worker.state)
+        return not worker.notice, urgency, -age if urgency < 2 else 0.0
+
+    return sorted(workers, key=rank)
+
+
+def by_state(workers: Iterable[WorkerStatus]) -> str:
+    """`3 busy, 1 idle`."""
+    counts = Counter(map(state_of, workers))
+    return ", ".join(f"{counts[state]:,} {state}" for state in sorted(counts))
+
+
+def worker_row(worker: WorkerStatus, glyphs: Glyphs) -> list[Cell]:
+    """The cells of one worker, in the order of WORKER_COLUMNS."""
+    offline, state, running = worker.state == "offline", state_of(worker), len(worker.running)
+    return [
+        worker.name,
+        worker.host,
+        tables.state(state, glyphs.marked(state)),
+        tables.state(probe_of(worker)),
+        f"{running}/{worker.slots}",
+        (glyphs.bar(running, worker.slots), _BAR),
+        _cpus(worker),
+        (glyphs.bar(*_of_cpus(worker)), _BAR),
+        _memory(worker),
+        (glyphs.bar(*_of_memory(worker)), _BAR),
+        _gpus(worker),
+        (glyphs.bar(*_of_gpus(worker)), _BAR),
+        (tables.age(worker.heartbeat_age_seconds), "bold red" if offline else ""),
+        ",".join(worker.queues),
+        " ".join(worker.running),
+        str(worker.finished),
+        (str(worker.failed), "red" if worker.failed else ""),
+        tables.state(worker.tunnel or ""),
+        worker.version,
+        ",".join(f"{name}={value}" for name, value in worker.labels.items()),
+    ]
+
+
+def _of_cpus(worker: WorkerStatus) -> tuple[float, float]:
+    """How many are promised to jobs, of how many."""
+    return (worker.cpus - worker.free.cpus if worker.free else 0.0), worker.cpus
+
+
+def _of_memory(worker: WorkerStatus) -> tuple[int, int]:
+    used = worker.memory_bytes - worker.free.memory_bytes if worker.free else 0
+    # what is less than the MiB that memory is promised in is nobody's
+    return (used if used >= _MIB else 0), worker.memory_bytes
+
+
+def _of_gpus(worker: WorkerStatus) -> tuple[float, float]:
+    left = worker.free.gpus if worker.free else ()
+    return sum(1 - share for share in left), len(worker.gpus)
+
+
+def _cpus(worker: WorkerStatus) -> str:
+    """`1.5/8`: promised, of how many."""
+    used, total = _of_cpus(worker)
+    if not total or worker.free is None:
+        return f"{total:g}" if total else ""
+    return f"{used:g}/{total:g}"
+
+
+def _memory(worker: WorkerStatus) -> str:
+    """`2.0/64.0 GiB`; what was promised to jobs, not what they have."""
+    used, total = _of_memory(worker)
+    if not total or worker.free is None:
+        return tables.size(total) if total else ""
+    return tables.size_of(used, total)
+
+
+def _gpus(worker: WorkerStatus) -> str:
+    """`1/2x A100`, by kind: how many are used, and in part, of how many."""
+    names = [str(gpu.get("name", "GPU")).removeprefix("NVIDIA ") for gpu in worker.gpus]
+    left: dict[str, float] = {}
+    for name, share in zip(names, worker.free.gpus if worker.free else (), strict=False):
+        left[name] = left.get(name, 0) + share
+    return ", ".join(
+        (f"{names.count(name) - left[name]:g}/" if name in left else "") + f"{names.count(name)}x {name}"
+        for name in dict.fromkeys(names)
+    )
+
+
+def totals(workers: Sequence[WorkerStatus], glyphs: Glyphs, width: int | None) -> Text:
+    """What all that live have together, and how much of it is in use or promised; without bars where that
+    would be wider than `width`."""
+    rows = [(words, used, total) for words, (used, total) in _totals(workers) if total]
+    text = _joined(rows, glyphs)
+    if width is not None and text.cell_len > width:
+        return _joined(rows, Glyphs(plain=True))
+    return text
+
+
+def _joined(rows: Sequence[tuple[str, float, float]], glyphs: Glyphs) -> Text:
+    from rich.text import Text
+
+    text = Text()
+    for words, used, total in rows:
+        text.append("   " if text else "").append(words)
+        bar = glyphs.bar(used, total, 8)
+        text.append(f" {bar}" if bar else "", style=_BAR)
+    return text
+
+
+def _totals(workers: Sequence[WorkerStatus]) -> Iterator[tuple[str, tuple[float, float]]]:
+    alive = [worker for worker in workers if worker.state != "offline"]
+    slots = sum(min(len(worker.running), worker.slots) for worker in alive), sum(one.slots for one in alive)
+    cpus, memory, gpus = (_sum(map(of, alive)) for of in (_of_cpus, _of_memory, _of_gpus))
+    yield f"slots {slots[0]:,}/{slots[1]:,}", slots
+    yield f"CPUs {_number(cpus[0])}/{cpus[1]:,}", cpus
+    yield f"memory {tables.size_of(int(memory[0]), int(memory[1]))}", memory
+    yield f"GPUs {_number(gpus[0])}/{gpus[1]:,}", gpus
+
+
+def _number(amount: float) -> str:
+    """`1,234.5`, `12`."""
+    return f"{amount:,.1f}".removesuffix(".0")
+
+
+def _sum(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    found = list(pairs)
+    return round(sum(used for used, _ in found), 3), sum(total for _, total in found)
+
+
+QUEUE_COLUMNS = (
+    Column("QUEUE", least=8, in_middle=True),
+    Column("QUEUED", right=True),
+    Column("RUNNING", right=True),
+    Column("SCHEDULED", rank=4, right=True),
+    Column("DEFERRED", rank=4, right=True),
+    Column("FINISHED", rank=3, right=True),
+    Column("FAILED", rank=1, right=True),
+    Column("OLDEST", right=True),
+    Column("STATE", rank=1),
+    Column("ASKS FOR", rank=5, least=12),
+)
+
+
+def longest_waiting_first(queues: Iterable[QueueStatus]) -> list[QueueStatus]:
+    """Those with the oldest first job."""
+    return sorted(queues, key=lambda queue: (-(queue.oldest_age_seconds or -1.0), -queue.queued))
+
+
+def queue_row(queue: QueueStatus, glyphs: Glyphs) -> list[Cell]:
+    """The cells of one queue, in the order of QUEUE_COLUMNS."""
+    counts = (queue.queued, queue.running, queue.scheduled, queue.deferred, queue.finished)
+    failed: Cell = (str(queue.failed), "bold red" if queue.failed else "")
+    oldest = tables.age(queue.oldest_age_seconds)
+    held = tables.state("paused", glyphs.marked("paused")) if queue.paused else ""
+    return [queue.name, *map(str, counts), failed, oldest, held, queue.requirements]
