@@ -142,6 +142,16 @@ def flattened(settings: Settings) -> dict[str, Any]:
     return dict(_leaves(settings.model_dump(mode="json")))
 
 
+def worker_environ(settings: Settings) -> dict[str, str]:
+    """The variables that give a worker elsewhere the settings in force here: those that are no defaults."""
+    default = WorkerSettings()
+    return {
+        f"FLEET_WORKER__{name.upper()}": f"{value}"
+        for name, value in settings.model_dump()["worker"].items()
+        if value != getattr(default, name)
+    }
+
+
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, dict):

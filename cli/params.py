@@ -205,6 +205,13 @@ def resources(options: Mapping[str, Any]) -> dict[str, int]:
     return {name: value for name, value in said.items() if value is not None}
 
 
+def resource_words(options: Mapping[str, Any]) -> list[str]:
+    """What `resource_options` said, as these options again."""
+    gib = options["memory_gb"] and options["memory_gb"] / 2**30
+    said = {"num-cpus": options["num_cpus"], "memory-gb": gib, "num-gpus": options["num_gpus"]}
+    return [word for name, value in said.items() if value is not None for word in (f"--{name}", f"{value:g}")]
+
+
 def stagger_options(command: Any) -> Any:
     """How workers that a script starts are kept from arriving at once; `stagger_seconds` reads them."""
     for option in (
