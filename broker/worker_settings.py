@@ -64,6 +64,10 @@ class WorkerSettings:
     result_ttl_seconds: Count = 7 * 86400
     #: bytes that must be free where output is written, or the worker takes no jobs
     min_free_disk_bytes: Annotated[int, _Bound("ge", 0)] = 64 * 1024 * 1024
+    #: seconds between two samples of what the host and its jobs use; 0: none are taken
+    sample_seconds: Annotated[float, _Bound("ge", 0)] = 5.0
+    #: bytes of samples that the workers of one name keep at their host
+    series_max_bytes: Count = 64 * 1024 * 1024
     #: jobs an executor runs before it is replaced by a fresh one
     executor_max_jobs: Count = 100_000
     #: resident bytes of an executor above which it is replaced after its job

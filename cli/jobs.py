@@ -236,10 +236,15 @@ def _related(others: Sequence[Related]) -> str | None:
 
 def _used(usage: Usage) -> str:
     """`1.2 s of CPU, 210 MB of memory`: what is known."""
+    mean = f" (mean {size(usage.mean_memory_bytes)})" if usage.mean_memory_bytes else ""
     parts = {
         "of CPU": None if usage.cpu_seconds is None else duration(usage.cpu_seconds),
-        "of memory": size(usage.memory_bytes) if usage.memory_bytes else None,
+        f"of memory{mean}": size(usage.memory_bytes) if usage.memory_bytes else None,
         "of GPU memory": size(usage.gpu_memory_bytes) if usage.gpu_memory_bytes else None,
+        "of its GPUs' time": None if usage.gpu_use is None else f"{usage.gpu_use:.0%}",
+        "processes": str(usage.processes) if (usage.processes or 0) > 1 else None,
+        "read": size(usage.read_bytes) if usage.read_bytes else None,
+        "written": size(usage.written_bytes) if usage.written_bytes else None,
     }
     return ", ".join(f"{amount} {what}" for what, amount in parts.items() if amount)
 

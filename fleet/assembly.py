@@ -40,11 +40,13 @@ from fleet.logs import about
 from fleet.loop import Parts, WorkerLoop
 from fleet.mailbox import Mailbox
 from fleet.memory import Memory
+from fleet.meters import HostMeter
 from fleet.offer import Offering
 from fleet.outputs import Folders, Outputs, WorkingFolders
 from fleet.placement import Placement
 from fleet.room import Room
-from fleet.sampler import Sampler
+from fleet.sampler import Sampler, Sampling
+from fleet.series import About, Series
 from fleet.signals import StopSignals, kept_from_threads
 from fleet.slots import Slots
 from fleet.worker_config import WorkerConfig, state_dir
@@ -243,9 +245,18 @@ def _parts(
         config.only_set,
     )
     mail = Mailbox()
-    sampler = Sampler(resources.gpu_memory_in_use, mail.post)
+    sampler = Sampler(resources.gpu_uses, mail.post, _sampling(config, settings, folders))
     slots = Slots(config.slots, settings, context, pool, guard, placement, sampler)
     return Parts(session, selector, links, slots, pool, guard, mail, folders, offering, placement, sampler)
+
+
+def _sampling(config: WorkerConfig, settings: WorkerSettings, folders: Folders) -> Sampling | None:
+    if not settings.sample_seconds:
+        return None
+    about = About(config.host, config.name, os.cpu_count() or 1, resources.machine_memory())
+    series = Series(folders.log, about, settings.series_max_bytes, settings.result_ttl_seconds)
+    host = HostMeter(folders.run / f"{config.host}.samples")
+    return Sampling(settings.sample_seconds, series, host)
 
 
 def _executor_config(

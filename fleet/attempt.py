@@ -19,6 +19,7 @@ from broker.work import Claim, End, Outcome, Tails
 from fleet import process
 from fleet.limits import Limit, Limits
 from fleet.memory import Memory
+from fleet.meters import JobMeter
 from fleet.outputs import Folders, OutputFiles, Outputs, WorkingFolders
 from fleet.processes import Process
 from fleet.room import Grant
@@ -62,6 +63,8 @@ class Attempt(ABC):
     #: boot clock) of those that there were: fleet/sampler.py
     seen_bytes: int = 0
     known: Mapping[int, float] = field(default_factory=dict)
+    #: what samples told, once there was one
+    meter: JobMeter | None = None
 
     @property
     def timeout_at(self) -> float | None:
@@ -110,12 +113,13 @@ class Attempt(ABC):
     def used(self, cpu_seconds: float | None, largest_bytes: int) -> Usage:
         """What it used, by what was measured of its processes; asked once, for its limit ends here."""
         if self.limit is None:
-            return Usage(cpu_seconds, largest_bytes or None)
-        usage = self.limit.usage(cpu_seconds, largest_bytes)
-        if self.limit.ran_out:
-            self.cause = self.cause or "memory"
-        self.limit.close()
-        return usage
+            usage = Usage(cpu_seconds, largest_bytes or None)
+        else:
+            usage = self.limit.usage(cpu_seconds, largest_bytes)
+            if self.limit.ran_out:
+                self.cause = self.cause or "memory"
+            self.limit.close()
+        return self.meter.added(usage) if self.meter else usage
 
     def _reason(self, cause: Cause, usage: Usage | None) -> str:
         if cause == "memory" and self.limit:
@@ -132,6 +136,11 @@ class Attempt(ABC):
     def is_unmetered(self) -> bool:
         """Whether its processes must be looked at while they run, for nobody else tells what they had."""
         return False
+
+    @property
+    def has_own_processes(self) -> bool:
+        """Whether these began with it."""
+        return True
 
     def counts(self, pid: int, found: Process) -> bool:
         """Whether that process of its group, or of what descends from it, is the job's."""

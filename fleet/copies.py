@@ -4,7 +4,8 @@ A copy lies at its own place from its first byte on, and is at all times the beg
 has: so what a cut leaves is continued by the next run, and a log that grew by its new end. It gets the
 time of the file there only when it is whole, so a copy of that size and time is not fetched again. What
 is no beginning of the host's file - a log of an earlier life, removed there since - is never overwritten,
-but put aside as NAME.~1~, NAME.~2~. A file that cannot be had here, for its name or its size, is passed over.
+but put aside as NAME.~1~, NAME.~2~. Only a series is replaced, whose name no other has had, and which has
+lost nothing that it had. A file that cannot be had here, for its name or its size, is passed over.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from broker.errors import Conflict
 from fleet.launchers import base
+from fleet.launchers.agent_files import SERIES
 from fleet.launchers.remote_files import Problem, RemoteFile, Wanted
 
 _BLOCK_BYTES = 2**18
@@ -214,7 +216,9 @@ class Copies:
             if place != self.folder and not _is(place, stat.S_ISDIR):
                 self._put_aside(place)
                 place.mkdir()
-        if not (_is(path, stat.S_ISREG) and path.lstat().st_size == 0):
+        if _is(path, stat.S_ISREG) and SERIES.fullmatch(str(path.relative_to(self.folder))):
+            path.unlink()
+        elif not (_is(path, stat.S_ISREG) and path.lstat().st_size == 0):
             self._put_aside(path)
 
     def _put_aside(self, path: Path) -> None:

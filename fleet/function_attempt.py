@@ -77,11 +77,16 @@ class FunctionAttempt(Attempt):
     def signal(self, number: int) -> None:
         self.execution.kill(number)  # and not the next job of its executor, should this one just have ended
 
+    @property
+    def has_own_processes(self) -> bool:
+        return self.execution.lane.executor.mode == "fork"
+
     def counts(self, pid: int, found: Process) -> bool:
-        """One that is held to limits has a process forked for it; its executor, and what was there before,
-        do not count."""
-        limit = self.limit
-        return limit is None or (pid != self.pgid and found.started >= limit.made_at - TICK)
+        """Of one that has a process forked for it, its executor does not count, nor, where it is held to
+        limits, what was there before."""
+        if pid == self.pgid:
+            return not self.has_own_processes
+        return self.limit is None or found.started >= self.limit.made_at - TICK
 
     def has_ended(self) -> bool:
         return self.execution.outcome is not None

@@ -3,13 +3,13 @@
 OUTPUT_DIR/jobs/JOB/              its working directory, the same for every attempt on this host
 OUTPUT_DIR/output/JOB.FENCE.out   stdout of one attempt; .err for stderr
 OUTPUT_DIR/log/WORKER.log         what the worker itself says
+OUTPUT_DIR/log/WORKER.series.*    what it and its jobs used over time: fleet/series.py
 OUTPUT_DIR/run/WORKER.*           its lock, its process, its configuration (0600)
 
 A folder may have been somebody's before it was named to us. `jobs` and `output` that a worker made hold
 `.rq-fleet`, with a line for each fleet that works there: from others nothing is ever removed.
 
-`fleet collect-logs` goes by these names (fleet/launchers/agent_files.py): what else is to be collected of an
-attempt, a series of its resources for one, lies beside its output as JOB.FENCE.series.*.
+`fleet collect-logs` goes by these names (fleet/launchers/agent_files.py).
 """
 
 from __future__ import annotations

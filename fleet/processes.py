@@ -27,12 +27,13 @@ _KIB = 1024
 @dataclass(frozen=True, slots=True)
 class Process:
     """What is known of one: who it is, since when (seconds on the boot clock, which tells two of one number
-    apart), and its resident memory."""
+    apart), its resident memory, and the CPU time of it and of those that it waited for."""
 
     parent: int
     group: int
     started: float
     resident_bytes: int
+    cpu_seconds: float = 0.0
 
 
 class Table:
@@ -109,18 +110,24 @@ def _read_one(pid: int) -> Process | None:
     with suppress(OSError, LookupError), open(f"/proc/{pid}/stat", "rb", 0) as file:
         # the name, in parentheses, may hold anything
         fields = file.read().rpartition(b")")[2].split()
-        return Process(int(fields[1]), int(fields[2]), int(fields[19]) * TICK, int(fields[21]) * _PAGE)
+        began, size, cpu = (
+            int(fields[19]) * TICK,
+            int(fields[21]) * _PAGE,
+            sum(map(int, fields[11:15])) * TICK,
+        )
+        return Process(int(fields[1]), int(fields[2]), began, size, cpu)
     return None
 
 
 def _processes_without_proc() -> dict[int, Process]:
     found: dict[int, Process] = {}
-    for process in psutil.process_iter(["ppid", "create_time", "memory_info"]):
-        known, memory = process.info, process.info["memory_info"]
+    for process in psutil.process_iter(["ppid", "create_time", "memory_info", "cpu_times"]):
+        known, memory, times = process.info, process.info["memory_info"], process.info["cpu_times"]
         with suppress(OSError):
             group = os.getpgid(process.pid)
             started = known["create_time"] - clock.wall().timestamp() + clock.boottime()
-            found[process.pid] = Process(known["ppid"] or 0, group, started, memory.rss if memory else 0)
+            size, cpu = memory.rss if memory else 0, sum(times[:4]) if times else 0.0
+            found[process.pid] = Process(known["ppid"] or 0, group, started, size, cpu)
     return found
 
 
@@ -152,6 +159,12 @@ def _own_peak_bytes(pid: int) -> int:
         if line.startswith(b"VmHWM:"):
             return int(line.split()[1]) * _KIB
     return 0
+
+
+def disk_bytes(pid: int) -> tuple[int, int]:
+    """What it, and those that it waited for, read from disks and wrote to them; 0 where nobody tells."""
+    found = dict(line.split(b": ") for line in _read(f"/proc/{pid}/io").splitlines())
+    return int(found.get(b"read_bytes", 0)), int(found.get(b"write_bytes", 0))
 
 
 def proportional_bytes(pid: int, resident_bytes: int) -> int:

@@ -108,11 +108,17 @@ def find_memory(root: Path = _ROOT) -> int:
     return min(memory_limits(root).values())
 
 
+def machine_memory() -> int:
+    """All that the machine has, whoever may use it; bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def memory_limits(root: Path = _ROOT) -> dict[str, int]:
     """Cgroup, ours or one above it -> bytes that all in it may have together; '' is the machine."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     rows = _with_parents("memory", root)
-    return {"": total} | {str(folder): limit for folder, version in rows for limit in _limit(folder, version)}
+    return {"": machine_memory()} | {
+        str(folder): limit for folder, version in rows for limit in _limit(folder, version)
+    }
 
 
 def _limit(folder: Path, version: int) -> Iterator[int]:
@@ -207,17 +213,49 @@ def _gpus_by_nvml() -> tuple[Gpu, ...] | None:
         return None
 
 
-def gpu_memory_in_use(indices: Iterable[int]) -> int | None:
-    """Bytes in use on GPUs of these numbers, by NVML; None where that is not there, or does not tell."""
+@dataclass(frozen=True)
+class GpuUse:
+    """How busy a GPU is, from 0 to 1 (None: it does not tell), and how much of its memory is taken."""
+
+    index: int
+    busy: float | None
+    memory_bytes: int
+
+
+def gpu_uses(indices: Iterable[int] | None = None) -> tuple[GpuUse, ...]:
+    """Of GPUs of these numbers, or of all, by NVML; of none where that is not there, or does not tell."""
+    nvml = _nvml()
+    if nvml is None:
+        return ()
+    try:
+        if indices is None:
+            indices = range(_count(nvml))
+        return tuple(_use(nvml, index) for index in indices)
+    except (nvml.NVMLError, OSError):
+        return ()
+
+
+@functools.cache
+def _nvml() -> Any:
+    """The package, for one that goes on asking; None where it is not installed."""
     try:
         import pynvml
-
-        handles = [_handle(pynvml, index) for index in indices]
-        return sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles)
     except ImportError:
         return None
-    except (pynvml.NVMLError, OSError):
-        return None
+    return pynvml
+
+
+def _use(nvml: Any, index: int) -> GpuUse:
+    handle, busy = _handle(nvml, index), None
+    with suppress(nvml.NVMLError):
+        busy = nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+    return GpuUse(index, busy, int(nvml.nvmlDeviceGetMemoryInfo(handle).used))
+
+
+@functools.cache
+def _count(nvml: Any) -> int:
+    nvml.nvmlInit()
+    return int(nvml.nvmlDeviceGetCount())
 
 
 @functools.cache

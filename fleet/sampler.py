@@ -4,6 +4,8 @@
   ends it. So often that nothing grows far beyond its limit.
 - Peaks: the kernel tells them in the end of large processes alone (`fleet.process.peak_bytes`), so those of
   commands are looked up while they run.
+- Samples: what jobs, and the host, use at this moment. They make a summary for each job, and a series
+  (`fleet/series.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,12 +21,20 @@ from broker import clock
 from fleet import processes
 from fleet.attempt import Attempt
 from fleet.limits import Limit
+from fleet.meters import HostMeter, JobMeter
 from fleet.processes import Process, Table
+from fleet.resources import GpuUse
+from fleet.series import Series
 
 log = logging.getLogger("fleet.worker")
 
-#: bytes in use on GPUs of these numbers; None: nobody tells
-GpuMemory = Callable[[Iterable[int]], int | None]
+#: how GPUs of these numbers, or (None) all, are used, of those that tell
+GpuUses = Callable[[Iterable[int] | None], Sequence[GpuUse]]
+
+#: seconds: what has not run for so long is over at once, most often
+_YOUNG_SECONDS = 0.5
+#: samples that are written at once
+_WRITTEN_AT_ONCE = 6
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,15 @@ class TooLarge:
     """The attempt under this lease has more memory than its job asked for."""
 
     lease: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How often samples are taken, and where they go."""
+
+    seconds: float
+    series: Series
+    host: HostMeter
 
 
 class Rhythm:
@@ -58,13 +77,18 @@ class Rhythm:
 class Sampler:
     """The thread. `add` and `remove` are for the loop."""
 
-    def __init__(self, gpu_memory: GpuMemory, post: Callable[[TooLarge], None]) -> None:
-        """`post` is told, more than once maybe, of who has too much."""
-        self._gpu_memory = gpu_memory
+    def __init__(
+        self, gpus: GpuUses, post: Callable[[TooLarge], None], sampling: Sampling | None = None
+    ) -> None:
+        """`post` is told, more than once maybe, of who has too much. No `sampling`: no samples are taken."""
+        self._gpus = gpus
         self._post = post
+        self._sampling = sampling
         self._attempts: dict[str, Attempt] = {}
         self._limits = Rhythm(0.2, 20, longest=1.0)
         self._peaks = Rhythm(1.0, 500)
+        self._samples = Rhythm(sampling.seconds if sampling else 0.0, 200)
+        self._unwritten = 0
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
@@ -97,11 +121,16 @@ class Sampler:
                 log.exception("looking at what jobs use failed")
             self._wake.wait(self._patience())
             self._wake.clear()
+        if self._sampling:
+            self._sampling.series.close()
+            self._sampling.host.close()
 
     def _patience(self) -> float:
         times = [self._peaks.next_time]
         if any(_holds_memory(attempt) for attempt in self._running()):
             times.append(self._limits.next_time)
+        if self._sampling:
+            times.append(self._samples.next_time)
         return max(0.01, min(times) - clock.monotonic())
 
     def _running(self) -> tuple[Attempt, ...]:
@@ -117,6 +146,10 @@ class Sampler:
         with self._peaks.turn() as is_time:
             if is_time:
                 self._look_at_peaks(attempts, table)
+        if self._sampling:
+            with self._samples.turn() as is_time:
+                if is_time:
+                    self._sample(self._sampling, attempts, table)
 
     def _look_at_limits(self, attempts: Iterable[Attempt], table: Table) -> None:
         for attempt in attempts:
@@ -137,9 +170,35 @@ class Sampler:
                 self._look_at_gpus(attempt.limit)
 
     def _look_at_gpus(self, limit: Limit) -> None:
-        used = self._gpu_memory(limit.grant.gpu_ids)
-        if used is not None:
+        used = sum(gpu.memory_bytes for gpu in self._gpus(limit.grant.gpu_ids))
+        if used:
             limit.seen_gpu_bytes = max(limit.seen_gpu_bytes or 0, used)
+
+    def _sample(self, sampling: Sampling, attempts: Iterable[Attempt], table: Table) -> None:
+        at, now, gpus = clock.wall().timestamp(), clock.monotonic(), self._gpus(None)
+        host = sampling.host.read(now)
+        if host:
+            sampling.series.note_host(at, host, gpus)
+        for attempt in attempts:
+            members = _members(attempt, table) if now - attempt.started > _YOUNG_SECONDS else {}
+            if members:
+                attempt.meter = meter = attempt.meter or _meter(attempt)
+                sample = meter.read(now, members, _own_gpus(attempt.limit, gpus))
+                sampling.series.note_job(at, attempt.claim.job_id, int(attempt.claim.fence), sample)
+        self._unwritten += 1
+        if self._unwritten >= _WRITTEN_AT_ONCE:
+            self._unwritten = 0
+            sampling.series.write()
+
+
+def _meter(attempt: Attempt) -> JobMeter:
+    return JobMeter(attempt.started if attempt.has_own_processes else None)
+
+
+def _own_gpus(limit: Limit | None, gpus: Iterable[GpuUse]) -> list[GpuUse]:
+    """Those that a job has to itself; what it takes of one that it shares nobody tells."""
+    own = limit.grant.gpu_ids if limit and limit.has_gpus else ()
+    return [gpu for gpu in gpus if gpu.index in own]
 
 
 def _holds_memory(attempt: Attempt) -> bool:

@@ -2,7 +2,7 @@
 
 Sent below agent.py with the requests that need it (see `agent.program`). Of an output folder it knows
 
-    log/BASE-N.*           what the workers of this host say
+    log/BASE-N.*           what the workers of this host say; *.series.*.sqlite: what they and jobs used
     output/JOB.FENCE.*     what an attempt printed, and whatever else is kept of it
     jobs/JOB/              the job's working folder, with all that is in it
 
@@ -26,12 +26,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from fleet.launchers import agent
@@ -54,6 +56,11 @@ MARKER = ".rq-fleet"
 MARKED_FOLDERS = ("jobs", "output")
 MOST_MARKER_BYTES = 2**16
 JOB_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+#: a database that somebody may be writing to; what SQLite puts beside it is no file of its own
+SERIES = re.compile(r"log/[\w.-]+\.series\.[\w.-]+\.sqlite", re.ASCII)
+JOURNAL = re.compile(rf"{SERIES.pattern}-journal", re.ASCII)
+#: seconds to wait for who writes to it
+BUSY_SECONDS = 20.0
 OUTPUT_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}\.\d+\.[\w.-]+", re.ASCII)
 
 
@@ -96,7 +103,7 @@ def list_files(request: agent.Json) -> agent.Json:
         if not stat.S_ISREG(info.st_mode):
             passed_over += not stat.S_ISDIR(info.st_mode)
         # an empty one waits for the next silent job of its worker
-        elif info.st_size or not path.startswith("output/"):
+        elif (info.st_size or not path.startswith("output/")) and not JOURNAL.fullmatch(path):
             rows.append([path, info.st_size, info.st_mtime_ns])
             listed += len(path)
         if len(rows) >= LISTED_AT_ONCE or listed >= MOST_LISTED:
@@ -260,6 +267,8 @@ def send_file(frames: Frames, root: Path, path: str, index: int, offset: int, sh
         info = os.fstat(file)
         if not stat.S_ISREG(info.st_mode):
             raise OSError(errno.EINVAL, "is no regular file any more")
+        if SERIES.fullmatch(path):
+            file, info = held_still(file, root / path)
         digest = hashlib.sha256()
         if not 0 < offset <= info.st_size or not begins_with(frames, file, offset, sha256, digest):
             offset, digest = 0, hashlib.sha256()
@@ -269,6 +278,30 @@ def send_file(frames: Frames, root: Path, path: str, index: int, offset: int, sh
         frames.document({"index": index, "size": end, "sha256": digest.hexdigest()})
     finally:
         os.close(file)
+
+
+def held_still(file: int, path: Path) -> tuple[int, os.stat_result]:
+    """A copy, in place of `file`, of a database between two changes, and what it was then."""
+    try:
+        import sqlite3
+    except ImportError as exc:
+        raise OSError(errno.ENOSYS, f"needs SQLite, which this Python lacks: {exc}") from exc
+    with tempfile.TemporaryFile() as copy:
+        with closing(sqlite3.connect(str(path), timeout=BUSY_SECONDS)) as database:
+            with suppress(sqlite3.DatabaseError):  # damaged: it is sent as it is
+                try:
+                    # what was cut short is undone, and from here on nobody may change it
+                    database.execute("BEGIN")
+                    database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                except sqlite3.OperationalError as exc:
+                    raise OSError(errno.EBUSY, str(exc)) from exc
+            info = os.fstat(file)
+            with open(file, "rb", closefd=False) as source:
+                shutil.copyfileobj(source, copy, BLOCK_BYTES)
+        copy.flush()
+        descriptor = os.dup(copy.fileno())
+    os.close(file)
+    return descriptor, info
 
 
 def begins_with(frames: Frames, file: int, length: int, sha256: str, digest: hashlib._Hash) -> bool:

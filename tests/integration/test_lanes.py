@@ -263,7 +263,7 @@ class Desk:
         settings, room = self.who.settings, Room(Resources(count, 0), count)
         placement = Placement(["default"], Offer(cpus=count, slots=count), room, settings)
         self.slots = Slots(
-            count, settings, context, bench.pool, guard, placement, Sampler(lambda _: None, lambda _: None)
+            count, settings, context, bench.pool, guard, placement, Sampler(lambda _: (), lambda _: None)
         )
 
     def take(self, *calls: tuple[Any, ...]) -> list[str]:

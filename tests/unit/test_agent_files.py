@@ -7,6 +7,8 @@ import asyncio
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
@@ -20,6 +22,8 @@ from fleet.launchers import agent, agent_files, base
 from fleet.launchers.local import LocalLauncher
 from fleet.launchers.remote_files import RemoteFile, RemoteFolder, Removed, Users, Wanted, _file
 from fleet.outputs import Folders
+from fleet.series import About, JobSample, Series, opened
+from fleet.series import files as files_of_series
 
 EMPTY = hashlib.sha256().hexdigest()
 
@@ -248,3 +252,80 @@ def test_a_long_list_gives_signs_of_life_before_it_says_anything(root, monkeypat
     agent_files.list_files({"output_dir": str(root), "base": "host1"})
     before, _, _ = capfdbinary.readouterr().out.partition(b"J")
     assert before.count(b".\0\0\0\0") >= 50 + len(["j", ".rq-fleet"])
+
+
+# --- series: databases under way -------------------------------------------------------------------
+
+
+def _note(root: Path, count: int) -> tuple[Series, Path]:
+    one = Series(root / "log", About("host1", "host1-0", 1, 1), 2**30, 1000.0)
+    for at in range(count):
+        one.note_job(float(at), f"j{at}", 7, JobSample(1.0, 1, 1))
+    one.close()
+    return one, next(files_of_series(root))
+
+
+def _is_whole(path: Path) -> int:
+    """How many jobs it knows, if nothing is wrong with it."""
+    with opened(path) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        (count,) = database.execute("SELECT count(*) FROM jobs").fetchone()
+        return int(count)
+
+
+def test_a_series_comes_whole_while_it_is_written_to(root, tmp_path):
+    _, path = _note(root, 10)
+    is_over, counts = threading.Event(), []
+    (tmp_path / "here").mkdir()
+
+    def write() -> None:
+        while not is_over.is_set():
+            with opened(path) as database:
+                database.executemany("INSERT INTO jobs (at, attempt) VALUES (?, 1)", [(1.0,)] * 500)
+                database.execute("UPDATE jobs SET cpus = cpus + 1 WHERE rowid % 50 = 0")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(8):
+            copies = Copies(tmp_path / "here", durable=False, on_bytes=lambda _: None)
+            wanted = copies.wanted(at(root, lambda files: files.listing()).files)
+            at(root, lambda files, wanted=wanted, copies=copies: files.fetch(wanted, copies))
+            assert copies.problems == []
+            counts.append(_is_whole(tmp_path / "here" / path.relative_to(root)))
+    finally:
+        is_over.set()
+        writer.join()
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[0]
+    assert [file.name for file in (tmp_path / "here/log").iterdir()] == [path.name], (
+        "an older copy is replaced"
+    )
+    known = at(root, lambda files: files.listing()).files
+    assert at(root, lambda files: files.remove(known, [])).files == 1
+
+
+def test_what_a_killed_writer_left_is_undone_first(root, tmp_path):
+    _, path = _note(root, 10)
+    program = f"""
+import os, sqlite3
+database = sqlite3.connect({str(path)!r})
+database.execute("PRAGMA cache_size = 1")
+database.executemany("INSERT INTO jobs (at) VALUES (?)", [(1.0,)] * 20000)
+os._exit(9)
+"""
+    subprocess.run([sys.executable, "-c", program], check=False)
+    assert path.with_name(f"{path.name}-journal").exists()
+    (file,) = at(root, lambda files: files.listing()).files
+    copies = fetched(root, tmp_path / "here", Wanted(file, 0, EMPTY))
+    assert copies.problems == []
+    assert _is_whole(tmp_path / "here" / file.path) == 10
+
+
+def test_what_is_no_database_comes_as_it_is(root, tmp_path):
+    (root / "log/host1-0.series.1.sqlite").write_text("no database")
+    (root / "jobs/j/x.sqlite-journal").write_text("a job's")
+    files = at(root, lambda files: files.listing()).files
+    fetched(root, tmp_path / "here", *(Wanted(file, 0, EMPTY) for file in files))
+    assert (tmp_path / "here/log/host1-0.series.1.sqlite").read_text() == "no database"
+    assert (tmp_path / "here/jobs/j/x.sqlite-journal").read_text() == "a job's"

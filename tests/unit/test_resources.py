@@ -152,6 +152,11 @@ int nvmlDeviceGetMemoryInfo(void *gpu, struct memory *found) {
     found->used = (long)gpu * 100 << 20;
     return MEMORY;
 }
+struct rates { unsigned gpu, memory; };
+int nvmlDeviceGetUtilizationRates(void *gpu, struct rates *found) {
+    found->gpu = (long)gpu * 25;
+    return 0;
+}
 """
 _SMI = "#!/bin/sh\nprintf 'NVIDIA A100, 40960\\n'\n"
 _BY_NVML = [

@@ -14,6 +14,7 @@ from fleet import sampler
 from fleet.function_attempt import FunctionAttempt
 from fleet.limits import Limit
 from fleet.processes import Process
+from fleet.resources import GpuUse
 from fleet.room import Grant
 from fleet.sampler import Rhythm, Sampler, TooLarge
 
@@ -55,7 +56,7 @@ def told():
 @pytest.fixture
 def ours(told):
     """A sampler at work."""
-    one = Sampler(lambda gpus: 7 * len(list(gpus)), told.append)
+    one = Sampler(lambda gpus: [GpuUse(index, None, 7) for index in gpus or ()], told.append)
     one.start()
     yield one
     one.stop()
@@ -84,7 +85,7 @@ def test_peaks_are_noted_where_nobody_else_tells_them(ours, hog, eventually):
 
 
 def test_it_goes_on_after_what_nobody_foresaw(told, hog, eventually, caplog):
-    one, broken = Sampler(lambda _: None, told.append), _attempt(hog, lease="1:broken")
+    one, broken = Sampler(lambda _: (), told.append), _attempt(hog, lease="1:broken")
     broken.counts = None
     one.add(broken)
     one.add(_attempt(hog, 32 * _MIB, "2:low"))
@@ -98,13 +99,14 @@ def test_it_goes_on_after_what_nobody_foresaw(told, hog, eventually, caplog):
 
 def test_of_a_function_its_executor_and_what_was_there_before_do_not_count():
     limit = Limit(Grant(memory_bytes=_MIB), None, None)
-    one: Any = SimpleNamespace(limit=limit, pgid=10)
+    one: Any = SimpleNamespace(limit=limit, pgid=10, has_own_processes=True)
     late, early = limit.made_at + 1, limit.made_at - 1
     counts = FunctionAttempt.counts
     assert not counts(one, 10, Process(1, 10, late, 0))
     assert not counts(one, 11, Process(10, 10, early, 0))
     assert counts(one, 12, Process(10, 10, late, 0))
-    assert counts(SimpleNamespace(limit=None, pgid=10), 10, Process(1, 10, early, 0))  # type: ignore[arg-type]
+    warm: Any = SimpleNamespace(limit=None, pgid=10, has_own_processes=False)
+    assert counts(warm, 10, Process(1, 10, early, 0))
 
 
 def test_looking_takes_a_small_part_of_the_time(monkeypatch):
