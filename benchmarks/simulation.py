@@ -88,18 +88,22 @@ class Findings:
 def virtual_time() -> Iterator[None]:
     """Scripts ask the simulation for the time, until the end of the block."""
     used = [script for script in vars(scripts).values() if isinstance(script, scripts.Script)]
+    real = scripts.Script.text
     for script in used:
-        text = script.text
-        if _TIME not in text:
+        if _TIME not in script.text:
             raise RuntimeError(f"{script.name} asks for the time in other words than {_TIME}")
-        vars(script).pop("sha", None)
-        vars(script)["text"] = text.replace(_TIME, _VIRTUAL_TIME)
+    scripts.Script.text = property(lambda script: real.fget(script).replace(_TIME, _VIRTUAL_TIME))  # type: ignore
+    _forget_names(used)
     try:
         yield
     finally:
-        for script in used:
-            vars(script).pop("sha", None)
-            vars(script).pop("text", None)
+        scripts.Script.text = real  # type: ignore[method-assign]
+        _forget_names(used)
+
+
+def _forget_names(used: Iterable[scripts.Script]) -> None:
+    for script in used:
+        vars(script).pop("sha", None)
 
 
 class _Books:

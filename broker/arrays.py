@@ -1,4 +1,4 @@
-"""Arrays of tasks: one submission, one id, one entry of a queue, however many tasks; see _array.lua."""
+"""Arrays of tasks: one submission, one id, one entry of a queue, however many tasks; see _arrays.lua."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ItemKind = Literal["line", "json", "arguments"]
 
 #: seconds that a submission may rest before what is there of it goes
 _OPEN_SECONDS = 600
-#: items of one field; _array.lua has it, too
+#: items of one field; _arrays.lua has it, too
 _ITEMS_IN_CHUNK = 32
 #: seconds that a canceled task is kept
 _CANCELED_TTL = 7 * 86400
@@ -188,7 +188,7 @@ def _send(client: redis.Redis, array: str, write: Any) -> None:
 
 
 def _chunks(items: Sequence[bytes]) -> Iterator[bytes]:
-    """Items as _array.lua reads them: each with its length before it."""
+    """Items as _arrays.lua reads them: each with its length before it."""
     for start in range(0, len(items), _ITEMS_IN_CHUNK):
         some = items[start : start + _ITEMS_IN_CHUNK]
         yield b"".join(part for item in some for part in (struct.pack("<I", len(item)), item))

@@ -56,7 +56,7 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:last                    string  -          submissions: the id of the newest
     fleet:arrays                  zset   -          arrays that have not ended -> ms when they were submitted
 
-    of an array (scripts, see _array.lua; TTL 10 min while it is being submitted, later that of its job)
+    of an array (scripts, see _arrays.lua; TTL 10 min while it is being submitted, later that of its job)
     fleet:array:ID                hash    items (line, json, arguments), total, numbers, max_fails,
                                           max_parallel, started_at; left: how many are in todo; finished:
                                           how many did; stop: why no more are given out; after: whose tasks

@@ -1,4 +1,4 @@
-"""The tasks of arrays as people see them, and as they see themselves: read from what _array.lua keeps."""
+"""The tasks of arrays as people see them, and as they see themselves: read from what _arrays.lua keeps."""
 
 from __future__ import annotations
 

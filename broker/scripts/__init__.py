@@ -1,13 +1,19 @@
 """The Lua scripts, each a file of its own: `round.lua` is `Script("round")`.
 
-Every script is preceded by `_lib.lua`, `_array.lua`, and the key templates of `broker.keys`, so keys are
-spelled in one place.
+Redis runs the whole text of a script at each call, and to define a function takes it about as long as to call
+a small one; the longer, the more of its neighbours are referred to. So a text has three layers: `_lib.lua`,
+what most scripts need; in it modules, each of which is run when the first of its functions is asked for; and
+beside these the script. A module is called by its name: `lists.enqueue(...)` is in `_lists.lua`.
+
+Keys are spelled in `broker.keys` alone: a script has `K.LEASES`, or `key('job', id)`, and both are written
+out when the text is made.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from functools import cached_property
 from importlib import resources
 from typing import Any
@@ -17,41 +23,43 @@ from redis.exceptions import NoScriptError
 
 from broker import keys
 
-_CONSTANTS = (
-    *("QUEUES", "WORKERS", "SUSPENDED", "FENCE", "LEASES", "FLEET_WORKERS", "PAUSED", "COUNTERS"),
-    *("SETTLING", "ARRAYS", "LAST", "SETS_VERSION", "SETS_IDLE", "NEWS", "HISTORIES"),
-)
+_MODULES = ("lists", "dependents", "setbacks", "arrays", "history")
+_CONSTANT = re.compile(r"\bK\.([A-Z_]+)\b")
+_NAME = r"([\w.]+(?:\[\w+\])?)"
+_KEY = re.compile(rf"\bkey\('(\w+)', {_NAME}(?:, {_NAME})?\)")
 
 
 class Script:
-    """One script, loaded into a server when it is first found missing there.
+    """One script, loaded into a server when it is first found missing there."""
 
-    Redis runs the whole text at each call, and to define a function takes it as long as to call a small one.
-    So what a busy script seldom needs is only run when it first asks for it: `seldom` names parts, each with
-    what it is called and the Lua expression that it then is.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        parts: Sequence[str] = ("_lib", "_array"),
-        seldom: Mapping[str, tuple[str, str]] | None = None,
-    ) -> None:
+    def __init__(self, name: str, *more: str) -> None:
+        """`more`: modules of which it alone has use."""
         self.name = name
-        self._parts = parts
-        self._seldom = seldom or {}
+        self._modules = (*_MODULES, *more)
 
     @property
     def text(self) -> str:
-        """The whole text that is sent: keys, library, script, and the writes that these put off.
+        """The whole text that is sent.
 
         Made anew each time: it is seldom sent, and all of them would stay in an idle worker, 100 KiB each.
         """
-        seldom = (_when_asked_for(name, *part) for name, part in self._seldom.items())
-        body = ("local function script()", _read(self.name), "end")
-        end = ("local reply = script()", "flush()", "write_history()", "return reply")
-        parts = map(_read, self._parts)
-        return "\n".join((_keys_in_lua(), *parts, *seldom, *body, *end))
+        layers = (
+            _templates(),
+            f"local {', '.join(self._modules)}",
+            _read("_lib"),
+            "local function modules_and_script()",
+            *(f"{name} = seldom(function()\n{_read(f'_{name}')}\nend)" for name in self._modules),
+            "local function script()",
+            _read(self.name),
+            "end",
+            "local reply = script()",
+            "flush()",  # the writes that all these put off
+            "if counted[1] then history.write_history() end",
+            "return reply",
+            "end",
+            "return modules_and_script()",
+        )
+        return "\n".join(layers)
 
     @cached_property
     def sha(self) -> str:
@@ -68,35 +76,26 @@ class Script:
 
 
 def _read(name: str) -> str:
-    return resources.files(__name__).joinpath(f"{name}.lua").read_text(encoding="utf-8")
+    text = resources.files(__name__).joinpath(f"{name}.lua").read_text(encoding="utf-8")
+    return _KEY.sub(_key_in_lua, _CONSTANT.sub(lambda found: f"'{getattr(keys, found[1])}'", text))
 
 
-def _when_asked_for(name: str, part: str, expression: str) -> str:
-    body = (f"local {name} = seldom(function()", _read(part), f"return {expression}", "end)")
-    return "\n".join(body)
+def _key_in_lua(call: re.Match[str]) -> str:
+    """`('rq:job:' .. id)` for `key('job', id)`; between two names is a colon."""
+    kind, *names = call.groups()
+    before, *_, after = keys.LUA_TEMPLATES[kind].split("%s")
+    parts = (f"'{before}'", " .. ':' .. ".join(filter(None, names)), f"'{after}'" if after else None)
+    return f"({' .. '.join(filter(None, parts))})"
 
 
-def _keys_in_lua() -> str:
-    """`local K, AFTER`: of broker/keys.py the constants and, of each template, what comes before and after
-    the name; between two names is a colon."""
+def _templates() -> str:
+    """For a kind that only the script knows: what comes before the name, or names, and what after."""
     parts = {kind: template.split("%s") for kind, template in keys.LUA_TEMPLATES.items()}
-    before = [f'  {kind} = "{part[0]}",' for kind, part in parts.items()]
-    before += [f'  {name} = "{getattr(keys, name)}",' for name in _CONSTANTS]
-    after = [f'  {kind} = "{part[-1]}",' for kind, part in parts.items() if part[-1]]
-    return "\n".join(("local K = {", *before, "}", "local AFTER = {", *after, "}"))
+    rows = (f"  {kind} = {{'{part[0]}', '{part[-1]}'}}," for kind, part in parts.items())
+    return "\n".join(("local function key_templates()", "return {", *rows, "}", "end"))
 
 
-ROUND = Script(
-    "round",
-    ["_lib"],
-    seldom={
-        "place": ("_place", "place"),
-        "arrays": (
-            "_array",
-            "{claim_tasks = claim_tasks, may_run_again = may_run_again, settle_arrays = settle_arrays}",
-        ),
-    },
-)
+ROUND = Script("round", "place")
 REGISTER = Script("register")
 RETIRE = Script("retire")
 BEAT = Script("beat")

@@ -7,7 +7,7 @@
 --                 ▲                   │
 --                 └───────────────────┘  give_back: retry, handed back, lost
 --
--- `K` holds the key templates of broker/keys.py. A job is only ever moved by a script that
+-- `K` holds the keys of broker/keys.py that are one each, and `key` the others. A job is only ever moved by a script that
 -- has just read its hash, found it in the state it expects and, where it is started, found
 -- the lease that the caller names: whoever comes late changes nothing.
 
@@ -17,15 +17,14 @@ local MEND_SECONDS = 60         -- between two looks at whether a queue can take
 local RQ_TIMEOUT = '180'        -- rq.Queue.DEFAULT_TIMEOUT, for jobs whose producer set none
 local RQ_FAILURE_TTL = 31536000 -- rq.defaults.DEFAULT_FAILURE_TTL
 
--- The key of that kind for `a`, or for `a` and `b`.
+local templates
+
+-- The key of that kind for `a`, or for `a` and `b`. Where the kind is written down, this is not called: see
+-- broker/scripts/__init__.py.
 local function key(kind, a, b)
-  local after = AFTER[kind]
-  if b then
-    return K[kind] .. a .. ':' .. b
-  elseif after then
-    return K[kind] .. a .. after
-  end
-  return K[kind] .. a
+  templates = templates or key_templates()
+  local parts = templates[kind]
+  return parts[1] .. a .. (b and ':' .. b or parts[2])
 end
 
 -- What `load` returns, a table of functions, loaded when the first of them is asked for.
@@ -78,22 +77,14 @@ local function delete_later(where)
   call[#call + 1] = where
 end
 
--- Tasks of arrays that this script moved, by array and 'FROM TO'; and what sees to it, in _array.lua.
+-- Tasks of arrays that this script moved, by array and 'FROM TO': _arrays.lua sees to it when the script ends.
 local moved = {}
-local settle_arrays
-
--- An array whose state is to be looked at when the script ends.
-local function touch_array(array)
-  if not moved[array] then
-    moved[array], moved[#moved + 1] = {}, array
-  end
-end
 
 -- A job has gone from one place of its array to another, if it is a task.
 local function task_moves(id, fields, from, to)
   local array = fields.fleet_array_of
   if array then
-    touch_array(array)
+    arrays.touch_array(array)
     local way = from .. ' ' .. to
     local numbers = moved[array][way] or {}
     moved[array][way] = numbers
@@ -103,7 +94,7 @@ end
 
 local function flush()
   if moved[1] then
-    settle_arrays()
+    arrays.settle_arrays()
   end
   for _, call in ipairs(order) do
     local run = string.sub(call[2], 1, 6) == 'fleet:' and redis.call or try
@@ -166,40 +157,21 @@ local function number(text, default)
   return fits and math.floor(value) or default
 end
 
-local function list(text)
-  local ok, values = pcall(cjson.decode, text or '[]')
-  local found = {}
-  for i, value in ipairs(ok and type(values) == 'table' and values or {}) do
-    found[i] = number(value, 0)
-  end
-  return found
-end
-
--- Fields that only some moves of a job look at, read when the first of them is asked for.
-local SELDOM = {
-  'worker_name', 'started_at', 'ttl', 'failure_ttl', 'retries_left', 'retry_intervals',
-  'number_of_retries', 'enqueue_at_front_on_retry', 'repeat_intervals', 'group_id',
-}
 local READ_SELDOM = {}
 
+-- Fields that only some moves of a job look at, read when the first of them is asked for.
 function READ_SELDOM.__index(fields, wanted)
-  local values = redis.call('HMGET', key('job', fields.id), unpack(SELDOM))
-  for i, name in ipairs(SELDOM) do
+  local names = {
+    'worker_name', 'started_at', 'ttl', 'failure_ttl', 'retries_left', 'retry_intervals',
+    'number_of_retries', 'enqueue_at_front_on_retry', 'repeat_intervals', 'group_id',
+  }
+  local values = redis.call('HMGET', key('job', fields.id), unpack(names))
+  for i, name in ipairs(names) do
     if rawget(fields, name) == nil then
       fields[name] = values[i]
     end
   end
   return rawget(fields, wanted)
-end
-
--- RQ's Job.save() writes the status it knew, and a job under a lease may be painted with an old one.
--- It is true only where a client has put the job, too: in a queue, or in the registry of that name.
-local function is_painted(id, status, queue)
-  if status == 'queued' then
-    return redis.pcall('LPOS', key('queue', queue), id) == false
-  end
-  local registries = {deferred = true, scheduled = true, canceled = true, finished = true, failed = true}
-  return not registries[status] or redis.pcall('ZSCORE', key(status, queue), id) == false
 end
 
 -- The fields of a job that moving it needs, false where it has none; or nil: no such job, or something
@@ -215,7 +187,7 @@ local function job_fields(id)
   if lease == '' then
     lease = false
   end
-  if lease and status ~= 'started' and is_painted(id, status, origin or '') then
+  if lease and status ~= 'started' and lists.is_painted(id, status, origin or '') then
     status = 'started'
     redis.call('HSET', key('job', id), 'status', 'started')
   end
@@ -228,7 +200,6 @@ end
 
 -- What broker/history.py reads: counts of each queue, sublists with their base, added up while a script runs and
 -- written once, those alone that changed.
-local MOST_HISTORIES = 100 -- queues that have a record of their own; the others share one
 local OTHER_QUEUES = '(other)' -- no queue's name
 local sums_of, counted = {}, {}
 
@@ -266,74 +237,6 @@ local function observe(queue, what, ms)
       ms <= 43200000 and '43200000' or 'inf'
   end
   times[bound], times.us = (times[bound] or 0) + 1, times.us + ms * 1000
-end
-
-local write_sums
-
--- Whether that queue has a record of its own; a new one gets it while there are few.
-local function has_history(base)
-  if redis.pcall('ZSCORE', K.HISTORIES, base) then
-    return true
-  end
-  return redis.call('ZCARD', K.HISTORIES) < MOST_HISTORIES and redis.call('ZADD', K.HISTORIES, NOW_MS, base) == 1
-end
-
--- Returns whether that was not there before.
-local function add(record, what, n)
-  n = n - n % 1
-  local total = redis.pcall('HINCRBY', record, what, digits[n])
-  if type(total) == 'table' then -- damaged; ours alone
-    redis.call('DEL', record)
-    total = redis.call('HINCRBY', record, what, digits[n])
-  end
-  return total == n
-end
-
-function write_sums(base, sums)
-  local record, is_new = key('history', base), false
-  for what, n in pairs(sums) do
-    if type(n) == 'number' then
-      is_new = add(record, what, n) or is_new
-    else
-      for bound, times in pairs(n) do
-        is_new = add(record, what .. ':' .. bound, times) or is_new
-      end
-    end
-  end
-  if is_new and base ~= OTHER_QUEUES and not has_history(base) then
-    redis.call('DEL', record)
-    write_sums(OTHER_QUEUES, sums)
-  end
-end
-
-local function write_history()
-  for _, base in ipairs(counted) do
-    write_sums(base, sums_of[base])
-  end
-end
-
--- Why an attempt failed, as one of the few kinds of broker/history.py.
-local function kind_of_failure(status, ended)
-  local reason = ended.reason or ''
-  local function begins(words)
-    return string.sub(reason, 1, #words) == words
-  end
-  if status == 'stopped' then
-    return 'stopped'
-  elseif begins('WorkerLost: ') then
-    return 'worker_lost'
-  elseif begins('OutOfMemory: ') then
-    return 'out_of_memory'
-  elseif begins('Timeout: ') or string.find(reason, '^[%w_.]*JobTimeoutException') then
-    return 'timeout'
-  elseif begins('exit code ') then
-    return 'exit_code'
-  elseif begins('killed by ') or begins('Killed: ') then
-    return 'signal'
-  elseif not ended.duration or begins('ResultTooLarge: ') or begins('ResultRefused: ') then
-    return 'other'
-  end
-  return 'exception'
 end
 
 local as_json = {}
@@ -390,112 +293,6 @@ local function ms_of(text)
   return minutes[minute] and second and minutes[minute] + math.floor(second * 1000) or nil
 end
 
--- Since when a job waits, ms; if it does not say, since now.
-local function waits_since(id)
-  local at = redis.pcall('HGET', key('job', id), 'enqueued_at')
-  return type(at) == 'string' and ms_of(at) or NOW_MS
-end
-
-local heads_by_queue = {}
-
--- Where the first job of a sublist `BASE@DIGEST` is noted, and under which name: a list of a key and the
--- digest. false for any other list, and for a sublist of a set that nobody knows.
-local function heads_of(queue)
-  local found = heads_by_queue[queue]
-  if found == nil then
-    local base, digest = string.match(queue, '^([^@]*)@(.*)$')
-    local set = base and try('HGET', key('sets', base), digest)
-    found = set and {key('heads', base, string.match(set, '"priority":(-?%d+)') or '0'), digest} or false
-    heads_by_queue[queue] = found
-  end
-  return found
-end
-
--- `how`: LT: where what is noted is younger, or none is; NX: where none is; CH: in any case.
-local function write_head(heads, how, since_ms)
-  if not try('ZADD', heads[1], how, since_ms, heads[2]) then
-    redis.call('DEL', heads[1]) -- ours alone, and a hint
-    redis.call('ZADD', heads[1], since_ms, heads[2])
-  end
-end
-
--- A job that waits since then was put at the end, or at the front, of a list.
-local function note_head(queue, since_ms, front)
-  local heads = heads_of(queue)
-  if heads then
-    write_head(heads, front and 'LT' or 'NX', since_ms)
-  end
-end
-
--- Note which job of a sublist is the first, for it was pushed or taken by somebody who did not.
--- Returns since when that one waits, ms; nil if there is none.
-local function look_at_head(queue)
-  local heads = heads_of(queue)
-  local first = redis.pcall('LINDEX', key('queue', queue), 0)
-  local since = type(first) == 'string' and waits_since(first) or nil
-  if heads and since then
-    write_head(heads, 'CH', since)
-  elseif heads then
-    try('ZREM', heads[1], heads[2])
-  end
-  return since
-end
-
--- Jobs were put at the end of a list.
-local function announce(queue)
-  note_head(queue, NOW_MS, false)
-  ring(queue)
-end
-
--- Tell the workers of a set: `canonical` is what it asks for, nil where it is gone. Versions are counted from the
--- time on, so that those after a loss are like none before it.
-local function tell_of_set(base, digest, canonical)
-  redis.call('SET', K.SETS_VERSION, digits[NOW_MS], 'NX')
-  local version = redis.call('INCR', K.SETS_VERSION)
-  redis.call('PUBLISH', K.NEWS, cjson.encode({version = version, base = base, digest = digest, set = canonical}))
-end
-
--- What jobs of a sublist ask for; of a set that is new the workers hear at once. Returns whether it is.
-local function add_set(base, digest, canonical)
-  local is_new = redis.call('HSETNX', key('sets', base), digest, canonical) == 1
-  if is_new then
-    redis.call('SADD', K.QUEUES, key('queue', base)) -- RQ's tools find workers by the queues they know
-    tell_of_set(base, digest, canonical)
-  end
-  return is_new
-end
-
-local function schedule(id, queue, delay_seconds, ttl)
-  redis.call('HSET', key('job', id), 'status', 'scheduled')
-  try('ZADD', key('scheduled', queue), string.format('%.3f', NOW_MS / 1000 + delay_seconds), id)
-  redis.call('SADD', K.QUEUES, key('queue', queue))
-  if number(ttl, 0) > 0 then
-    redis.call('EXPIRE', key('job', id), number(ttl))
-  end
-end
-
--- One that `returns` was given out before, and waits as long as it did.
-local function enqueue(id, queue, front, ttl, returns)
-  local job, since = key('job', id), nil
-  if returns then
-    redis.call('HSET', job, 'status', 'queued')
-    since = heads_of(queue) and ms_of(redis.call('HGET', job, 'enqueued_at'))
-  else
-    redis.call('HSET', job, 'status', 'queued', 'enqueued_at', NOW)
-  end
-  redis.call('HSETNX', job, 'timeout', RQ_TIMEOUT)
-  if not try(front and 'LPUSH' or 'RPUSH', key('queue', queue), id) then
-    schedule(id, queue, MEND_SECONDS, ttl) -- the queue's key is no list: until somebody has mended it
-    return
-  end
-  redis.call('SADD', K.QUEUES, key('queue', queue))
-  if number(ttl, 0) > 0 then
-    redis.call('EXPIRE', job, number(ttl))
-  end
-  note_head(queue, since or NOW_MS, front)
-  ring(queue)
-end
-
 -- RQ's three records of a running job: written together here, removed together below.
 local function mirror(id, queue, execution, worker)
   later('ZADD', key('wip', queue), FAR_SECONDS, id .. ':' .. execution)
@@ -518,9 +315,10 @@ end
 -- that its fleet_lease is ''.
 local function release(id, fields)
   local execution = execution_of(fields.fleet_lease)
+  local worker, queue = fields.worker_name or '', fields.origin or ''
   later('ZREM', K.LEASES, id)
-  later('HDEL', key('worker_leases', fields.worker_name or ''), id)
-  later('ZREM', key('wip', fields.origin or ''), id .. ':' .. execution)
+  later('HDEL', key('worker_leases', worker), id)
+  later('ZREM', key('wip', queue), id .. ':' .. execution)
   delete_later(key('execution', id, execution))
   delete_later(key('executions', id)) -- the only one: nobody runs a job but under its lease
 end
@@ -563,10 +361,9 @@ local function keep_results(id, ttl)
   end
 end
 
-local KINDS = {'job', 'output', 'dependencies', 'dependents'}
-
--- Keep a job that ended for `ttl` seconds; 0: not at all, negative: for ever. `kinds` are the keys it has.
-local function keep(id, fields, ttl, kinds)
+-- Keep a job that ended for `ttl` seconds; 0: not at all, negative: for ever. `all` are the keys it has, if
+-- that is known.
+local function keep(id, fields, ttl, all)
   if ttl == 0 then
     if fields.group_id and fields.group_id ~= '' then
       try('SREM', key('group', fields.group_id), id)
@@ -574,223 +371,18 @@ local function keep(id, fields, ttl, kinds)
     redis.call('DEL', key('job', id), key('dependents', id), key('dependencies', id),
       key('results', id), key('output', id), key('executions', id))
   elseif ttl > 0 then
-    for _, kind in ipairs(kinds or KINDS) do
-      redis.call('EXPIRE', key(kind, id), digits[ttl])
+    all = all or {key('job', id), key('output', id), key('dependencies', id), key('dependents', id)}
+    for _, each in ipairs(all) do
+      redis.call('EXPIRE', each, digits[ttl])
     end
   end
   keep_results(id, ttl)
 end
 
-local function add_to(registry, queue, id, ttl)
+local function add_to(registry, id, ttl)
   if ttl ~= 0 then
-    later('ZADD', key(registry, queue), ttl < 0 and '+inf' or digits[math.floor(NOW_MS / 1000 + ttl)], id)
+    later('ZADD', registry, ttl < 0 and '+inf' or digits[math.floor(NOW_MS / 1000 + ttl)], id)
   end
-end
-
--- Jobs that wait for others. Those that only RQ knows wait as RQ has it. One of ours says in its hash what
--- it wants where a job that it waits for ends otherwise: `fleet_on_failed_dependency` fail (it fails, too)
--- or wait, and in `fleet_after_any` which jobs may end as they like. A job that failed so is looked at again
--- whenever one that it waited for is run again, or ends.
-
-local LOOKS = 200 -- dependents that one call looks at; a chore goes on with the others
-local GATE = '^gate:' -- what stands for the rest of a submission in parts: broker/submit.py
-local ENDED = {finished = true, failed = true, stopped = true, canceled = true}
-local ENDS = {failed = ' failed', stopped = ' was stopped', canceled = ' was canceled'}
-
--- Whether a dependent of RQ's waits for nothing more, now that `parent` ended in `status`.
-local function is_met(dependent, parent, status, allow_failure)
-  if status ~= 'finished' and not (status == 'failed' and allow_failure) then
-    return false
-  end
-  for _, id in ipairs(redis.pcall('SMEMBERS', key('dependencies', dependent))) do
-    local other = id ~= parent and redis.pcall('HGET', key('job', id), 'status')
-    if other and other ~= 'finished' and not (other == 'failed' and allow_failure) then
-      return false
-    end
-  end
-  return true
-end
-
--- The status of a job, or nil: it is gone.
-local function status_of(id)
-  local status = redis.pcall('HGET', key('job', id), 'status')
-  return type(status) == 'string' and status or nil
-end
-
-local function words(text)
-  local found = {}
-  for word in string.gmatch(text or '', '%S+') do
-    found[word] = true
-  end
-  return found
-end
-
--- A client of RQ may have canceled a job that runs: its worker ends it when it hears of that.
-local function is_being_ended(id, state)
-  return state == 'canceled' and tonumber(redis.call('ZSCORE', K.LEASES, id) or 0) > NOW_MS
-end
-
--- What a job of ours is to do as far as `other` goes, which may have just ended in `status`: 'met', 'wait', or
--- 'fail', with the state of that one, nil: it is gone. What need not be waited for any more is forgotten, for
--- it may be gone tomorrow.
-local function judge_one(job, other, status)
-  local state = status_of(other)
-  if status == 'finished' or not state then
-    state = status
-  end
-  if is_being_ended(other, state) then
-    return 'wait'
-  elseif state == 'finished' or (job.any[other] and (not state or ENDED[state])) then
-    redis.call('SREM', key('dependencies', job.id), other)
-    return 'met'
-  elseif not state or (ENDED[state] and (job.on_failed == 'fail' or string.find(other, GATE))) then
-    return 'fail', state
-  end
-  return 'wait'
-end
-
--- The same for all that it waits for, with the one to blame: most often it waits for many, and the first look
--- finds one that runs. `parent`, if one is given, just ended in `status`.
-local function judge(job, parent, status)
-  local waits_for = key('dependencies', job.id)
-  if parent and redis.pcall('SISMEMBER', waits_for, parent) == 1 then
-    local verdict, how = judge_one(job, parent, status)
-    if verdict == 'fail' then
-      return verdict, parent, how
-    end
-    for _, other in ipairs(redis.call('SRANDMEMBER', waits_for, 8)) do
-      if not job.has_failed and judge_one(job, other) == 'wait' then
-        return 'wait'
-      end
-    end
-  end
-  local verdict, culprit, how = 'met', nil, nil
-  for _, other in ipairs(redis.pcall('SMEMBERS', waits_for)) do
-    local found, state = judge_one(job, other)
-    if found == 'fail' and (verdict ~= 'fail' or string.find(other, GATE)) then
-      verdict, culprit, how = found, other, state
-    elseif found == 'wait' and verdict == 'met' then
-      verdict = found
-    end
-  end
-  return verdict, culprit, how
-end
-
--- Have a job wait for `parent`, and that one know of it for as long as it is kept.
-local function await(id, parent)
-  try('SADD', key('dependencies', id), parent)
-  try('SADD', key('dependents', parent), id)
-  local ttl = redis.call('TTL', key('job', parent))
-  if ttl > 0 then
-    redis.call('EXPIRE', key('dependents', parent), digits[ttl])
-  end
-end
-
-local to_look = {} -- {dependent, parent, status of that}
-
--- Returns whether there are any.
-local function look_at_dependents(parent, status)
-  local found = redis.pcall('SMEMBERS', key('dependents', parent))
-  for _, id in ipairs(found) do
-    to_look[#to_look + 1] = {id, parent, status}
-  end
-  return #found > 0
-end
-
-local function defer(id, queue)
-  redis.call('HSET', key('job', id), 'status', 'deferred')
-  try('ZADD', key('deferred', queue), NOW_SECONDS, id)
-  redis.call('SADD', K.QUEUES, key('queue', queue))
-end
-
-local function fail_dependent(id, queue, failure_ttl, culprit, how)
-  try('ZREM', key('deferred', queue), id)
-  if string.find(culprit, GATE) then
-    keep(id, {}, 0) -- as if it had never been; all that wait for it are behind that gate, too
-    return
-  end
-  local reason = 'dependency ' .. culprit .. (ENDS[how] or ' is gone')
-  local ttl = number(failure_ttl, RQ_FAILURE_TTL)
-  redis.call('HSET', key('job', id), 'status', 'failed', 'ended_at', NOW, 'exc_info', reason,
-    'fleet_reason', reason, 'fleet_dependency', culprit)
-  tally(queue, 'failed:dependency')
-  if ttl ~= 0 then
-    try('ZADD', key('failed', queue), ttl < 0 and '+inf' or digits[math.floor(NOW_MS / 1000 + ttl)], id)
-  end
-  look_at_dependents(id, 'failed')
-  keep(id, {}, ttl)
-end
-
--- A job that failed for its parents is as it was before.
-local function forgive(id, queue)
-  try('ZREM', key('failed', queue), id)
-  redis.call('HSET', key('job', id), 'ended_at', '', 'exc_info', '')
-  redis.call('HDEL', key('job', id), 'fleet_reason', 'fleet_dependency')
-  for _, kind in ipairs({'job', 'dependents', 'dependencies'}) do
-    redis.call('PERSIST', key(kind, id))
-  end
-  look_at_dependents(id, 'deferred')
-end
-
-local function unblock(id, queue, front, ttl, parent)
-  try('ZREM', key('deferred', queue), id)
-  if parent then
-    try('SREM', key('dependents', parent), id)
-  end
-  enqueue(id, queue, front, ttl)
-end
-
-local DEPENDENT = {'status', 'origin', 'enqueue_at_front', 'ttl', 'allow_dependency_failures',
-  'fleet_on_failed_dependency', 'fleet_after_any', 'fleet_dependency', 'started_at', 'failure_ttl'}
-
--- Move a job of ours that waits, or failed for its parents, if there is reason to.
-local function look_at_ours(job, queue, f, parent, status)
-  if job.has_failed and ENDS[status] then
-    return -- it is no better off
-  end
-  local verdict, culprit, how = judge(job, parent, status)
-  if verdict == 'fail' then
-    if not job.has_failed then
-      fail_dependent(job.id, queue, f[10], culprit, how)
-    end
-    return
-  elseif job.has_failed then
-    forgive(job.id, queue)
-    defer(job.id, queue)
-  end
-  if verdict == 'met' then
-    unblock(job.id, queue, f[3] == '1', f[4], parent)
-  end
-end
-
-local function look(id, parent, status)
-  local f = redis.pcall('HMGET', key('job', id), unpack(DEPENDENT))
-  local state, queue, on_failed = f[1], f[2], f[6]
-  local has_failed = state == 'failed' and f[8] and f[9] == ''
-  if not queue or (state ~= 'deferred' and not has_failed) then
-    return
-  elseif on_failed then
-    local job = {id = id, on_failed = on_failed, any = words(f[7]), has_failed = has_failed}
-    look_at_ours(job, queue, f, parent, status)
-  elseif is_met(id, parent, status, f[5] == '1') then
-    unblock(id, queue, f[3] == '1', f[4], parent)
-  end
-end
-
-local looks = 0
-
--- Look at those whose turn it is, and at those that follow from it; what is too much stays for later calls.
-local function work_off()
-  local at = 1
-  while to_look[at] and looks < LOOKS do
-    looks = looks + 1
-    look(unpack(to_look[at], 1, 3))
-    at = at + 1
-  end
-  for i = at, #to_look do
-    later('RPUSH', K.SETTLING, cjson.encode(to_look[i]))
-  end
-  to_look = {}
 end
 
 local without_dependents = {} -- jobs of which that is known
@@ -810,10 +402,10 @@ end
 
 -- A job ended in `status`: those that waited for it are queued, or fail, now. Returns whether there are any.
 local function enqueue_dependents(parent, status)
-  if without_dependents[parent] or not look_at_dependents(parent, status) then
+  if without_dependents[parent] or not dependents.look_at_dependents(parent, status) then
     return false
   end
-  work_off()
+  dependents.work_off()
   return true
 end
 
@@ -836,18 +428,18 @@ local function add_result(id, fields, kind, ended)
 end
 
 -- The keys of a job whose attempt is over, for `keep`: a call for each that it has not would cost as much.
-local function kinds_of(fields, ended, has_dependents)
-  local kinds = {'job'}
+local function keys_of(id, fields, ended, has_dependents)
+  local all = {key('job', id)}
   if ended.stdout_end or ended.stderr_end or fields.fleet_attempts then
-    table.insert(kinds, 'output')
+    all[#all + 1] = key('output', id)
   end
   if fields.dependency_ids then
-    table.insert(kinds, 'dependencies')
+    all[#all + 1] = key('dependencies', id)
   end
   if has_dependents then
-    table.insert(kinds, 'dependents')
+    all[#all + 1] = key('dependents', id)
   end
-  return kinds
+  return all
 end
 
 -- The fields of a job whose attempt is over.
@@ -872,35 +464,6 @@ local function stamp(id, fields, ended, status, outcome)
   redis.call('HSET', key('job', id), unpack(changes))
 end
 
--- The attempt is over and the job is not.
-local function leave(id, fields, outcome, ended)
-  tell_times(ended)
-  release(id, fields)
-  redis.call('HSET', key('job', id), 'fleet_lease', '',
-    'fleet_attempts', attempts(fields, outcome, ended.reason, ended.began_at or fields.started_at))
-  task_moves(id, fields, 'running', 'waiting')
-end
-
--- Back to a queue, to be run again.
-local function give_back(id, fields, outcome, ended, front)
-  leave(id, fields, outcome, ended)
-  if outcome == 'handed-back' then
-    tally(fields.origin, 'handed_back')
-  end
-  enqueue(id, fields.origin, front, fields.ttl, outcome ~= 'failed')
-end
-
-local function repeat_it(id, fields, left)
-  local intervals = list(fields.repeat_intervals)
-  local delay = intervals[left] or intervals[#intervals] or 0
-  redis.call('HSET', key('job', id), 'repeats_left', left - 1)
-  if delay > 0 then
-    schedule(id, fields.origin, delay, fields.ttl)
-  else
-    enqueue(id, fields.origin, false, fields.ttl)
-  end
-end
-
 local function settle_finished(id, fields, ended, default_ttl)
   local ttl = number(fields.result_ttl, default_ttl)
   local repeats = number(fields.repeats_left, 0)
@@ -912,71 +475,10 @@ local function settle_finished(id, fields, ended, default_ttl)
   local has_dependents = enqueue_dependents(id, 'finished')
   if repeats > 0 then
     keep_results(id, ttl)
-    repeat_it(id, fields, repeats)
+    setbacks.repeat_it(id, fields, repeats)
   else
     task_moves(id, fields, 'running', 'finished')
-    add_to('finished', fields.origin, id, ttl)
-    keep(id, fields, ttl, kinds_of(fields, ended, has_dependents))
-  end
-end
-
--- For good: `status` is failed or stopped, `kind` what RQ calls the result.
-local function settle_failed(id, fields, ended, status, kind, outcome)
-  local ttl = number(fields.failure_ttl, RQ_FAILURE_TTL)
-  release(id, fields)
-  stamp(id, fields, ended, status, outcome or status)
-  tally(fields.origin, 'failed:' .. kind_of_failure(status, ended))
-  add_result(id, fields, kind, ended)
-  task_moves(id, fields, 'running', status == 'failed' and 'failed' or 'canceled')
-  add_to('failed', fields.origin, id, ttl)
-  keep(id, fields, ttl, kinds_of(fields, ended, enqueue_dependents(id, status)))
-end
-
-local function run_again(id, fields, ended, delay, front)
-  tally(fields.origin, 'retried:' .. kind_of_failure('failed', ended))
-  if delay > 0 then
-    leave(id, fields, 'failed', ended)
-    schedule(id, fields.origin, delay, fields.ttl)
-  else
-    give_back(id, fields, 'failed', ended, front)
-  end
-end
-
--- A failure with retries left: rq.job.Job.retry.
-local function retry(id, fields, ended)
-  local left = number(fields.retries_left, 0)
-  local intervals = list(fields.retry_intervals)
-  local delay = intervals[math.max(#intervals - left, 0) + 1] or 0
-  redis.call('HSETNX', key('job', id), 'fleet_retries', left) -- for an operator's retry, which renews them
-  redis.call('HSET', key('job', id), 'retries_left', left - 1)
-  run_again(id, fields, ended, delay, fields.enqueue_at_front_on_retry == '1')
-end
-
--- A function returned rq.Retry: rq.worker.BaseWorker.handle_job_retry.
-local function retry_returned(id, fields, ended)
-  local done = number(fields.number_of_retries, 0)
-  if done > 0 and done >= ended.retry_max then
-    settle_failed(id, fields, ended, 'failed', 'exhausted')
-    return
-  end
-  local intervals = list(cjson.encode(ended.retry_intervals or {}))
-  local delay = intervals[math.min(done + 1, #intervals)] or 0
-  tell_times(ended)
-  add_result(id, fields, 'retried', ended)
-  keep_results(id, number(fields.failure_ttl, RQ_FAILURE_TTL))
-  redis.call('HSET', key('job', id), 'number_of_retries', done + 1)
-  run_again(id, fields, ended, delay, false)
-end
-
--- The attempt is lost with its worker: once more at once, but not without end.
-local function lose(id, fields, ended, limit)
-  local losses = number(fields.fleet_losses, 0) + (ended.uncounted and 0 or 1)
-  tally(fields.origin, 'lost')
-  if losses > limit then
-    settle_failed(id, fields, ended, 'failed', 'failed', 'lost')
-  else
-    observe(fields.origin, 'recovered', NOW_MS - tonumber(redis.call('ZSCORE', K.LEASES, id) or NOW_MS))
-    redis.call('HSET', key('job', id), 'fleet_losses', losses)
-    give_back(id, fields, 'lost', ended, true)
+    add_to(key('finished', fields.origin), id, ttl)
+    keep(id, fields, ttl, keys_of(id, fields, ended, has_dependents))
   end
 end

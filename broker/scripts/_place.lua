@@ -12,7 +12,6 @@ local PAGE, PAGES = 16, 64 -- heads of a level read at once: at first, and befor
 local MANY = 1e9
 local HOLDERS = 10 -- of so many workers one at most holds room for jobs of a list
 
-local place = {}
 local left            -- what the worker has free, as far as this call knows: slots, ahead, cpus (1/1000), mebibytes
 local touched = {}    -- lists that were looked at: since when their first job waits, or false
 local needs = {}
@@ -94,7 +93,7 @@ local function add(level, rows)
     if at and not level.passed[queue] then
       local need = string.sub(level.known, at + 1, string.find(level.known, ';', at, true) - 1)
       level.found[#level.found + 1] = {queue = queue, need = need_of(need), since = tonumber(rows[i + 1])}
-      heads_by_queue[queue] = {level.heads, rows[i]}
+      lists.heads_by_queue[queue] = {level.heads, rows[i]}
     end
   end
 end
@@ -113,7 +112,7 @@ local function read(level)
     add(level, rows)
   until level.is_whole or #level.found > 0
   if level.plain and not level.passed[level.base] then
-    local since = look_at_head(level.base)
+    local since = lists.look_at_head(level.base)
     touched[level.base] = since or false
     if since then
       insert(level, {queue = level.base, need = level.plain, since = since})
@@ -134,9 +133,9 @@ end
 -- Note since when the first job of a list waits now, that which was before it being taken; nil: it is to be
 -- looked for, false: there is none. Returns that, or nil.
 local function note_next(queue, since)
-  local heads = heads_of(queue)
+  local heads = lists.heads_of(queue)
   if since == nil then
-    since = look_at_head(queue) or false
+    since = lists.look_at_head(queue) or false
   elseif heads and since then
     later('ZADD', heads[1], digits[since], heads[2])
   elseif heads then
@@ -168,7 +167,7 @@ end
 -- Since when its first job waits for room: the next after one for which room was held is as old, yet where jobs of
 -- a higher priority wait, its time begins then.
 local function waits_since(queue, is_outranked)
-  local since = look_at_head(queue)
+  local since = lists.look_at_head(queue)
   local held = since and is_outranked and redis.call('HGET', last_held(queue))
   return since and math.max(since, tonumber(held or 0) or 0)
 end
@@ -293,7 +292,7 @@ local function best_of(levels)
 end
 
 -- Claim from the lists of a base.
-function place.claim_from(base, known)
+local function claim_from(base, known)
   local levels = levels_of(base, known, left.plain)
   while left.slots > 0 or left.ahead > 0 do
     local level, most = best_of(levels)
@@ -340,7 +339,7 @@ end
 
 -- `text`: what the worker has free, and what jobs count there, as fleet/placement.py packs it. `claim` is
 -- given a list, how many jobs are wanted of it, how many of these begin at once, and the latest that counts, ms.
-function place.begin(text, worker, slots, ahead, claim)
+local function begin(text, worker, slots, ahead, claim)
   local cpus, mebibytes, next_cpus, in_use, plain, ageing, reserve_ms, hold_ms, held, need =
     unpack(words_of(text))
   left = {worker = worker, slots = slots, ahead = ahead, claim = claim, cpus = tonumber(cpus),
@@ -354,16 +353,16 @@ end
 
 -- The worker took tokens of these lists: they may be unknown among the heads, and must be rung for again if
 -- this call leaves jobs in them.
-function place.heed(popped)
+local function heed(popped)
   for _, queue in ipairs(words_of(popped)) do
     if redis.call('SISMEMBER', K.PAUSED, string.match(queue, '^[^@]*')) == 0 then
-      touched[queue] = look_at_head(queue) or false
+      touched[queue] = lists.look_at_head(queue) or false
     end
   end
 end
 
 -- Returns 1 if more may fit, for which the worker must count its GPUs anew, and the list for which it holds room.
-function place.finish()
+local function finish()
   local filled, bells = {}, {}
   for queue, since in pairs(touched) do
     if since then
@@ -379,3 +378,5 @@ function place.finish()
   end
   return left.has_given_gpus and left.slots > 0 and 1 or 0, left.reserved
 end
+
+return {begin = begin, heed = heed, claim_from = claim_from, finish = finish}

@@ -33,7 +33,7 @@ for i = 7, #ARGV, 2 do
     redis.call('ZADD', K.LEASES, NOW_MS + ARGV[3], id)
     redis.call('HSET', key('job', id), 'last_heartbeat', NOW)
     try('HSET', key('execution', id, execution_of(lease)), 'last_heartbeat', seconds)
-    if f.fleet_stop or (f.fleet_array_of and is_array_stopped(f.fleet_array_of)) then
+    if f.fleet_stop or (f.fleet_array_of and arrays.is_array_stopped(f.fleet_array_of)) then
       table.insert(stopped, lease)
     end
   else
@@ -49,7 +49,7 @@ local function reconcile(id, lease, number_of_claim)
   elseif string.sub(execution_of(lease), 1, #incarnation) ~= incarnation then
     table.insert(foreign, {id, lease})
   elseif number_of_claim <= settled then
-    give_back(id, f, 'handed-back', {reason = 'the reply to the claim was lost'}, true)
+    setbacks.give_back(id, f, 'handed-back', {reason = 'the reply to the claim was lost'}, true)
   end
 end
 

@@ -11,10 +11,10 @@ local rank, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 local found = redis.pcall('ZRANGE', KEYS[1], rank, rank + most - 1)
 for _, id in ipairs(found) do
   if redis.pcall('HEXISTS', key('job', id), 'fleet_on_failed_dependency') == 1 then
-    to_look[#to_look + 1] = {id}
+    dependents.look_later({id})
   end
 end
-work_off()
+dependents.work_off()
 local left = 0
 for _, id in ipairs(found) do
   left = left + (redis.call('ZSCORE', KEYS[1], id) and 1 or 0)

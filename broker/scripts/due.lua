@@ -10,7 +10,7 @@ local function move(scheduled, queue, id)
   local f = redis.pcall('HMGET', key('job', id),
     'status', 'enqueue_at_front', 'ttl', 'enqueue_at_front_on_retry', 'fleet_attempts')
   if f[1] == 'scheduled' then
-    enqueue(id, queue, f[2] == '1' or (f[4] == '1' and f[5]), f[3])
+    lists.enqueue(id, queue, f[2] == '1' or (f[4] == '1' and f[5]), f[3])
   end
 end
 

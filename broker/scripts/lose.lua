@@ -14,7 +14,7 @@ for i = 3, #ARGV do
   local expiry = tonumber(redis.call('ZSCORE', KEYS[1], ended.job) or 0)
   local alive = check and (expiry > NOW_MS or redis.call('EXISTS', key('worker_beat', f and f.worker_name or '')) == 1)
   if held and not alive then
-    lose(ended.job, f, ended, limit)
+    setbacks.lose(ended.job, f, ended, limit)
     taken = taken + 1
   end
 end

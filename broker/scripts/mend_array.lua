@@ -4,22 +4,22 @@
 -- ARGV  1 array  2 most tasks to look at in each place
 -- Returns 1 if anything was to be done.
 local array, most = ARGV[1], tonumber(ARGV[2])
-local a, status = array_fields(array), redis.pcall('HGET', key('job', array), 'status')
+local a, status = arrays.array_fields(array), redis.pcall('HGET', key('job', array), 'status')
 if not a or type(status) ~= 'string' then -- deleted: what runs is ended by its workers' next beats
-  expire_array(array, 0)
+  arrays.expire_array(array, 0)
   return redis.call('ZREM', KEYS[1], array)
 end
 if status == 'failed' and redis.call('HEXISTS', key('job', array), 'fleet_dependency') == 1 then
   return 0 -- it may wait again, as long as it is kept
-elseif ARRAY_ENDS[status] and not a.stop then
-  stop_array(array, status)
+elseif arrays.ARRAY_ENDS[status] and not a.stop then
+  arrays.stop_array(array, status)
   a.stop = status
 end
 if a.after and a.held > 0 and not a.unmet and redis.call('EXISTS', key('array', a.after)) == 0 then
   redis.call('HSET', key('array', array), 'unmet', 1) -- nobody will release them
 end
 if a.stop then
-  cancel_tasks(array, most)
+  arrays.cancel_tasks(array, most)
 end
 
 -- Where a task is, by its job's hash.
@@ -35,7 +35,7 @@ end
 
 local mended = 0
 for _, place in ipairs({'running', 'waiting'}) do
-  for _, number in ipairs(try('SRANDMEMBER', key(PLACES[place], array), most) or {}) do
+  for _, number in ipairs(try('SRANDMEMBER', key(arrays.PLACES[place], array), most) or {}) do
     local id = array .. '-' .. number
     local found = place_of(id)
     if found ~= place then
@@ -44,5 +44,5 @@ for _, place in ipairs({'running', 'waiting'}) do
     end
   end
 end
-touch_array(array)
+arrays.touch_array(array)
 return mended

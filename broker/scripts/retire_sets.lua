@@ -19,13 +19,13 @@ local function is_empty(queue)
 end
 
 local function forget(digest, queue)
-  look_at_head(queue)
+  lists.look_at_head(queue)
   redis.call('HDEL', KEYS[1], digest)
   redis.call('HDEL', K.SETS_IDLE, queue)
   redis.call('HDEL', key('served', base), 'held:' .. digest)
   redis.call('SREM', K.QUEUES, key('queue', queue))
   redis.call('DEL', key('wake', queue), key('reserved', queue))
-  tell_of_set(base, digest, nil)
+  lists.tell_of_set(base, digest, nil)
 end
 
 local forgotten = 0

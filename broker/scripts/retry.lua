@@ -4,7 +4,7 @@
 -- ARGV  1 number of states that may be left so, then these  then for each job: id
 -- Returns for each job: 'retried'; '' for no such job; 'stopping': a worker still ends it; 'taken': it is
 -- in no registry, so somebody else (`rq requeue`) is about to queue it; 'dependency': it would fail at once
--- for a job that it waits for; 'array': its tasks may be retried, and retry_array.lua sees to the others; else
+-- for a job that it waits for; 'array': its tasks may be retried, and retry_arrays.lua sees to the others; else
 -- the state that forbids it.
 --
 -- It goes to the end of its queue, or back to the deferred ones where what it depends on has not ended as
@@ -37,7 +37,7 @@ local function judge_anew(id, on_failed)
   local ok, parents = pcall(cjson.decode, f[1] or '[]')
   redis.call('DEL', dependencies)
   for _, parent in ipairs(ok and type(parents) == 'table' and parents or {}) do
-    if status_of(parent) then
+    if dependents.status_of(parent) then
       redis.call('SADD', dependencies, parent)
     end
   end
@@ -45,16 +45,16 @@ local function judge_anew(id, on_failed)
   if ttl > 0 then
     redis.call('EXPIRE', dependencies, ttl)
   end
-  return (judge({id = id, on_failed = on_failed, any = words(f[2])}))
+  return (dependents.judge({id = id, on_failed = on_failed, any = dependents.words(f[2])}))
 end
 
 -- 'met': it may be queued; 'wait': those that it waits for will find it; 'fail': it would fail for these at once.
 local function prospect(id)
   local f = redis.call('HMGET', key('job', id), 'fleet_on_failed_dependency', 'allow_dependency_failures')
-  local verdict = f[1] and judge_anew(id, f[1]) or is_met(id, nil, 'finished', f[2] == '1') and 'met' or 'wait'
+  local verdict = f[1] and judge_anew(id, f[1]) or dependents.is_met(id, nil, 'finished', f[2] == '1') and 'met' or 'wait'
   if verdict == 'wait' then
     for _, parent in ipairs(redis.pcall('SMEMBERS', key('dependencies', id))) do
-      await(id, parent)
+      dependents.await(id, parent)
     end
   end
   return verdict
@@ -79,12 +79,12 @@ end
 -- A task's array goes on; where there is none any more, the task is a job like any other.
 local function tell_array(id, f)
   local array = f.fleet_array_of
-  local a = array and array_fields(array)
+  local a = array and arrays.array_fields(array)
   if array and not a then
     redis.call('HDEL', key('job', id), 'fleet_array_of')
   elseif array then
     task_moves(id, f, f.status == 'failed' and 'failed' or 'canceled', 'waiting')
-    revive_array(array)
+    arrays.revive_array(array)
   end
 end
 
@@ -103,9 +103,9 @@ local function retry_one(id, f)
   begin_anew(id)
   tell_array(id, f)
   if verdict == 'met' then
-    enqueue(id, queue, false, f.ttl)
+    lists.enqueue(id, queue, false, f.ttl)
   else
-    defer(id, queue)
+    dependents.defer(id, queue)
   end
   enqueue_dependents(id, 'queued') -- those that failed for it wait again
   return 'retried'
@@ -121,14 +121,14 @@ for index = 1, #KEYS do
     outcomes[index] = f.status or ''
   elseif redis.call('HEXISTS', KEYS[index], 'fleet_array') == 1 then
     outcomes[index] = 'array'
-  elseif is_still_run(id, f) or (f.fleet_array_of and is_stopping(f.fleet_array_of)) then
+  elseif is_still_run(id, f) or (f.fleet_array_of and arrays.is_stopping(f.fleet_array_of)) then
     outcomes[index] = 'stopping'
   else
     outcomes[index] = retry_one(id, f)
   end
 end
 for index = 1, #KEYS do -- what it waits for may have come after it
-  if outcomes[index] == 'dependency' and status_of(ARGV[1 + state_count + index]) == 'deferred' then
+  if outcomes[index] == 'dependency' and dependents.status_of(ARGV[1 + state_count + index]) == 'deferred' then
     outcomes[index] = 'retried'
   end
 end

@@ -6,37 +6,37 @@
 -- Returns {'' for no such array, 'stopping' while some of its tasks are being ended, 'dependency' where it fails
 -- again for a job that it waits for, else 'retried'; how many}
 local array = ARGV[1]
-local f, a = job_fields(array), array_fields(array)
+local f, a = job_fields(array), arrays.array_fields(array)
 if not a or not f then
   return {'', 0}
-elseif is_stopping(array) then
+elseif arrays.is_stopping(array) then
   return {'stopping', 0}
 end
 if f.status == 'failed' and redis.call('HEXISTS', KEYS[1], 'fleet_dependency') == 1 then
-  forgive(array, f.origin)
-  defer(array, f.origin)
-  look(array)
-  work_off()
-  return {status_of(array) == 'failed' and 'dependency' or 'retried', a.left}
+  dependents.forgive(array, f.origin)
+  dependents.defer(array, f.origin)
+  dependents.look(array)
+  dependents.work_off()
+  return {dependents.status_of(array) == 'failed' and 'dependency' or 'retried', a.left}
 end
 local count = 0
 if #ARGV == 1 then
-  count = move_range('array_dropped', 'array_todo', array, 0, MOST)
+  count = arrays.move_range('array_dropped', 'array_todo', array, 0, MOST)
 end
 for i = 2, #ARGV do
-  count = count + move_range('array_dropped', 'array_todo', array, read_range(ARGV[i]))
+  count = count + arrays.move_range('array_dropped', 'array_todo', array, arrays.read_range(ARGV[i]))
 end
 if count > 0 then
   redis.call('HINCRBY', key('array', array), 'left', count)
-  revive_array(array)
+  arrays.revive_array(array)
   if redis.call('HGET', KEYS[1], 'status') == 'queued' then
     return {'retried', count}
   elseif redis.call('HEXISTS', KEYS[1], 'fleet_on_failed_dependency') == 1 then -- it may wait for others
-    look(array)
-    work_off()
+    dependents.look(array)
+    dependents.work_off()
   else
     try('LREM', key('array_parked', array), 0, array)
-    unblock(array, f.origin)
+    dependents.unblock(array, f.origin)
   end
 end
 return {count == 0 and a.unmet and 'dependency' or 'retried', count}

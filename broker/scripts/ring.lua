@@ -11,7 +11,7 @@ for i, jobs in ipairs(KEYS) do
   else
     local base = string.match(ARGV[i], '^[^@]*')
     if base ~= ARGV[i] then
-      look_at_head(ARGV[i])
+      lists.look_at_head(ARGV[i])
     end
     if length > 0 and redis.call('SISMEMBER', K.PAUSED, base) == 0 then
       ring(ARGV[i])

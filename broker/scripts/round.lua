@@ -23,10 +23,6 @@
 -- the reply to the last round was lost, is accepted without another change. A claim that finds a queue
 -- empty takes its tokens away; one that leaves jobs behind rings for the next worker. A job that was
 -- lost before is not claimed ahead: it may be what kills workers, and its neighbours must not suffer.
-function settle_arrays()
-  arrays.settle_arrays()
-end
-
 local worker, incarnation = ARGV[1], ARGV[2]
 local lease_ms, result_ttl, limit = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local claim_number, wanted, ahead, prefix = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
@@ -71,15 +67,15 @@ end
 
 local SETTLE = {
   finished = function(id, f, e) settle_finished(id, f, e, result_ttl) end,
-  stopped = function(id, f, e) settle_failed(id, f, e, 'stopped', 'stopped') end,
-  retry = retry_returned,
-  lost = function(id, f, e) lose(id, f, e, limit) end,
-  ['handed-back'] = function(id, f, e) give_back(id, f, 'handed-back', e, true) end,
+  stopped = function(id, f, e) setbacks.settle_failed(id, f, e, 'stopped', 'stopped') end,
+  retry = function(id, f, e) setbacks.retry_returned(id, f, e) end,
+  lost = function(id, f, e) setbacks.lose(id, f, e, limit) end,
+  ['handed-back'] = function(id, f, e) setbacks.give_back(id, f, 'handed-back', e, true) end,
   failed = function(id, f, e)
     if number(f.retries_left, 0) > 0 then
-      retry(id, f, e)
+      setbacks.retry(id, f, e)
     else
-      settle_failed(id, f, e, 'failed', 'failed')
+      setbacks.settle_failed(id, f, e, 'failed', 'failed')
     end
   end,
 }
@@ -155,7 +151,7 @@ local function look_up(queue, id)
   if not flat or flat.err then
     count('damaged')
     if flat then
-      add_to('failed', queue, id, RQ_FAILURE_TTL)
+      add_to(key('failed', queue), id, RQ_FAILURE_TTL)
     end
     return nil
   end
@@ -231,7 +227,7 @@ end
 -- Whether the claim ends before this job.
 local function is_beyond(bounds, id, claims, is_first)
   if bounds.latest and not is_first then
-    bounds.next = waits_since(id)
+    bounds.next = lists.waits_since(id)
   end
   return #claims >= bounds.most or (bounds.next or 0) > (bounds.latest or 0)
 end

@@ -5,18 +5,18 @@
 -- Returns {how many are left to look at, 1 if the gate is as was asked for}.
 local OPEN_SECONDS = 3600 -- for whoever has not passed yet
 local gate, how = ARGV[1], ARGV[2]
-if gate ~= '' and status_of(gate) == 'deferred' then
+if gate ~= '' and dependents.status_of(gate) == 'deferred' then
   redis.call('HSET', key('job', gate), 'status', how)
   redis.call('EXPIRE', key('job', gate), OPEN_SECONDS)
   enqueue_dependents(gate, how)
   redis.call('DEL', key('dependents', gate))
 end
-for _, entry in ipairs(redis.call('LPOP', KEYS[1], LOOKS) or {}) do
+for _, entry in ipairs(redis.call('LPOP', KEYS[1], dependents.LOOKS) or {}) do
   local ok, found = pcall(cjson.decode, entry)
   if ok and type(found) == 'table' and type(found[1]) == 'string' then
-    to_look[#to_look + 1] = found
+    dependents.look_later(found)
   end
 end
-work_off()
+dependents.work_off()
 flush()
-return {redis.call('LLEN', KEYS[1]), status_of(gate) == how and 1 or 0}
+return {redis.call('LLEN', KEYS[1]), dependents.status_of(gate) == how and 1 or 0}

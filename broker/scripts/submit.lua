@@ -47,7 +47,7 @@ local function wait_for(parents, id)
     looked = looked + 1
     if one == id then
       return true
-    elseif not seen[one] and status_of(one) == 'deferred' then
+    elseif not seen[one] and dependents.status_of(one) == 'deferred' then
       for _, other in ipairs(redis.pcall('SMEMBERS', key('dependencies', one))) do
         todo[#todo + 1] = other
       end
@@ -71,7 +71,7 @@ local function refusal()
         return {'cycle', id}
       end
       for _, parent in ipairs(parents) do
-        if not new[parent] and not status_of(parent) then
+        if not new[parent] and not dependents.status_of(parent) then
           return {'unknown', parent, id}
         end
       end
@@ -95,8 +95,8 @@ local function add_dependent(id, queue, fields, text)
   local parents, any, on_failed = parents_of(text)
   local told, may_fail = {}, {}
   for _, parent in ipairs(parents) do
-    await(id, parent)
-    if not string.find(parent, GATE) then
+    dependents.await(id, parent)
+    if not string.find(parent, dependents.GATE) then
       told[#told + 1] = parent
     end
     if any[parent] then
@@ -109,10 +109,10 @@ local function add_dependent(id, queue, fields, text)
   end
   redis.call('HSET', key('job', id), unpack(fields))
   redis.call('HSET', key('job', id), unpack(more))
-  defer(id, queue)
-  look(id)
-  work_off()
-  return status_of(id)
+  dependents.defer(id, queue)
+  dependents.look(id)
+  dependents.work_off()
+  return dependents.status_of(id)
 end
 
 local refused = refusal()
@@ -120,7 +120,7 @@ if refused then
   return refused
 end
 for i = 3 + width, first - 1, 3 do
-  add_set(ARGV[i], ARGV[i + 1], ARGV[i + 2])
+  lists.add_set(ARGV[i], ARGV[i + 1], ARGV[i + 2])
 end
 local queues, reply = {}, {''}
 for i = first, #ARGV, step do
@@ -128,7 +128,7 @@ for i = first, #ARGV, step do
   local fields = {'created_at', NOW, 'origin', queue}
   add_fields(fields, i)
   if array_column and ARGV[i + 2 + array_column] ~= '' then
-    keep_array(id)
+    arrays.keep_array(id)
   end
   if ARGV[i + 2] == '' or ARGV[i + 2] == '!' then
     redis.call('HSET', key('job', id), 'status', 'queued', 'enqueued_at', NOW, unpack(fields))
@@ -144,6 +144,6 @@ end
 redis.call('SET', K.LAST, ARGV[#ARGV - step + 1])
 for queue in pairs(queues) do
   redis.call('SADD', K.QUEUES, key('queue', queue))
-  announce(queue)
+  lists.announce(queue)
 end
 return reply

@@ -629,10 +629,12 @@ def test_four_workers_share_fifty_jobs_and_run_each_once(workers: Workers, runs:
     workers.assert_clean()
 
 
-def test_a_queue_whose_name_ends_in_a_number_is_served_and_weights_are_told(workers: Workers) -> None:
+def test_a_queue_whose_name_ends_in_a_number_is_served_and_weights_are_told(
+    workers: Workers, eventually: Callable[..., Any]
+) -> None:
     workers.start("w0", queues=("proj:3",))
     (job,) = workers.submit_many([["true"]], queue="proj:3")
     assert workers.wait([job])[0].worker == "w0"
     assert "by weight" not in workers.log("w0")
     workers.start("w1", queues=("mail:2", "proj:3:1"))
-    assert "queues by weight: mail 2, proj:3 1\n" in workers.log("w1")
+    eventually(lambda: "queues by weight: mail 2, proj:3 1\n" in workers.log("w1"))

@@ -22,6 +22,13 @@ local MOST_AT_ONCE = 1000  -- tasks given out by one claim
 local ITEMS_IN_CHUNK = 32  -- broker/arrays.py has it, too
 local ARRAY_TTL = 604800   -- of one whose job says nothing, seconds
 
+-- An array whose state is to be looked at when the script ends.
+local function touch_array(array)
+  if not moved[array] then
+    moved[array], moved[#moved + 1] = {}, array
+  end
+end
+
 local function task_id(array, number)
   return array .. '-' .. digits[number]
 end
@@ -359,7 +366,7 @@ local function release_tasks(array, numbers)
   end
   redis.call('HINCRBY', key('array', array), 'left', #numbers)
   if f[1] == 'deferred' and not f[3] and (try('LLEN', key('array_parked', array)) or 0) == 0 then
-    unblock(array, f[2])
+    dependents.unblock(array, f[2])
   end
 end
 
@@ -411,7 +418,7 @@ local function unpark(array, a)
     if f[1] == 'deferred' and f[2] then
       try('ZREM', key('deferred', f[2]), ids[i])
       local before = ids[i] == array and take_from_front(f[2], array .. '-') or {}
-      enqueue(ids[i], f[2], true, f[3], true)
+      lists.enqueue(ids[i], f[2], true, f[3], true)
       for k = #before, 1, -1 do
         try('LPUSH', key('queue', f[2]), before[k])
       end
@@ -476,7 +483,7 @@ local function end_array(array, a)
   if status == 'canceled' then
     try('ZADD', key('canceled', f.origin), math.floor(NOW_MS / 1000), array)
   else
-    add_to(status, f.origin, array, ttl)
+    add_to(key(status, f.origin), array, ttl)
   end
   enqueue_dependents(array, status)
   keep(array, f, ttl)
@@ -596,7 +603,7 @@ local function settle_array(array, moves)
 end
 
 -- All that this script has moved; one end may lead to another.
-function settle_arrays()
+local function settle_arrays()
   while moved[1] do
     local these = moved
     moved = {}
@@ -605,3 +612,11 @@ function settle_arrays()
     end
   end
 end
+
+return {
+  PLACES = PLACES, ARRAY_ENDS = ARRAY_ENDS, touch_array = touch_array, array_fields = array_fields,
+  keep_array = keep_array, read_range = read_range, move_range = move_range, claim_tasks = claim_tasks,
+  may_run_again = may_run_again, is_array_stopped = is_array_stopped, expire_array = expire_array,
+  is_stopping = is_stopping, revive_array = revive_array, stop_array = stop_array, cancel_job = cancel_job,
+  cancel_tasks = cancel_tasks, settle_arrays = settle_arrays,
+}
