@@ -48,6 +48,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "wait": ("cli.wait", "wait", "Wait until jobs have ended."),
     "cancel": ("cli.jobs", "cancel", "Stop jobs, or take them from their queues."),
     "retry": ("cli.retry", "retry", "Run jobs again that failed, were stopped or canceled."),
+    "report": ("cli.report", "report", "What ran where, when and at what cost; --html draws it."),
     "queues": ("cli.queues", "queues", "What waits, runs and has ended, by queue."),
     "pause": ("cli.queues", "pause", "Let queues give out no jobs."),
     "resume": ("cli.queues", "resume", "Let paused queues give out jobs again."),

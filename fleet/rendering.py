@@ -2,7 +2,7 @@
 
 Nothing is rendered in part: a name that the template asks for and nobody gave, or that is None, is an error
 with the template's name and line. In a template `{{ value | sh }}` is one word of a shell, whatever it
-holds, and `{{ value | json }}` is JSON, and so YAML too.
+holds, and `{{ value | json }}` is JSON, and so YAML too. Pages are escaped as a whole.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ def ours(name: str) -> Template:
     return Template(name, (_OURS / name).read_text("utf-8"))
 
 
+def html(name: str, values: Mapping[str, Any]) -> str:
+    """A page of ours: whatever a value holds is text there, and no markup."""
+    return _PAGES.from_string((_OURS / name).read_text("utf-8")).render(values)
+
+
 def from_file(path: Path) -> Template:
     """A user's template. Raises UsageError."""
     try:
@@ -103,3 +108,6 @@ def _environment() -> jinja2.Environment:
 
 
 _ENVIRONMENT = _environment()
+_PAGES = jinja2.Environment(
+    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
