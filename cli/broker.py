@@ -66,12 +66,18 @@ def status(ctx: click.Context, as_json: bool) -> None:
 
 
 @broker.command()
-def url() -> None:
+@click.option("--redis-host", metavar="NAME", help="The URL for those who call this machine by that name.")
+def url(redis_host: str | None) -> None:
     """Print its URL, which holds its PASSWORD: for RQ's tools and your own programs.
 
     export RQ_REDIS_URL=$(fleet broker url)
     """
-    click.echo(_broker().url())
+    if redis_host is None:
+        click.echo(_broker().url())
+        return
+    from fleet import endpoint
+
+    click.echo(endpoint.embedded_url(redis_host))
 
 
 @broker.command()

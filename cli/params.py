@@ -45,6 +45,18 @@ class Duration(_ParamType):
             self.fail(exc.message, param, ctx)
 
 
+class Size(_ParamType):
+    """`512M`, `4G`: a size in bytes; more than 0."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return amounts.size(value)
+        except UsageError as exc:
+            self.fail(exc.message, param, ctx)
+
+
 class Gibibytes(_ParamType):
     """`64`, `0.5`: a number of GiB, as bytes; more than 0."""
 

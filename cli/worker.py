@@ -16,6 +16,9 @@ from fleet.logs import FORMATS, LEVELS
 if TYPE_CHECKING:
     from fleet.worker_config import WorkerConfig
 
+#: seconds that --check waits for Redis: whoever asks, asks again soon
+_CHECK_SECONDS = 5.0
+
 
 @click.command()
 @click.option("--name", help="Name of the worker; default: this host's name and a number, HOST-0.")
@@ -47,9 +50,12 @@ if TYPE_CHECKING:
 @click.option("--time-limit", type=Duration(), help="It has ended after so long (90, 5m, 2h).")
 @click.option("--log-format", type=click.Choice(FORMATS), help="Of its log; default: human (see settings).")
 @click.option("--log-level", type=click.Choice(LEVELS), help="The least that it logs; default: info.")
+@click.option("--check", is_flag=True, help="Start none: exit 0 if the one of this name runs here and beats.")
 @pass_context
 def worker(context: Context, /, **options: Any) -> int:
     """Run one worker here until it is told to stop (Ctrl-C twice hurries it)."""
+    if options["check"]:
+        return _check(context, options["name"], options["output_dir"])
     from fleet import assembly
     from fleet.signals import StopSignals
 
@@ -62,6 +68,21 @@ def worker(context: Context, /, **options: Any) -> int:
         if config.log_format == "human":
             raise
         return assembly.refused(exc)
+
+
+def _check(context: Context, name: str | None, output_dir: Path | None) -> int:
+    """Whether the worker that these options would start is there already, and well."""
+    from broker.connection import address, connect, translated
+    from fleet import health
+    from fleet.outputs import Folders
+    from fleet.worker_config import default_output_dir, this_host
+
+    client = connect(context.url(), timeout_seconds=_CHECK_SECONDS)
+    with translated(address(client)), client:
+        name = name or f"{this_host()}-0"
+        incarnation = health.check(client, Folders(str(output_dir or default_output_dir())), name)
+    context.say(f"{name} runs and beats (incarnation {incarnation}).")
+    return 0
 
 
 def _config(context: Context, options: dict[str, Any]) -> WorkerConfig:

@@ -76,14 +76,28 @@ def of_embedded(redis_host: str | None) -> Endpoint:
     Raises RedisUnreachable, UsageError.
     """
     broker = EmbeddedBroker(broker_dir())
+    running = _running(broker)
+    host = _address(running) if redis_host is None else _listening(running, _checked(redis_host))
+    return Endpoint(f"redis://{bracketed(host)}:{running.port}/0", str(broker.folder.password_file))
+
+
+def embedded_url(redis_host: str) -> str:
+    """The URL of this user's embedded broker, password included, for who calls this machine `redis_host`.
+
+    Raises RedisUnreachable, UsageError.
+    """
+    running = _running(EmbeddedBroker(broker_dir()))
+    return running.url_for(_listening(running, _checked(redis_host)))
+
+
+def _running(broker: EmbeddedBroker) -> RunningBroker:
     running = broker.running()
     if running is None:
         raise RedisUnreachable(
             "no Redis is configured and the embedded broker of this user is not running",
             "Start it where workers reach it: fleet broker start --host ADDRESS.",
         )
-    host = _address(running) if redis_host is None else _listening(running, _checked(redis_host))
-    return Endpoint(f"redis://{bracketed(host)}:{running.port}/0", str(broker.folder.password_file))
+    return running
 
 
 def _address(running: RunningBroker) -> str:

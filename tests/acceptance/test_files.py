@@ -156,12 +156,12 @@ def test_compose_refers_to_what_it_defines(compose, services):
         assert set(service.get("depends_on", {})) <= set(services)
         assert {volume.partition(":")[0] for volume in service.get("volumes", [])} <= set(compose["volumes"])
         if "build" in service:
-            assert (REPOSITORY / service["build"]["dockerfile"]).is_file()
+            assert (REPOSITORY / service["build"] / "Dockerfile").is_file()
 
 
 def test_images_are_pinned(services):
     images = [service["image"] for service in services.values()]
-    dockerfile = (REPOSITORY / "ops" / "docker" / "Dockerfile").read_text()
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
     images += re.findall(r"^FROM (\S+)", dockerfile, flags=re.MULTILINE)
     assert len(images) >= 3
     assert [
@@ -170,10 +170,9 @@ def test_images_are_pinned(services):
 
 
 def test_what_the_image_copies_is_there_and_not_ignored():
-    folder = REPOSITORY / "ops" / "docker"
-    copies = re.findall(r"^COPY (.+) \S+$", (folder / "Dockerfile").read_text(), flags=re.MULTILINE)
+    copies = re.findall(r"^COPY (.+) \S+$", (REPOSITORY / "Dockerfile").read_text(), flags=re.MULTILINE)
     sources = {source for line in copies for source in line.split()}
-    allowed = re.findall(r"^!(.+)$", (folder / "Dockerfile.dockerignore").read_text(), flags=re.MULTILINE)
+    allowed = re.findall(r"^!(.+)$", (REPOSITORY / ".dockerignore").read_text(), flags=re.MULTILINE)
     assert sources == set(allowed)
     assert [source for source in sources if not (REPOSITORY / source).exists()] == []
 
