@@ -266,7 +266,7 @@ local function ring(queue)
   end
 end
 
-local minutes = {} -- times of one call lie close together
+local minutes = {[string.sub(NOW, 1, 16)] = NOW_MS - NOW_MS % 60000} -- times of one call lie close together
 
 -- A minute as RQ writes it, in milliseconds since 1970, or false. Civil date to days after H. Hinnant.
 local function ms_of_minute(text)
