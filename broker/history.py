@@ -118,12 +118,12 @@ def listed(client: redis.Redis) -> dict[str, float]:
 
 def totals(row: Any) -> Totals:
     """What a record says; nothing, where somebody keeps something else there."""
-    counts = {name.decode(): _number(n) for name, n in row.items()} if isinstance(row, dict) else {}
+    counts = numbers(row)
     return Totals(
-        waited=_times(counts, "waited"),
-        ran=_times(counts, "ran"),
-        ran_in_vain=_times(counts, "ran_in_vain"),
-        recovered=_times(counts, "recovered"),
+        waited=times(counts, "waited"),
+        ran=times(counts, "ran"),
+        ran_in_vain=times(counts, "ran_in_vain"),
+        recovered=times(counts, "recovered"),
         failed=_by_reason(counts, "failed"),
         retried=_by_reason(counts, "retried"),
         lost=counts.get("lost", 0),
@@ -136,9 +136,21 @@ def _by_reason(counts: Mapping[str, int], what: str) -> dict[str, int]:
     return {reason: n for reason in REASONS if (n := counts.get(f"{what}:{reason}", 0))}
 
 
-def _times(counts: Mapping[str, int], name: str) -> Times:
+def times(counts: Mapping[str, int], name: str) -> Times:
+    """A histogram that lies in the fields `NAME:BOUND` and `NAME:us` of a hash."""
     buckets = tuple(counts.get(f"{name}:{bucket}", 0) for bucket in _BUCKETS)
     return Times(buckets, counts.get(f"{name}:us", 0) / 1e6)
+
+
+def numbers(row: Any) -> dict[str, int]:
+    """The fields of a hash of counts; of anything else none."""
+    rows = row.items() if isinstance(row, dict) else ()
+    return {name.decode("utf-8", "replace"): _number(n) for name, n in rows}
+
+
+def bucket_of(seconds: float) -> str:
+    """The name of the bucket to which something belongs that took so long."""
+    return _BUCKETS[bisect.bisect_left(BOUNDS_SECONDS, seconds)]
 
 
 def _number(text: bytes) -> int:

@@ -51,6 +51,8 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet:series:BASE             list    4 h        chores: every 15 s a line of totals:
                                                      SECONDS CLAIMS FINISHED FAILED RETRIED LOST
     fleet:hosts                   hash    -          operators: hosts kept for `up`, name -> JSON
+    fleet:bootstrap               hash    -          `up`: how long its steps took, and which failed; see
+                                                     broker/bootstraps.py
     fleet:id                      string  -          workers, `up --tunnel`: a name, wherever its Redis is
     fleet:tunnel:ID               string  30 s       whoever holds that tunnel: JSON, see broker/tunnels.py
     fleet:last                    string  -          submissions: the id of the newest
@@ -119,6 +121,7 @@ ALIVE = "fleet:alive"
 COUNTERS = "fleet:counters"
 SETTLING = "fleet:settling"
 HOSTS = "fleet:hosts"
+BOOTSTRAP = "fleet:bootstrap"
 FLEET_ID = "fleet:id"
 LAST = "fleet:last"
 ARRAYS = "fleet:arrays"

@@ -56,6 +56,8 @@ class WorkerStatus:
     tunnel_id: str = ""
     tunnel: Literal["up", "down"] | None = None
     tunnel_note: str = ""
+    #: since its start, as `finished` is
+    seconds_worked: float = 0.0
 
     def offer(self) -> Offer:
         """What sets of requirements are judged by."""
@@ -82,6 +84,7 @@ class QueueStatus:
     oldest_age_seconds: float | None
     paused: bool
     requirements: str = ""
+    canceled: int = 0
 
 
 @dataclass(frozen=True)
@@ -200,12 +203,15 @@ def server_version(info: Mapping[str, Any]) -> str:
 _WORKER_STRINGS = (keys.worker_record, keys.worker_beat, keys.worker_drain)
 
 
+_RQ_COUNTS = ("last_heartbeat", "successful_job_count", "failed_job_count", "total_working_time")
+
+
 def _ask_workers(pipe: Any, names: Sequence[str]) -> None:
     for key in _WORKER_STRINGS if names else ():
         pipe.mget(map(key, names))
     for name in names:
         pipe.hkeys(keys.worker_leases(name))
-        pipe.hmget(keys.rq_worker(name), "last_heartbeat", "successful_job_count", "failed_job_count")
+        pipe.hmget(keys.rq_worker(name), *_RQ_COUNTS)
 
 
 def _parts(names: Sequence[str], rows: Iterator[Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -257,6 +263,7 @@ def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus
         free=_free(fields.get("free")),
         elsewhere=fields.get("elsewhere"),
         tunnel_id=str(fields.get("tunnel") or ""),
+        seconds_worked=float(counts[3] or 0),
     )
 
 
@@ -277,12 +284,12 @@ def _state(alive: bool, late: bool, draining: bool, busy: bool) -> WorkerState:
     return "busy" if busy else "idle"
 
 
-_QUEUE_PARTS = 7
+_QUEUE_PARTS = 8
 
 
 def _ask_queue(pipe: Any, name: str) -> None:
     pipe.llen(keys.queue(name))
-    for registry in ("wip", "finished", "failed", "scheduled", "deferred"):
+    for registry in ("wip", "finished", "failed", "scheduled", "deferred", "canceled"):
         pipe.zcard(keys.of(registry, name))
     pipe.lindex(keys.queue(name), 0)
 
@@ -295,9 +302,11 @@ def _queue(
     asks: str,
     more: tasks.Unclaimed,
 ) -> QueueStatus:
-    queued, running, finished, failed, scheduled, deferred = (_count(part) for part in parts[:6])
+    queued, running, finished, failed, scheduled, deferred, canceled = map(_count, parts[:7])
     queued, deferred = max(0, queued + more.queued), max(0, deferred + more.deferred)
-    return QueueStatus(name, queued, running, finished, failed, scheduled, deferred, age, paused, asks)
+    return QueueStatus(
+        name, queued, running, finished, failed, scheduled, deferred, age, paused, asks, canceled
+    )
 
 
 def _readable(canonical: Any) -> str:

@@ -56,6 +56,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "script": ("cli.script", "script", "Print a bash script that starts a worker."),
     "k8s": ("cli.k8s", "k8s", "Print manifests of workers for Kubernetes."),
     "doctor": ("cli.doctor", "doctor", "Check Redis and the workers; says how to mend what is wrong."),
+    "metrics": ("cli.metrics", "metrics", "Serve metrics for Prometheus."),
     "config": ("cli.config", "config", "Show the settings in force and where each came from."),
     "completion": ("cli.completion", "completion", "Completion for bash, zsh or fish."),
 }

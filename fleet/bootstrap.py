@@ -28,6 +28,7 @@ from fleet.journey import Journey, Opener, opened, report
 from fleet.launchers import base
 from fleet.ledger import part
 from fleet.results import HostResult, OnEvent, Report, WorkerResult
+from fleet.step_times import StepTimes
 from fleet.tunnel import Tunnels
 from fleet.worker_config import WorkerConfig
 
@@ -108,8 +109,11 @@ async def up(
     known = await asyncio.to_thread(kept_hosts.load, client) if client else ()
     kept = {host.key for host in known}
     orders = replace(orders, startup_delay_seconds=_window(hosts, orders))
-    work = _Up(orders, opener, client, FanOut(max_parallel), on_event, confirm_seconds, kept, tunnels)
+    steps = StepTimes(on_event)
+    work = _Up(orders, opener, client, FanOut(max_parallel), steps, confirm_seconds, kept, tunnels)
     results = await work.fan_out.run(hosts, work.bring_up)
+    if client and not orders.dry_run:
+        await asyncio.to_thread(steps.keep, client)
     found = report(hosts, results, work.fan_out, "untouched")
     rows = zip(hosts, found.hosts, strict=True)
     return replace(found, hosts=tuple(replace(result, kept=host.key in kept) for host, result in rows))

@@ -1,0 +1,1 @@
+"""Metrics, rules, alerts and dashboards, held by a real Prometheus that scrapes real fleets."""
