@@ -352,11 +352,23 @@ if is_deaf and #claims < wanted then
   redis.call('RPUSH', key('worker_signals', worker), '{}')
   redis.call('PEXPIRE', key('worker_signals', worker), 2 * lease_ms)
 end
+-- Whether RQ's tools can read what a job runs. They look for that of a worker's current job, and fail as a whole
+-- where they cannot: commands are JSON, which broker/command.py compresses at level 1, as nobody else does.
+local function is_function(flat)
+  for i = 1, #flat, 2 do
+    if flat[i] == 'data' then
+      return string.sub(flat[i + 1], 1, 2) ~= '\120\1'
+    end
+  end
+end
+
 if alive and (#claims > 0 or #outcomes > 0) then
   local last = claims[#claims]
   try('HSET', KEYS[4], 'successful_job_count', finished, 'failed_job_count', failed,
     'total_working_time', worked, unpack(last and {'state', 'busy', 'current_job', last[2]} or {}))
-  if not last and redis.call('HLEN', KEYS[2]) == 0 then
+  if last and not is_function(last[4]) then
+    try('HDEL', KEYS[4], 'current_job')
+  elseif not last and redis.call('HLEN', KEYS[2]) == 0 then
     try('HSET', KEYS[4], 'state', 'idle')
     try('HDEL', KEYS[4], 'current_job')
   end
