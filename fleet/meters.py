@@ -51,20 +51,28 @@ class HostMeter:
     def _is_ours(self) -> bool:
         """The lock goes with its process: when that has gone, another worker gets it."""
         if self._fd is None:
-            fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(fd)
-                return False
-            self._fd = fd
-        return True
+            self._fd = _locked(self._lock)
+        return self._fd is not None
 
     def close(self) -> None:
         """Let another read it."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+def _locked(path: Path) -> int | None:
+    """Its descriptor; None: another has the lock, or there can be none."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
 
 
 def _counts() -> tuple[float, ...]:

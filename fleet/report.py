@@ -256,8 +256,9 @@ class _Gathering:
 
     def report(self, past: Past, at: float) -> Report:
         starts = [one.started for one in self._ran]
-        began = max(min(starts, default=at), self._since)
-        ended = max([began + 1e-3, *(at if one.ended is None else one.ended for one in self._ran)])
+        began = max(min(starts, default=self._since or at), self._since)
+        ends = [at if one.ended is None else one.ended for one in self._ran]
+        ended = max(began + 1e-3, max(ends, default=at))
         rows, kind, more, has_bars = self._rows(began, ended, at)
         running, waiting = Intervals(began, ended), Intervals(began, ended)
         for one in self._ran:

@@ -69,9 +69,11 @@ class Rhythm:
             yield False
             return
         began = time.thread_time()
-        yield True
-        rest = max(self._shortest, self._share * (time.thread_time() - began))
-        self.next_time = clock.monotonic() + min(self._longest, rest)
+        try:
+            yield True
+        finally:
+            rest = max(self._shortest, self._share * (time.thread_time() - began))
+            self.next_time = clock.monotonic() + min(self._longest, rest)
 
 
 class Sampler:
@@ -89,6 +91,7 @@ class Sampler:
         self._peaks = Rhythm(1.0, 500)
         self._samples = Rhythm(sampling.seconds if sampling else 0.0, 200)
         self._unwritten = 0
+        self._told: set[str] = set()
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
@@ -117,13 +120,19 @@ class Sampler:
         while not self._stopping:
             try:
                 self.look()
-            except Exception:  # whatever it is: jobs run on, and limits must be looked at
-                log.exception("looking at what jobs use failed")
+            except Exception as exc:  # whatever it is: jobs run on, and limits must be looked at
+                self._tell(exc)
             self._wake.wait(self._patience())
             self._wake.clear()
         if self._sampling:
             self._sampling.series.close()
             self._sampling.host.close()
+
+    def _tell(self, exc: Exception) -> None:
+        """Once: it may come again with each look."""
+        if repr(exc) not in self._told:
+            self._told.add(repr(exc))
+            log.warning("looking at what jobs use failed", exc_info=exc)
 
     def _patience(self) -> float:
         times = [self._peaks.next_time]

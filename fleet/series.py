@@ -177,7 +177,8 @@ class _Files:
         self._folder.mkdir(parents=True, exist_ok=True)
         stamp = clock.wall().strftime("%Y%m%dT%H%M%S.%f")
         path = self._folder / f"{self._about.worker}.series.{stamp}.sqlite"
-        with opened(path, "rwc") as database:
+        path.touch(0o600, exist_ok=False)  # as the log is
+        with opened(path) as database:
             database.executescript(_SCHEMA.format(page_bytes=_PAGE_BYTES))
             database.executemany("INSERT INTO about VALUES (?, ?)", self._about._asdict().items())
         return path
@@ -206,14 +207,14 @@ def files(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def opened(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
+def opened(path: Path) -> Iterator[sqlite3.Connection]:
     """The database, for one transaction. Raises OSError for whatever SQLite has against it."""
     try:
         import sqlite3  # some builds of Python have none
     except ImportError as exc:
         raise OSError(f"this Python has no SQLite: {exc}") from exc
     try:
-        uri = f"{path.absolute().as_uri()}?mode={mode}"
+        uri = f"{path.absolute().as_uri()}?mode=rw"
         with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS)) as database, database:
             database.execute("PRAGMA synchronous = OFF")
             yield database

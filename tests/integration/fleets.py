@@ -19,6 +19,8 @@ FAST = {
     "FLEET_WORKER__HEARTBEAT_SECONDS": "0.5",
     "FLEET_WORKER__LEASE_SECONDS": "30",
     "FLEET_WORKER__STOP_GRACE_SECONDS": "5",
+    # nothing appears in an output folder by itself
+    "FLEET_WORKER__SAMPLE_SECONDS": "0",
 }
 #: where a worker's heartbeat is to lapse
 SHORT_LEASE = {"FLEET_WORKER__LEASE_SECONDS": "5"}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from broker import jobs, keys
 from broker.command import Command
 from broker.submit import Options, submit_commands
 from fleet.outputs import MARKER
-from tests.conftest import fleet_script
+from fleet.series import About, HostSample, JobSample, Series, opened
+from fleet.series import files as files_of_series
+from tests.conftest import fleet_script, wait_until
 from tests.integration import fleets
 from tests.integration.fleets import rows
 from tests.integration.sshd import SshdFarm, SshdHost
@@ -162,6 +166,36 @@ def test_a_log_of_another_life_overwrites_nothing(kept, collect, here):
         "host1-0.log.~2~": b"the second\n",
         "host1-0.log": b"the third, which is longer than any\n",
     }
+
+
+def test_samples_come_and_are_drawn_and_go_only_once_they_are_here(kept, collect, here, run_fleet):
+    host = kept("host1")
+    one = Series(host.output_dir / "log", About("host1", "host1-0", 4, 2**30), 2**20, 1e9)
+    now = time.time()
+    for count in (100, 300):
+        for _ in range(count - len(_rows_of(host.output_dir))):
+            one.note_host(now - 10, HostSample(1.0, 2**29, None, None, None, None))
+            one.note_job(now, "j1", 7, JobSample(1.0, 1, 1))
+        one.write()
+        wait_until(lambda count=count: len(_rows_of(host.output_dir)) == count)
+        assert collect()["host1"]["put_aside"] == 0
+        assert len(_rows_of(here)) == count
+    one.close()
+    drawn = run_fleet(
+        "report", "--json", "--since", "1h", "-l", here, env={"XDG_STATE_HOME": str(here / "none")}
+    )
+    assert [row["name"] for row in json.loads(drawn.stdout)["hosts"]] == ["host1"]
+    assert collect("--delete")["host1"]["removed_files"] == 1
+    assert list(files_of_series(host.output_dir)) == []
+    assert len(_rows_of(here)) == 300
+
+
+def _rows_of(folder: Path) -> list[Any]:
+    found: list[Any] = []
+    for path in files_of_series(folder):
+        with opened(path) as database:
+            found += database.execute("SELECT * FROM hosts").fetchall()
+    return found
 
 
 def test_a_file_that_grew_is_continued_and_one_that_grows_is_not_removed(kept, collect, here):

@@ -56,7 +56,7 @@ _SAMPLES = (
 def test_a_command_has_samples_and_a_summary(workers, tmp_path, run_fleet, fleet_redis_url):
     workers.start("w0", settings=_OFTEN, slots=2)
     job = workers.submit("python3", "-c", _BUSY, str(tmp_path / "go"))
-    rows = workers.until(lambda: len(found := read(workers.folder, _SAMPLES)) > 8 and found)
+    rows = workers.until(lambda: len(found := read(workers.folder, _SAMPLES)) > 5 and found)
     (tmp_path / "go").touch()
     (view,) = workers.wait([job])
     assert {(row[0], row[1]) for row in rows} == {(job, view.attempts[-1].fence)}
@@ -80,7 +80,7 @@ def test_a_command_has_samples_and_a_summary(workers, tmp_path, run_fleet, fleet
 @pytest.mark.parametrize("executor", ["warm", "fork"])
 def test_a_function_has_samples(workers, executor):
     workers.start("w0", settings=_OFTEN, executor=executor)
-    job = rq.Queue("default", connection=workers.client).enqueue("rq_jobs.use", 60 * _MIB, 1.5)
+    job = rq.Queue("default", connection=workers.client).enqueue("rq_jobs.use", 60 * _MIB, 1.2)
     (view,) = workers.wait([job.id])
     assert view.usage is not None
     assert view.usage.processes == 1
@@ -105,7 +105,7 @@ def test_of_two_workers_on_a_host_one_notes_the_host_and_the_other_goes_on_with_
 
 def test_where_it_is_off_nothing_is_kept(workers, tmp_path):
     workers.start("w0", settings={"sample_seconds": 0})
-    job = workers.submit("sleep", "2")
+    job = workers.submit("sleep", "1.2")
     (view,) = workers.wait([job])
     assert view.usage is not None
     assert view.usage.mean_memory_bytes is None
@@ -118,7 +118,7 @@ def test_what_the_gpus_of_a_job_did_is_noted(workers, tmp_path, monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     workers.start("w0", settings=_OFTEN)
     asked = Options(requirements=parse({"gpus": 1}))
-    (job,) = submit_commands(workers.client, "default", [(None, Command(("sleep", "3")))], asked)
+    (job,) = submit_commands(workers.client, "default", [(None, Command(("sleep", "2")))], asked)
     (view,) = workers.wait([job])
     assert view.usage is not None
     assert (view.usage.gpu_use, view.usage.gpu_memory_bytes) == (0.25, 100 * _MIB)
@@ -133,16 +133,16 @@ def _cpu_of_threads(process: subprocess.Popen[Any]) -> float:
 
 
 def test_looking_costs_next_to_nothing(workers, tmp_path):
-    """Of 16 jobs, each with two processes; a generous bound, for the machine may be busy."""
-    worker = workers.start("w0", slots=16, settings={"sample_seconds": 0.5})
+    """Of eight jobs, each with two processes; a generous bound, for the machine may be busy."""
+    worker = workers.start("w0", slots=8, settings=_OFTEN)
     script = f"while [ ! -e {tmp_path}/go ]; do sleep 0.5; done"
-    ids = workers.submit_many([("sh", "-c", script)] * 16)
-    workers.until(lambda: len(set(read(workers.folder, "SELECT job FROM attempts"))) == 16)
+    ids = workers.submit_many([("sh", "-c", script)] * 8)
+    workers.until(lambda: len(set(read(workers.folder, "SELECT job FROM attempts"))) == 8)
     before, began = _cpu_of_threads(worker), time.monotonic()
     count = len(read(workers.folder, _SAMPLES))
     workers.until(lambda: len(read(workers.folder, _SAMPLES)) > count)
     share = (_cpu_of_threads(worker) - before) / (time.monotonic() - began)
-    # several times as often as by default, and what else the worker does
+    # many times as often as by default, and what else the worker does
     assert share < 0.2, f"{share:.1%} of a CPU"
     (tmp_path / "go").touch()
     workers.wait(ids)

@@ -50,6 +50,7 @@ def test_what_is_noted_is_written_with_whose_it_is(make, tmp_path):
     one.close()
     (path,) = found(tmp_path)
     assert path.name.startswith("w0.series.")
+    assert path.stat().st_mode & 0o777 == 0o600
     assert dict(rows(path, "about")) == _ABOUT._asdict()
     assert rows(path, "hosts") == [(10.0, 0.5, 2**29, None, 1.0, 2.0, 3.0)]
     assert rows(path, "gpus") == [(10.0, 1, None, 5)]

@@ -26,6 +26,7 @@ VERBS = {
     "wait --all": ["wait", "--all"],
     "cancel": ["cancel", "x"],
     "queues": ["queues"],
+    "report": ["report"],
     "doctor": ["doctor"],
     "hosts": ["hosts", "list"],
     "worker": ["worker", "--burst"],
