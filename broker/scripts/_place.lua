@@ -6,11 +6,11 @@
 --     job or, if that is less, since its first job waits: strict order, yet now and then a job of those below;
 --   - within a level the list whose first job waits longest; the plain list is one of level 0;
 --   - what does not fit is passed over. Where its first jobs have waited too long, workers hold room for one each,
---     and fill only what they have beyond that: as many workers as jobs wait, yet no more than a tenth of all, or one.
+--     and fill only what they have beyond that: as many workers as jobs wait, yet one in forty at most.
 local BATCH_MS, BATCH_SHARE = 5000, 0.05 -- jobs that came so close together, also for what they waited, go in one go
 local PAGE, PAGES = 16, 64 -- heads of a level read at once: at first, and before ours are asked for by name
 local MANY = 1e9
-local HOLDERS = 10 -- of so many workers one at most holds room for jobs of a list
+local HOLDERS = 40 -- of so many workers one at most holds room for jobs of a list, but always one
 
 local left            -- what the worker has free, as far as this call knows: slots, ahead, cpus (1/1000), mebibytes
 local touched = {}    -- lists that were looked at: since when their first job waits, or false

@@ -238,8 +238,8 @@ def test_room_is_held_for_a_job_that_waited_too_long_by_one_worker(redis_client:
     assert holder.finish("large") == ["small-2", "small-3", "small-4", "small-5"]
 
 
-def test_as_many_workers_hold_room_as_jobs_wait_and_a_tenth_of_all_at_most(redis_client: redis.Redis) -> None:
-    redis_client.sadd(keys.FLEET_WORKERS, *(f"elsewhere-{number}" for number in range(16)))
+def test_as_many_workers_hold_room_as_jobs_wait_and_one_in_forty_at_most(redis_client: redis.Redis) -> None:
+    redis_client.sadd(keys.FLEET_WORKERS, *(f"elsewhere-{number}" for number in range(76)))
     workers = [Worker(redis_client, f"w{number}", cpus=2, reserve_after_seconds=50) for number in range(4)]
     for number, worker in enumerate(workers):
         put(redis_client, f"one-{number}", cpus=1)
@@ -252,7 +252,7 @@ def test_as_many_workers_hold_room_as_jobs_wait_and_a_tenth_of_all_at_most(redis
     put(redis_client, "large-1", seconds_ago=60, cpus=2)
     put(redis_client, "large-2", seconds_ago=60, cpus=2)
     assert workers[2].claim() == [], "it holds room for the second"
-    assert workers[3].claim() == ["small-1"], "a tenth of 20 workers do already"
+    assert workers[3].claim() == ["small-1"], "two of 80 workers do already"
     assert workers[0].finish("one-0") == ["large-0"]
     assert workers[0].finish("large-0") == ["large-1"], "it is free before the one that waits for it"
     assert workers[2].finish("one-2") == ["large-2"]
