@@ -224,24 +224,18 @@ end
 -- `now` ahead of the slots; and no further than jobs that wait since `latest`, ms, if that is given. Then `next`
 -- says at last since when the first job that is left waits; false: none is left; nil: that is not known.
 
--- Whether the claim ends before this job.
-local function is_beyond(bounds, id, claims, is_first)
-  if bounds.latest and not is_first then
-    bounds.next = lists.waits_since(id)
-  end
-  return #claims >= bounds.most or (bounds.next or 0) > (bounds.latest or 0)
-end
-
 -- Claim the first of `ids`, as many as are for us; returns how many of them are off the queue.
 local function claim_these(queue, ids, claims, bounds)
   for i, id in ipairs(ids) do
-    if is_beyond(bounds, id, claims, i == 1) then
+    if #claims >= bounds.most then
+      bounds.next = bounds.latest and lists.waits_since(id)
       return i - 1
     end
-    bounds.next = nil
     local flat, losses, since, is_array, array = look_up(queue, id)
-    if flat and i == 1 and bounds.latest and (ms_of(since) or 0) > bounds.latest then
-      return 0 -- it was not the one that had been noted
+    local since_ms = flat and bounds.latest and (ms_of(since) or NOW_MS)
+    if since_ms and since_ms > bounds.latest then
+      bounds.next = i > 1 and since_ms or nil -- the first was not the one that had been noted
+      return i - 1
     elseif is_array then
       if not claim_array(queue, id, flat, since, claims, bounds.most) then
         return i - 1
