@@ -8,7 +8,7 @@
 --   - what does not fit is passed over. Where its first jobs have waited too long, workers hold room for one each,
 --     and fill only what they have beyond that: as many workers as jobs wait, yet one in forty at most.
 local BATCH_MS, BATCH_SHARE = 5000, 0.05 -- jobs that came so close together, also for what they waited, go in one go
-local PAGE, PAGES = 16, 64 -- heads of a level read at once: at first, and before ours are asked for by name
+local PAGE, PAGES = 4, 64 -- heads of a level read at once: at first, and before ours are asked for by name
 local MANY = 1e9
 local HOLDERS = 40 -- of so many workers one at most holds room for jobs of a list, but always one
 
@@ -108,7 +108,7 @@ local function read(level)
     local rows = level.page > PAGES and ours(level)
       or redis.pcall('ZRANGE', level.heads, 0, level.page - 1, 'WITHSCORES')
     level.is_whole = level.page > PAGES or #rows < 2 * level.page
-    level.page = math.max(PAGE, 4 * level.page)
+    level.page = 4 * level.page
     add(level, rows)
   until level.is_whole or #level.found > 0
   if level.plain and not level.passed[level.base] then
