@@ -84,6 +84,11 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
                                                      held:DIGEST -> when one was given that room was held for
     fleet:reserved:Q              zset    2 beats    claims: workers that hold room for a job of it -> until
     fleet:sets:idle               hash    -          chores: sublist -> since when it has no job, ms
+    fleet:slurm:submissions       hash    -          submitters: name of the job in Slurm -> JSON, see
+                                                     broker/slurm.py; fields go a week after it ended
+    fleet:slurm:pools             hash    -          operators: name of a pool -> JSON of what it submits
+    fleet:slurm:pool:NAME         hash    -          operators and who scales: paused, failures, not_before
+    fleet:slurm:lease:WHAT        string  a minute   whoever does that for the fleet now: a random word
 
     our fields in rq:job:ID
     fleet_lease      FENCE:EXECUTION of the attempt that holds the job; empty when it ended
@@ -127,6 +132,8 @@ LAST = "fleet:last"
 ARRAYS = "fleet:arrays"
 SETS_VERSION = "fleet:sets:version"
 SETS_IDLE = "fleet:sets:idle"
+SLURM_SUBMISSIONS = "fleet:slurm:submissions"
+SLURM_POOLS = "fleet:slurm:pools"
 NEWS = "fleet:news"
 HISTORIES = "fleet:histories"
 
@@ -275,3 +282,11 @@ def history(base: str) -> str:
 
 def series(base: str) -> str:
     return of("series", base)
+
+
+def slurm_pool(name: str) -> str:
+    return f"fleet:slurm:pool:{name}"
+
+
+def slurm_lease(what: str) -> str:
+    return f"fleet:slurm:lease:{what}"

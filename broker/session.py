@@ -231,10 +231,15 @@ class Session:
         ttl = EPHEMERAL_RECORD_TTL if self.identity.ephemeral else None
         labels.restore(client, self.identity.name, known, ttl)
 
-    def lose_foreign(self, client: redis.Redis, leases: Iterable[tuple[str, str]]) -> int:
-        """Count as lost what an earlier life of this worker held; its processes must be gone."""
+    def lose_foreign(
+        self, client: redis.Redis, leases: Iterable[tuple[str, str]], *, uncounted: bool = False
+    ) -> int:
+        """Count as lost what an earlier life of this worker held; its processes must be gone.
+
+        `uncounted`: no job is to blame, so the losses count for none.
+        """
         reason = f"WorkerLost: worker {self.identity.name} was restarted while it ran the job"
-        rows = [failures.lost_row(job, lease, reason, uncounted=False) for job, lease in leases]
+        rows = [failures.lost_row(job, lease, reason, uncounted=uncounted) for job, lease in leases]
         reply: int = scripts.LOSE(client, [keys.LEASES], [self.settings.losses_limit, 0, *rows])
         return reply
 

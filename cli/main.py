@@ -55,6 +55,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "worker": ("cli.worker", "worker", "Run one worker here, in the foreground."),
     "script": ("cli.script", "script", "Print a bash script that starts a worker."),
     "k8s": ("cli.k8s", "k8s", "Print manifests of workers for Kubernetes."),
+    "slurm": ("cli.slurm", "slurm", "Workers from Slurm: script, submit, status, cancel, autoscale."),
     "doctor": ("cli.doctor", "doctor", "Check Redis and the workers; says how to mend what is wrong."),
     "metrics": ("cli.metrics", "metrics", "Serve metrics for Prometheus."),
     "config": ("cli.config", "config", "Show the settings in force and where each came from."),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +24,14 @@ _CHECK_SECONDS = 5.0
 
 
 @click.command()
-@click.option("--name", help="Name of the worker; default: this host's name and a number, HOST-0.")
+@click.option("--name", help="Name of the worker; default: HOST-0; in Slurm NODE-JOB-0.")
 @click.option(
     "--queues",
     default="default",
     show_default=True,
     help="Queues, most urgent first: a,b,c; or with weights: a:3,b:1.",
 )
-@click.option("--slots", type=click.IntRange(min=1), help="Jobs at once; default 1.")
+@click.option("--slots", type=click.IntRange(min=1), help="Jobs at once; default 1, or what Slurm granted.")
 @click.option("--burst", is_flag=True, help="Leave when the queues are empty.")
 @click.option("--until-done", is_flag=True, help="Leave when no work remains: queued, to come, or running.")
 @click.option("--max-jobs", type=click.IntRange(min=1), help="Leave after so many jobs.")
@@ -60,14 +63,39 @@ def worker(context: Context, /, **options: Any) -> int:
     from fleet.signals import StopSignals
 
     signals = StopSignals().install()
-    config = _config(context, options)
+    config = _in_its_place(_config(context, options))
     assembly.log_to_stderr(config)
     try:
-        return assembly.run(config, context.settings.worker, signals)
+        code = assembly.run(config, context.settings.worker, signals)
     except FleetError as exc:
         if config.log_format == "human":
             raise
         return assembly.refused(exc)
+    if config.in_slurm and code == 0:
+        _clear_up(context)
+    return code
+
+
+def _clear_up(context: Context) -> None:
+    """Where no work remains, allocations that wait are of no use. Nothing of that is this worker's fault."""
+    import redis
+
+    from fleet.slurm import submissions
+
+    try:
+        with context.redis() as client:
+            submissions.after_work(client)
+    except (FleetError, redis.RedisError, OSError) as exc:
+        logging.getLogger("fleet.worker").warning("allocations that wait were not looked at: %s", exc)
+
+
+def _in_its_place(config: WorkerConfig) -> WorkerConfig:
+    """What was not said follows from the job of Slurm in which it is started, else from this host."""
+    from fleet.slurm import granted
+
+    if granted.is_in_a_job(os.environ):
+        return granted.adapted(config, os.environ)
+    return replace(config, name=config.name or f"{config.host}-0", slots=config.slots or 1)
 
 
 def _check(context: Context, name: str | None, output_dir: Path | None) -> int:
@@ -89,15 +117,14 @@ def _config(context: Context, options: dict[str, Any]) -> WorkerConfig:
     """What the command line says, as every launcher would say it."""
     from fleet.worker_config import WorkerConfig, default_output_dir, this_host
 
-    host = this_host()
     ephemeral = options["ephemeral"]
     return WorkerConfig(
-        name=options["name"] or f"{host}-0",
-        host=host,
+        name=options["name"] or "",
+        host=this_host(),
         redis_url=context.url(),
         output_dir=str(options["output_dir"] or default_output_dir()),
         queues=tuple(part.strip() for part in options["queues"].split(",")),
-        slots=options["slots"] or 1,
+        slots=options["slots"] or int(ephemeral),
         labels=labels("--label", options["labels"]),
         executor=options["executor"],
         executor_python=options["executor_python"] or sys.executable,

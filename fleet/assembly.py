@@ -49,6 +49,7 @@ from fleet.sampler import Sampler, Sampling
 from fleet.series import About, Series
 from fleet.signals import StopSignals, kept_from_threads
 from fleet.slots import Slots
+from fleet.slurm import granted
 from fleet.worker_config import WorkerConfig, state_dir
 
 log = logging.getLogger("fleet.worker")
@@ -72,6 +73,10 @@ def run(config: WorkerConfig, settings: WorkerSettings, signals: StopSignals) ->
     config.checked()
     ends_at = offer.ends_at(config.time_limit_seconds)
     _wait_its_turn(config)
+    if config.in_slurm:
+        ends_at = min(
+            (end for end in (ends_at, granted.ends_at(os.environ)) if end is not None), default=None
+        )
     folders = Folders(config.output_dir)
     lifecycle.prepare(folders)
     lifecycle.check_executor(config.executor_python, folders)
@@ -141,7 +146,9 @@ def _run_locked(
         log.info("queues by weight: %s", shares, extra=about("queues"))
     try:
         with translated(address(client)):
-            offering.heard(lifecycle.inherit(session, client, describe()).labels or {})
+            is_requeued = config.in_slurm and granted.was_requeued(os.environ)
+            beat = lifecycle.inherit(session, client, describe(), uncounted=is_requeued)
+            offering.heard(beat.labels or {})
         code = _work(config, session, client, folders, lock, describe, signals)
     finally:
         _leave(session, client, known_seconds=_KNOWN_SECONDS if config.ephemeral or config.until_done else 0)
@@ -173,7 +180,10 @@ def _work(
         parts = _parts(stack, config, session, client, folders, guard, describe.offering)
         loop = WorkerLoop(config, parts)
         describe.loop = loop
-        signals.hand_to(loop.request_stop, parts.mail.wake_fd)
+        if config.in_slurm:
+            signals.hand_to(loop.end_with_allocation, parts.mail.wake_fd, loop.warn)
+        else:
+            signals.hand_to(loop.request_stop, parts.mail.wake_fd)
         loop.beater = Beater(
             session,
             _connect(config, session.settings),
@@ -246,7 +256,9 @@ def _parts(
     )
     mail = Mailbox()
     sampler = Sampler(resources.gpu_uses, mail.post, _sampling(config, settings, folders))
-    slots = Slots(config.slots, settings, context, pool, guard, placement, sampler)
+    slots = Slots(
+        config.slots, settings, context, pool, guard, placement, sampler, may_hear_late=config.in_slurm
+    )
     return Parts(session, selector, links, slots, pool, guard, mail, folders, offering, placement, sampler)
 
 

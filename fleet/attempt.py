@@ -41,6 +41,7 @@ _LIMITS: Mapping[int, str] = {
     signal.SIGXCPU: " (over its limit of CPU time, ulimit -t)",
     signal.SIGXFSZ: " (over its limit of file size, ulimit -f)",
 }
+_HANDED_BACK = "the worker stopped before the job ended"
 #: bytes of output shown with a failure
 _SHOWN_BYTES = 2000
 
@@ -129,7 +130,7 @@ class Attempt(ABC):
             "stop": "Job stopped by user, work-horse terminated.",  # rq's own words
             "kill": "Killed: rq's kill-horse command",
             "lost": "WorkerLost: the worker was paused or cut off for longer than its lease",
-            "hand-back": "the worker stopped before the job ended",
+            "hand-back": _HANDED_BACK,
         }[cause]
 
     @property
@@ -298,6 +299,11 @@ def job_variables(claim: Claim) -> dict[str, str]:
     """What a job finds about itself in its environment."""
     own = {"FLEET_JOB_ID": claim.job_id, "FLEET_QUEUE": claim.queue, "FLEET_FENCE": claim.fence}
     return own | tasks.variables(claim.job_id, claim.fields)
+
+
+def handed_back(end: End) -> End:
+    """The end of the same attempt, for which the job is not to blame."""
+    return end._replace(outcome="handed-back", reason=_HANDED_BACK, exit_code=None, exc_string=None)
 
 
 def never_started(claim: Claim, reason: str, *, outcome: Outcome = "failed") -> End:

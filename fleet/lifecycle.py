@@ -197,15 +197,16 @@ def _outwait(
         sleep(min(0.5, max(ttl, 50) / 1000))
 
 
-def inherit(session: Session, client: redis.Redis, record: str) -> Beat:
+def inherit(session: Session, client: redis.Redis, record: str, *, uncounted: bool = False) -> Beat:
     """The first heartbeat, and what it brought: what earlier lives held is lost, and goes on at once.
 
     They are over: `enter` has seen to it, and their jobs were killed with them or before their leases
     ran out. It must be done before the first look at the queues, which would seem empty without those jobs.
+    `uncounted`: they ended through no fault of a job.
     """
     beat = session.beat(client, record, {}, session.claims_settled)
     if beat.foreign:
-        session.lose_foreign(client, beat.foreign)
+        session.lose_foreign(client, beat.foreign, uncounted=uncounted)
     return beat
 
 

@@ -120,6 +120,11 @@ class WorkerLoop:
         self._disk_at = 0.0
         self._disk = ""
         self._stop_at: float | None = None
+        #: when jobs that still run are asked to save what they have, and end
+        self._save_at = float("inf")
+        self._was_told = False
+        #: Slurm is ending all processes of the allocation
+        self._is_dying = False
         self._last_call = _last_call(self._offering, self._settings)
         self._said_stopping = False
         self._exit_code = 0
@@ -132,7 +137,26 @@ class WorkerLoop:
     def request_stop(self) -> None:
         """Finish what runs, within the grace; asked a second time, at once. Safe in a signal handler."""
         now = clock.monotonic()
-        self._stop_at = now if self._stop_at is not None else now + self._settings.stop_grace_seconds
+        self._stop_by(now if self._was_told else now + self._settings.stop_grace_seconds)
+        self._was_told = True
+
+    def end_with_allocation(self) -> None:
+        """As `request_stop`, where whoever asks has told the jobs, too: they have the grace to save what
+        they have, and go back to their queues. Safe in a signal handler."""
+        self.request_stop()
+        self._is_dying, self._save_at = True, clock.monotonic()
+
+    def warn(self) -> None:
+        """The end of its allocation is near: take nothing new. Safe in a signal handler."""
+        grace_over = clock.monotonic() + self._settings.stop_grace_seconds
+        self._stop_by(grace_over if self._last_call.until == float("inf") else self._last_call.until)
+
+    def _stop_by(self, at: float) -> None:
+        """Stop at that time, or earlier if that was said. Before the end of its life it lets jobs save."""
+        self._stop_at = at if self._stop_at is None else min(at, self._stop_at)
+        if not self._is_dying and (self._config.in_slurm or self._offering.ends_at is not None):
+            left = max(0.0, self._stop_at - clock.monotonic())
+            self._save_at = self._stop_at - min(self._settings.kill_grace_seconds, left / 2)
 
     @property
     def free(self) -> Mapping[str, object]:
@@ -197,8 +221,8 @@ class WorkerLoop:
         # what is over and has been acted upon is nothing to wait for
         if self._stop_at is None:
             times.append(self._last_call.at)
-        elif self._stop_at > now:
-            times.append(self._stop_at)
+        else:
+            times += [at for at in (self._save_at, self._stop_at) if at > now]
         if self._config.idle_timeout_seconds is not None and not self._is_working():
             times.append(self._slots.busy_at + self._config.idle_timeout_seconds)
         return max(0.0, min(times) - now)
@@ -207,7 +231,7 @@ class WorkerLoop:
         return bool(len(self._slots) or len(self._asides) or self._slots.ends or self._rounds.under_way)
 
     def _is_done(self) -> bool:
-        if len(self._slots) or len(self._asides):
+        if len(self._slots) or len(self._asides) or self._slots.has_doubts:
             return False
         if self._rounds.under_way and self._links.up:
             return False  # its answer may bring claims, and a lease must not be left behind
@@ -237,7 +261,7 @@ class WorkerLoop:
     def _enforce_stop(self) -> None:
         if self._stop_at is None and clock.monotonic() >= self._last_call.at:
             log.info("the time limit is near: no more jobs are taken", extra=about("time_limit"))
-            self._stop_at = self._last_call.until
+            self._stop_by(self._last_call.until)
         if self._stop_at is None:
             return
         if not self._said_stopping:
@@ -246,7 +270,10 @@ class WorkerLoop:
             log.info("stopping: %d jobs have %.0f s to end", len(self._slots), left, extra=about("stopping"))
             if self.beater:  # whoever looks shall see it
                 self.beater.beat_now()
-        if clock.monotonic() >= self._stop_at:
+        left = self._stop_at - clock.monotonic()
+        if clock.monotonic() >= self._save_at:
+            self._slots.let_save(left, are_dying=self._is_dying)
+        if left <= 0:
             self._slots.kill_all("hand-back")
             self._asides.kill_all()
 

@@ -58,10 +58,20 @@ def _so_many_gpus(number: int) -> tuple[Gpu, ...]:
     return so_many(find_gpus() if number else (), number)
 
 
+def _each_once(*lists: Iterable[int]) -> list[int]:
+    return list(dict.fromkeys(itertools.chain(*lists)))
+
+
 def so_many(found: tuple[Gpu, ...], number: int) -> tuple[Gpu, ...]:
-    """The first `number` of them, and such as nothing is known of where there are not so many."""
+    """The first `number` of them, and such as nothing is known of where there are not so many.
+
+    These have the numbers that CUDA_VISIBLE_DEVICES leaves to this process first.
+    """
     used = {gpu.index for gpu in found}
-    unused = (index for index in range(number + len(used)) if index not in used)
+    granted = [int(word) for word in _until_odd(os.environ.get("CUDA_VISIBLE_DEVICES", ""))]
+    unused = (
+        index for index in _each_once(granted, range(number + len(used) + len(granted))) if index not in used
+    )
     return found[:number] + tuple(Gpu("unknown", 0, next(unused)) for _ in range(number - len(found)))
 
 

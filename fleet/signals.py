@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+#: the end of a worker's allocation is near. Slurm signals all processes of a job's step, and this one does
+#: nothing to those that do not know it
+WARNING = signal.SIGURG
 
 
 @contextmanager
@@ -41,12 +44,15 @@ class StopSignals:
         self._may_leave = True
         self._early = 0
         self._stop: Callable[[], None] | None = None
+        self._was_warned = False
+        self._warn: Callable[[], None] | None = None
 
     def install(self) -> StopSignals:
         """Hear them from now on; only in the main thread."""
         sys.unraisablehook = _tell_unless_leaving
         for number in _STOPPING:
             signal.signal(number, lambda *_: self._hear())
+        signal.signal(WARNING, lambda *_: self._hear_warning())
         return self
 
     def hold(self) -> None:
@@ -63,17 +69,24 @@ class StopSignals:
         finally:
             self.hold()
 
-    def hand_to(self, stop: Callable[[], None], wake_fd: int) -> None:
+    def hand_to(self, stop: Callable[[], None], wake_fd: int, warn: Callable[[], None] | None = None) -> None:
         """Call `stop` for each from now on, and for those remembered; each makes `wake_fd` readable.
 
-        So does the end of a child.
+        So does the end of a child. `warn` is called for a warning of the end, also for one remembered.
         """
         signal.set_wakeup_fd(wake_fd, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGIO, lambda *_: None)  # somebody opened a file that we had a lease on
-        self._stop = stop
+        self._stop, self._warn = stop, warn
         for _ in range(self._early):
             stop()
+        if warn and self._was_warned:
+            warn()
+
+    def _hear_warning(self) -> None:
+        self._was_warned = True
+        if self._warn is not None:
+            self._warn()
 
     def _hear(self) -> None:
         if self._stop is not None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from broker import clock, command, template
 from broker.work import Claim, End, Outcome
 from broker.worker_settings import WorkerSettings
-from fleet.attempt import Attempt, Cause, CommandAttempt, CommandContext, never_started
+from fleet.attempt import Attempt, Cause, CommandAttempt, CommandContext, handed_back, never_started
 from fleet.executors import Execution, ExecutorPool
 from fleet.function_attempt import FunctionAttempt
 from fleet.guard import Guard
@@ -30,6 +30,8 @@ from fleet.sampler import Sampler
 
 log = logging.getLogger("fleet.worker")
 
+#: seconds in which this worker hears of the end of its allocation after its jobs did
+_DOUBT_SECONDS = 0.5
 #: seconds without claims after this host could not start a job
 _HOST_FAULT_SECONDS = 10.0
 
@@ -61,8 +63,14 @@ class Slots:
         guard: Guard,
         placement: Placement,
         sampler: Sampler,
+        *,
+        may_hear_late: bool = False,
     ) -> None:
+        """`may_hear_late`: jobs may be told to end by who ends this worker, and before it is."""
         self._count = count
+        self._may_hear_late = may_hear_late
+        #: failures that may be the end of this worker's allocation, and when they will not: monotonic seconds
+        self._doubtful: list[tuple[float, End]] = []
         self._placement = placement
         self._settings = settings
         self._context = context
@@ -111,6 +119,11 @@ class Slots:
     def ends(self) -> list[End]:
         """What ended and is not reported yet."""
         return list(self._ends.values())
+
+    @property
+    def has_doubts(self) -> bool:
+        """Whether ends are kept back, of which it is not known yet how they are to be judged."""
+        return bool(self._doubtful)
 
     @property
     def unreported(self) -> int:
@@ -262,6 +275,7 @@ class Slots:
     def drop_ends(self) -> None:
         """Nothing can be reported any more."""
         self._ends.clear()
+        self._doubtful.clear()
         self.oldest_end = float("inf")
 
     def drop_waiting(self, lease: str, outcome: Outcome, reason: str) -> None:
@@ -322,7 +336,10 @@ class Slots:
         end = attempt.collect(self._settings.output_tail_bytes)
         if end.outcome == "failed" and _may_come_first_again(attempt):
             self.hand_back_waiting()
-        self._end(end)
+        if self._may_hear_late and end.outcome == "failed" and attempt.cause is None:
+            self._doubtful.append((clock.monotonic() + _DOUBT_SECONDS, end))
+        else:
+            self._end(end)
         del self._attempts[lease]
         if end.duration_seconds is not None:
             self._pace.ran(end.duration_seconds)
@@ -335,11 +352,15 @@ class Slots:
         if self._overlooked:
             return clock.monotonic()
         times = [at for attempt in self for at in (attempt.timeout_at, attempt.kill_at) if at is not None]
+        if self._doubtful:
+            times.append(self._doubtful[0][0])
         return min([*times, self._patient_until()])
 
     def enforce_limits(self) -> None:
-        """Interrupt what ran too long, kill what was given its grace."""
+        """Interrupt what ran too long, kill what was given its grace; believe failures after a while."""
         now = clock.monotonic()
+        while self._doubtful and now >= self._doubtful[0][0]:
+            self._end(self._doubtful.pop(0)[1])
         for attempt in self:
             if attempt.timeout_at is not None and now >= attempt.timeout_at:
                 attempt.interrupt("timeout", self._settings.kill_grace_seconds)
@@ -374,6 +395,22 @@ class Slots:
         else:
             attempt.kill(cause)
         self._overlooked |= attempt.has_ended()
+
+    def let_save(self, seconds: float, *, are_dying: bool) -> None:
+        """Ask what runs to end, and hand it back: commands by SIGTERM, with so long to save what they have.
+
+        `are_dying`: all have been asked already, by whoever ends the allocation, functions too, which end of
+        it; what failed just now did so, too.
+        """
+        for attempt in self:
+            if attempt.has_ended() or attempt.cause:
+                continue
+            if isinstance(attempt, CommandAttempt):
+                attempt.interrupt("hand-back", seconds)
+            elif are_dying:
+                attempt.cause = "hand-back"
+        while are_dying and self._doubtful:
+            self._note(handed_back(self._doubtful.pop(0)[1]))
 
     def kill_all(self, cause: Cause) -> None:
         """End everything now."""

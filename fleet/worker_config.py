@@ -66,6 +66,8 @@ class WorkerConfig:
     siblings: int = 1
     #: after so long it has ended; jobs that cannot end before that are handed back
     time_limit_seconds: float | None = None
+    #: it runs in a job of Slurm, which tells when that ends, and then ends all processes
+    in_slurm: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     #: of fleet.logs
     log_format: str = "human"

@@ -21,10 +21,16 @@ def options() -> Iterator[tuple[str, str]]:
     for verb in VERBS:
         command = fleet.get_command(root, verb)
         assert command is not None
-        for one in [command, *getattr(command, "commands", {}).values()]:
+        for one in _with_those_below(command):
             for param in one.params:
                 if isinstance(param, click.Option):
                     yield verb, max(param.opts, key=len)
+
+
+def _with_those_below(command: click.Command) -> Iterator[click.Command]:
+    yield command
+    for below in getattr(command, "commands", {}).values():
+        yield from _with_those_below(below)
 
 
 @pytest.mark.parametrize("verb", VERBS)
