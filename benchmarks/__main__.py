@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks import (
     anatomy,
+    arrivals,
     growth,
     harness,
     latency,
@@ -55,6 +56,7 @@ ROWS: dict[str, Row] = {
     "up": up.up,
     "sets": sets.measured,
     "placement": placement.placement,
+    "arrivals": arrivals.arrivals,
 }
 
 
@@ -84,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         result.write_document()
         if "growth" in sections and sections["growth"].data:
             growth.plot(sections["growth"])
+        if "arrivals" in sections and sections["arrivals"].data:
+            arrivals.plot()
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

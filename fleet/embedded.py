@@ -37,6 +37,8 @@ from fleet.redis_server import ANSWER_SECONDS, ServerProgram, wait_until
 
 #: seconds a clean shutdown may take: it writes what the append-only file lacks
 STOP_SECONDS = 60.0
+#: connections at once, of which a worker has up to 7; the server takes fewer where ulimit -Hn says so
+CONNECTIONS = 65_000
 #: seconds between two looks at a server that reads its data
 _LOOK_SECONDS = 0.02
 _NOT_RUNNING = "the embedded broker of this user is not running"
@@ -227,6 +229,7 @@ class EmbeddedBroker:
             "maxmemory-policy": "noeviction",
             "save": "",  # the append-only file keeps everything; snapshots are for backups
             "tcp-keepalive": 60,
+            "maxclients": CONNECTIONS,
             "daemonize": "no",
             "pidfile": self.folder.pid_file,
             "logfile": self.folder.log,

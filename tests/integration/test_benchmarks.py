@@ -34,7 +34,7 @@ def test_ours_and_xargs_are_measured_and_reported(tmp_path):
 
 
 def test_the_other_quick_rows_run_and_a_peer_that_is_not_installed_is_skipped_loudly(tmp_path):
-    rows = ["noops", "latency", "submission", "memory", "start"]
+    rows = ["noops", "latency", "submission", "memory", "start", "arrivals"]
     done = _run(tmp_path, *rows, "--peers", "huey")
     assert ("!!! SKIPPED huey" in done.stdout) == (importlib.util.find_spec("huey") is None)
     assert "FAILED" not in done.stdout

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from benchmarks import arrivals
 from broker.session import Identity
 from broker.worker_settings import WorkerSettings
 from fleet import jitter
@@ -109,6 +110,14 @@ def assert_even(moments: Iterable[float], window: float) -> None:
     share = bins.total() / 60
     assert sum((bins[number] - share) ** 2 / share for number in range(60)) < _CHI_SQUARE
     assert max(bins.values()) <= 2 * share
+
+
+def test_of_ten_thousand_workers_no_second_has_more_than_chance_makes_of_an_even_spread():
+    """What docs/performance.md plots: the rate Redis may be asked for, and some four standard deviations."""
+    assert arrivals.peak(arrivals.arrivals_on_paper(10_000, 0.0)) == 10_000
+    with_jitter = arrivals.peak(arrivals.arrivals_on_paper(10_000, jitter.window_seconds(10_000, RATE)))
+    assert RATE < with_jitter <= RATE + 4 * RATE**0.5
+    assert with_jitter == pytest.approx(arrivals.expected_peak(10_000, 200.0), rel=0.1)
 
 
 # --- coming back -----------------------------------------------------------------------------------

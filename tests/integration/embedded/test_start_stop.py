@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -41,10 +42,15 @@ def answers_at(host: str, port: int) -> bool:
 def test_it_keeps_everything_evicts_nothing_and_asks_for_a_password(broker: Any) -> None:
     running = broker.up()
     with broker.client() as client:
-        config = client.config_get("append*", "maxmemory-policy", "aof-load-truncated", "bind")
+        config = client.config_get("append*", "max*", "aof-load-truncated", "bind")
     assert (config["appendonly"], config["appendfsync"]) == ("yes", "everysec")
     assert (config["maxmemory-policy"], config["aof-load-truncated"]) == ("noeviction", "yes")
     assert config["bind"] == "127.0.0.1"
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = (
+        embedded.CONNECTIONS if files == resource.RLIM_INFINITY else min(embedded.CONNECTIONS, files - 64)
+    )
+    assert int(config["maxclients"]) >= enough, "workers have some seven connections each"
     with connect(f"redis://{running.address}") as stranger, pytest.raises(redis.AuthenticationError):
         stranger.ping()
 
