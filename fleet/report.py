@@ -31,6 +31,8 @@ _MOST_LISTED, _MOST_IDS = 20, 3
 _MOST_CHARACTERS = 200
 #: of a group of jobs, for its memory to be judged by
 _MOST_PEAKS = 10_000
+#: seconds for which a job may be claimed and not begun, at most
+_AHEAD_SECONDS = 1.0
 #: what is suggested is so much above what nearly all jobs had, and a round number
 _MARGIN = 1.2
 _MIB = 2**20
@@ -208,7 +210,7 @@ class _Gathering:
         self._texts: dict[str, str] = {}
 
     def take(self, job: PastJob) -> None:
-        attempts = [one for one in job.attempts if one.ended is None or one.ended >= self._since]
+        attempts = [one for one in job.attempts if self._counts(one)]
         if not attempts and not (self._never_ran(job)):
             return
         self._states[job.state] += 1
@@ -223,6 +225,13 @@ class _Gathering:
         if job.usage:
             self._cpu_seconds += job.usage.cpu_seconds or 0.0
         self._peaks[_program(job.name), job.queue, job.need.memory_bytes if job.need else None].take(job)
+
+    def _counts(self, attempt: Attempt) -> bool:
+        """Whether it is of that time, and was begun: what is claimed ahead goes back soon."""
+        if attempt.ended is None:
+            return True
+        is_back = attempt.outcome == "handed-back" and attempt.ended - attempt.started < _AHEAD_SECONDS
+        return attempt.ended >= self._since and not is_back
 
     def _never_ran(self, job: PastJob) -> bool:
         """What failed at once, as for a job that it waited for."""

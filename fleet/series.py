@@ -76,6 +76,10 @@ class JobSample(NamedTuple):
     gpu_memory_bytes: int | None = None
 
 
+class Damaged(OSError):
+    """What is there is no such file, or not any more."""
+
+
 class About(NamedTuple):
     """Whose series it is; what its host has in all."""
 
@@ -158,7 +162,9 @@ class _Files:
         except OSError as exc:
             if not self._has_failed:
                 log.warning("what hosts and jobs use cannot be kept; jobs run on without: %s", exc)
-            self._has_failed, self._path = True, None  # another file may do
+            self._has_failed = True
+            if isinstance(exc, Damaged):
+                self._path = None  # another file may do
 
     def _write(self, rows: _Rows) -> None:
         if self._path is None or not self._path.exists():  # none yet, or somebody removed it
@@ -177,11 +183,15 @@ class _Files:
         self._folder.mkdir(parents=True, exist_ok=True)
         stamp = clock.wall().strftime("%Y%m%dT%H%M%S.%f")
         path = self._folder / f"{self._about.worker}.series.{stamp}.sqlite"
-        path.touch(0o600, exist_ok=False)  # as the log is
-        with opened(path) as database:
-            database.executescript(_SCHEMA.format(page_bytes=_PAGE_BYTES))
-            database.executemany("INSERT INTO about VALUES (?, ?)", self._about._asdict().items())
-        return path
+        part = path.with_name(f".{path.name}")  # nobody shall see half of it
+        try:
+            part.touch(0o600)  # as the log is
+            with opened(part) as database:
+                database.executescript(_SCHEMA.format(page_bytes=_PAGE_BYTES))
+                database.executemany("INSERT INTO about VALUES (?, ?)", self._about._asdict().items())
+            return part.rename(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def _make_room(self) -> None:
         room = self._most_bytes * (_PARTS - 1) / _PARTS
@@ -203,12 +213,12 @@ _INSERT_JOB = """
 def files(folder: Path) -> Iterator[Path]:
     """The series below a folder, wherever they are."""
     for root, _, names in os.walk(folder):
-        yield from sorted(Path(root) / name for name in names if Path(name).match(_GLOB))
+        yield from sorted(Path(root) / name for name in names if Path(name).match(_GLOB) and name[0] != ".")
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[sqlite3.Connection]:
-    """The database, for one transaction. Raises OSError for whatever SQLite has against it."""
+    """The database, for one transaction. Raises Damaged, and OSError for what else SQLite has against it."""
     try:
         import sqlite3  # some builds of Python have none
     except ImportError as exc:
@@ -218,8 +228,10 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS)) as database, database:
             database.execute("PRAGMA synchronous = OFF")
             yield database
-    except sqlite3.Error as exc:
+    except sqlite3.OperationalError as exc:
         raise OSError(f"{path}: {exc}") from exc
+    except sqlite3.Error as exc:
+        raise Damaged(f"{path}: {exc}") from exc
 
 
 def _journal(path: Path) -> Path:

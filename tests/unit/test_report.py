@@ -17,6 +17,7 @@ from broker.requirements import Requirements
 from broker.usage import Usage
 from fleet import report, report_page
 from fleet.report import Intervals, Report, distribution, grouped, host_of, round_bytes, suggestion
+from fleet.resources import GpuUse
 from fleet.series import About, HostSample, JobSample, Series
 
 _GIB = 2**30
@@ -83,6 +84,16 @@ def test_what_ended_before_is_left_out():
     found = made(job(10), job(500), since=400.0)
     assert (found.states, found.began) == ({"finished": 1}, 501.0)
     assert made(job(10), since=400.0).states == {}
+
+
+def test_what_was_claimed_ahead_and_went_back_is_no_attempt():
+    back = Attempt(1, "here-0", 1.0, 1.1, "handed-back")
+    late = Attempt(2, "here-0", 2.0, 9.0, "handed-back")
+    assert made(job(0, back, late, Attempt(3, "here-0", 10.0, 11.0, "finished"))).outcomes == {
+        "handed-back": 1,
+        "finished": 1,
+    }
+    assert made(job(0, back, state="queued")).states == {}
 
 
 def test_what_failed_without_being_run_is_among_the_failures():
@@ -202,7 +213,7 @@ def test_round_sizes_are_no_less_and_not_much_more(size):
 def _samples(folder: Path, worker: str, host: str, cpus: float) -> None:
     one = Series(folder / host / "log", About(host, worker, 4, 8 * _GIB), 2**20, 1e9)
     for at in range(100, 200, 5):
-        one.note_host(float(at), HostSample(cpus, _GIB, 1.0, None, 2.0, 3.0))
+        one.note_host(float(at), HostSample(cpus, _GIB, 1.0, None, 2.0, 3.0), [GpuUse(0, cpus / 4, 1)])
         one.note_job(float(at), "j1", 7, JobSample(1.0, at << 20, 1))
     one.close()
 
@@ -223,6 +234,7 @@ def test_hosts_are_added_up_and_what_is_there_twice_counts_once(tmp_path):
     assert set(cpus) == {4.0}
     assert len(cpus) > 200, "between two samples it was as the later one says"
     assert set(found.fleet.lines["write_rate"]) == {None}
+    assert {value for value in found.fleet.gpus if value is not None} == {0.5}, "the mean of all"
     (problem,) = found.fleet.problems
     assert "c.series.1.sqlite" in problem
     memory = found.slowest[0].memory
@@ -232,6 +244,8 @@ def test_hosts_are_added_up_and_what_is_there_twice_counts_once(tmp_path):
     assert "CPUs of 8, 2 hosts" in text
     assert "1 file of samples could not be read" in text
     assert 'class="spark"' in text
+    assert "GPUs busy" in text
+    assert "25 %" in text
 
 
 def test_a_host_that_nobody_sampled_for_long_is_not_known(tmp_path):

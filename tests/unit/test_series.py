@@ -123,6 +123,26 @@ def test_a_disk_that_is_full_is_told_of_once_and_no_reason_to_stop(make, tmp_pat
     assert len(rows(path, "jobs")) % 100 == 0
 
 
+def test_a_file_that_cannot_be_begun_leaves_nothing_and_a_damaged_one_has_a_successor(
+    make, tmp_path, eventually, monkeypatch
+):
+    monkeypatch.setattr(series, "_SCHEMA", "no SQL {page_bytes}")
+    one = make()
+    _write(one, 3, eventually)
+    one.close()
+    assert list((tmp_path / "log").iterdir()) == []
+    monkeypatch.undo()
+    one = make()
+    _write(one, 1, eventually)
+    (first,) = eventually(lambda: found(tmp_path))
+    eventually(lambda: rows(first, "jobs"))
+    first.write_text("somebody wrote over it, and that is no database any more")
+    _write(one, 2, eventually)
+    one.close()
+    (second,) = set(found(tmp_path)) - {first}
+    assert len(rows(second, "jobs")) == 100
+
+
 def test_what_is_no_database_is_said_so(tmp_path):
     (tmp_path / "x.series.1.sqlite").write_text("not at all")
     with pytest.raises(OSError, match=r"x\.series\.1\.sqlite: file is not a database"):
