@@ -58,6 +58,7 @@ def connect(
         "retry": Retry(NoBackoff(), 0),
         "socket_timeout": timeout_seconds,
         "socket_connect_timeout": min(timeout_seconds or REPLY_SECONDS, REPLY_SECONDS),
+        **_NAMELESS,
     }
     if not url.startswith("unix"):
         options |= _keepalive(timeout_seconds or REPLY_SECONDS)
@@ -69,6 +70,13 @@ def connect(
         return redis.Redis.from_url(url, **options)
     except (ValueError, TypeError) as exc:
         raise UsageError(f"cannot read the Redis URL {redacted(url)!r}: {exc}", _SHAPE) from exc
+
+
+#: Redis is not told which library speaks to it: two commands for each connection, and redis-py would have to
+#: look up its own version
+_NAMELESS: dict[str, Any] = (
+    {"driver_info": None} if hasattr(redis, "DriverInfo") else {"lib_name": None, "lib_version": None}
+)
 
 
 def _keepalive(seconds: float) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import io
 import json
-import pickle
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -432,26 +430,12 @@ def _result(results: Any, data: bytes) -> Any:
     """What the job returned, where it is plain data; an error's text for a failure."""
     if isinstance(results, Exception) or not results:
         return None
+    from broker.returned import plain  # a worker, which imports this module, has no use for pickle
+
     entry = results[0][1]
     if b"exc_string" in entry:
         return failures.decoded(entry[b"exc_string"])
     try:
-        return _plain(b64decode(entry[b"return_value"]), command.inflated(data)[:1])
+        return plain(b64decode(entry[b"return_value"]), command.inflated(data)[:1])
     except (KeyError, ValueError):
         return None
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, texts, lists and dicts; runs nobody's code."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module_name}.{global_name}")
-
-
-def _plain(value: bytes, kind: bytes) -> Any:
-    try:
-        return _PlainUnpickler(io.BytesIO(value)).load() if kind == b"\x80" else json.loads(value)
-    except pickle.UnpicklingError as exc:
-        return f"<{exc}>"
-    except Exception as exc:  # unpickling garbage raises whatever it likes
-        return f"<unreadable: {type(exc).__name__}>"

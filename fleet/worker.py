@@ -13,6 +13,9 @@ from fleet.signals import StopSignals
 def main() -> int:
     """Start from a file that a launcher wrote; returns the exit code."""
     signals = StopSignals().install()
+    from fleet.late import import_redis
+
+    import_redis()
     from fleet.assembly import main as run
 
     return run(signals)

@@ -15,7 +15,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -76,7 +76,7 @@ class Script:
 
 
 def _read(name: str) -> str:
-    text = resources.files(__name__).joinpath(f"{name}.lua").read_text(encoding="utf-8")
+    text = Path(__file__).with_name(f"{name}.lua").read_text(encoding="utf-8")
     return _KEY.sub(_key_in_lua, _CONSTANT.sub(lambda found: f"'{getattr(keys, found[1])}'", text))
 
 
