@@ -45,6 +45,10 @@ class Tails(NamedTuple):
     stdout_end: int = 0
     stderr_end: int = 0
 
+    def stream(self, *, stderr: bool) -> tuple[bytes, int]:
+        """One of both: its last bytes, and how many there were."""
+        return (self.stderr, self.stderr_end) if stderr else (self.stdout, self.stdout_end)
+
 
 class End(NamedTuple):
     """The end of an attempt, as its worker reports it.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from cli import tables
@@ -11,11 +12,14 @@ from cli.glyphs import Glyphs
 from cli.tables import Cell, Column
 
 if TYPE_CHECKING:
+    import redis
     from rich.text import Text
 
+    from broker.failed import Failure
+    from broker.fitting import Free
     from broker.status import QueueStatus, WorkerStatus
 
-_BAR = "blue"
+_BAR = "steel_blue3"
 #: what a narrow terminal gives up first has the highest rank; bars are columns without a title
 WORKER_COLUMNS = (
     Column("WORKER", least=16, in_middle=True),
@@ -65,6 +69,11 @@ def worst_first(workers: Iterable[WorkerStatus]) -> list[WorkerStatus]:
     return sorted(workers, key=rank)
 
 
+def workers(count: int) -> str:
+    """`1 worker`, `10,000 workers`."""
+    return f"{count:,} worker{'s' * (count != 1)}"
+
+
 def by_state(workers: Iterable[WorkerStatus]) -> str:
     """`3 busy, 1 idle`."""
     counts = Counter(map(state_of, workers))
@@ -80,13 +89,13 @@ def worker_row(worker: WorkerStatus, glyphs: Glyphs) -> list[Cell]:
         tables.state(state, glyphs.marked(state)),
         tables.state(probe_of(worker)),
         f"{running}/{worker.slots}",
-        (glyphs.bar(running, worker.slots), _BAR),
+        ("" if offline else glyphs.bar(running, worker.slots), _BAR),
         _cpus(worker),
-        (glyphs.bar(*_of_cpus(worker)), _BAR),
+        ("" if offline else glyphs.bar(*_of_cpus(worker)), _BAR),
         _memory(worker),
-        (glyphs.bar(*_of_memory(worker)), _BAR),
+        ("" if offline else glyphs.bar(*_of_memory(worker)), _BAR),
         _gpus(worker),
-        (glyphs.bar(*_of_gpus(worker)), _BAR),
+        ("" if offline else glyphs.bar(*_of_gpus(worker)), _BAR),
         (tables.age(worker.heartbeat_age_seconds), "bold red" if offline else ""),
         ",".join(worker.queues),
         " ".join(worker.running),
@@ -98,26 +107,34 @@ def worker_row(worker: WorkerStatus, glyphs: Glyphs) -> list[Cell]:
     ]
 
 
+def _left(worker: WorkerStatus) -> Free | None:
+    """What it has free; None of one that does not say, or said so before it went."""
+    return None if worker.state == "offline" else worker.free
+
+
 def _of_cpus(worker: WorkerStatus) -> tuple[float, float]:
     """How many are promised to jobs, of how many."""
-    return (worker.cpus - worker.free.cpus if worker.free else 0.0), worker.cpus
+    left = _left(worker)
+    return (worker.cpus - left.cpus if left else 0.0), worker.cpus
 
 
 def _of_memory(worker: WorkerStatus) -> tuple[int, int]:
-    used = worker.memory_bytes - worker.free.memory_bytes if worker.free else 0
+    left = _left(worker)
+    used = worker.memory_bytes - left.memory_bytes if left else 0
     # what is less than the MiB that memory is promised in is nobody's
     return (used if used >= _MIB else 0), worker.memory_bytes
 
 
 def _of_gpus(worker: WorkerStatus) -> tuple[float, float]:
-    left = worker.free.gpus if worker.free else ()
+    found = _left(worker)
+    left = found.gpus if found else ()
     return sum(1 - share for share in left), len(worker.gpus)
 
 
 def _cpus(worker: WorkerStatus) -> str:
     """`1.5/8`: promised, of how many."""
     used, total = _of_cpus(worker)
-    if not total or worker.free is None:
+    if not total or _left(worker) is None:
         return f"{total:g}" if total else ""
     return f"{used:g}/{total:g}"
 
@@ -125,7 +142,7 @@ def _cpus(worker: WorkerStatus) -> str:
 def _memory(worker: WorkerStatus) -> str:
     """`2.0/64.0 GiB`; what was promised to jobs, not what they have."""
     used, total = _of_memory(worker)
-    if not total or worker.free is None:
+    if not total or _left(worker) is None:
         return tables.size(total) if total else ""
     return tables.size_of(used, total)
 
@@ -133,8 +150,8 @@ def _memory(worker: WorkerStatus) -> str:
 def _gpus(worker: WorkerStatus) -> str:
     """`1/2x A100`, by kind: how many are used, and in part, of how many."""
     names = [str(gpu.get("name", "GPU")).removeprefix("NVIDIA ") for gpu in worker.gpus]
-    left: dict[str, float] = {}
-    for name, share in zip(names, worker.free.gpus if worker.free else (), strict=False):
+    found, left = _left(worker), dict[str, float]()
+    for name, share in zip(names, found.gpus if found else (), strict=False):
         left[name] = left.get(name, 0) + share
     return ", ".join(
         (f"{names.count(name) - left[name]:g}/" if name in left else "") + f"{names.count(name)}x {name}"
@@ -142,20 +159,27 @@ def _gpus(worker: WorkerStatus) -> str:
     )
 
 
-def totals(workers: Sequence[WorkerStatus], glyphs: Glyphs, width: int | None) -> Text:
-    """What all that live have together, and how much of it is in use or promised; without bars where that
-    would be wider than `width`."""
-    rows = [(words, used, total) for words, (used, total) in _totals(workers) if total]
+#: in words, how much of a thing is in use or promised, and how much there is of it
+Total = tuple[str, float, float]
+
+
+def totals(workers: Sequence[WorkerStatus]) -> list[Total]:
+    """What all that live have together, of each kind that there is."""
+    return [(words, used, total) for words, (used, total) in _totals(workers) if total]
+
+
+def totals_line(rows: Sequence[Total], glyphs: Glyphs, width: int | None) -> Text:
+    """The same as a line, without bars where that would be wider than `width`."""
     text = _joined(rows, glyphs)
     if width is not None and text.cell_len > width:
         return _joined(rows, Glyphs(plain=True))
     return text
 
 
-def _joined(rows: Sequence[tuple[str, float, float]], glyphs: Glyphs) -> Text:
+def _joined(rows: Sequence[Total], glyphs: Glyphs) -> Text:
     from rich.text import Text
 
-    text = Text()
+    text = Text(no_wrap=True, overflow="ellipsis")
     for words, used, total in rows:
         text.append("   " if text else "").append(words)
         bar = glyphs.bar(used, total, 8)
@@ -175,7 +199,7 @@ def _totals(workers: Sequence[WorkerStatus]) -> Iterator[tuple[str, tuple[float,
 
 def _number(amount: float) -> str:
     """`1,234.5`, `12`."""
-    return f"{amount:,.1f}".removesuffix(".0")
+    return f"{amount:,.{0 if amount >= 1000 else 1}f}".removesuffix(".0")
 
 
 def _sum(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
@@ -187,14 +211,33 @@ QUEUE_COLUMNS = (
     Column("QUEUE", least=8, in_middle=True),
     Column("QUEUED", right=True),
     Column("RUNNING", right=True),
+    Column("OLDEST", right=True),
+    Column("PER MIN", rank=1, right=True),
+    Column("", rank=2),
+    Column("FAILED", rank=1, right=True),
+    Column("STATE", rank=1),
+    Column("FINISHED", rank=3, right=True),
     Column("SCHEDULED", rank=4, right=True),
     Column("DEFERRED", rank=4, right=True),
-    Column("FINISHED", rank=3, right=True),
-    Column("FAILED", rank=1, right=True),
-    Column("OLDEST", right=True),
-    Column("STATE", rank=1),
     Column("ASKS FOR", rank=5, least=12),
 )
+#: minutes that a sparkline shows
+_COURSE_MINUTES = 12
+#: jobs that finished in each of the last minutes, the oldest first, by queue
+Courses = Mapping[str, Sequence[float]]
+
+
+def courses(client: redis.Redis) -> Courses:
+    """Of all queues that have a record. Two round trips; raises what redis-py raises."""
+    from broker import history
+
+    found = history.courses(client, step_seconds=60.0, steps=_COURSE_MINUTES)
+    return {base: [counts.finished for counts in steps] for base, steps in found.items()}
+
+
+def per_minute(course: Sequence[float]) -> float | None:
+    """How many finished in the last minute; None where nobody counted."""
+    return round(course[-1], 1) if course else None
 
 
 def longest_waiting_first(queues: Iterable[QueueStatus]) -> list[QueueStatus]:
@@ -202,10 +245,39 @@ def longest_waiting_first(queues: Iterable[QueueStatus]) -> list[QueueStatus]:
     return sorted(queues, key=lambda queue: (-(queue.oldest_age_seconds or -1.0), -queue.queued))
 
 
-def queue_row(queue: QueueStatus, glyphs: Glyphs) -> list[Cell]:
-    """The cells of one queue, in the order of QUEUE_COLUMNS."""
-    counts = (queue.queued, queue.running, queue.scheduled, queue.deferred, queue.finished)
+def queue_row(queue: QueueStatus, glyphs: Glyphs, found: Courses) -> list[Cell]:
+    """The cells of one queue, in the order of QUEUE_COLUMNS. Sublists are counted with their queue."""
+    course = found.get(queue.name, ())
+    rate = per_minute(course)
     failed: Cell = (str(queue.failed), "bold red" if queue.failed else "")
-    oldest = tables.age(queue.oldest_age_seconds)
     held = tables.state("paused", glyphs.marked("paused")) if queue.paused else ""
-    return [queue.name, *map(str, counts), failed, oldest, held, queue.requirements]
+    return [
+        queue.name,
+        str(queue.queued),
+        str(queue.running),
+        tables.age(queue.oldest_age_seconds),
+        "" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:g}",
+        (glyphs.spark(course), _BAR),
+        failed,
+        held,
+        str(queue.finished),
+        str(queue.scheduled),
+        str(queue.deferred),
+        queue.requirements,
+    ]
+
+
+FAILURE_COLUMNS = (
+    Column("FAILED", right=True),
+    Column("JOB", least=12),
+    Column("QUEUE", rank=2, least=8, in_middle=True),
+    Column("WORKER", rank=1, least=16, in_middle=True),
+    Column("REASON", least=16),
+)
+
+
+def failure_row(failure: Failure, now: datetime) -> list[Cell]:
+    """The cells of one job that failed, in the order of FAILURE_COLUMNS."""
+    seconds = (now - failure.at).total_seconds() if failure.at else None
+    ago = tables.age(seconds)
+    return [f"{ago} ago" if ago else "", failure.job_id, failure.queue, failure.worker, failure.reason]

@@ -135,8 +135,7 @@ class Printer:
             self.context.say(f"fleet: job {self.job_id} starts anew")
             self.position = 0
         self.lease = view.lease
-        tail = view.tails.stderr if self.stderr else view.tails.stdout
-        end = view.tails.stderr_end if self.stderr else view.tails.stdout_end
+        tail, end = view.tails.stream(stderr=self.stderr)
         start = end - len(tail)
         if start > self.position:
             self._say_skipped(start - self.position, end, view.lease)

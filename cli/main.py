@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "up": ("cli.up", "up", "Start workers on every host of a file."),
     "hosts": ("cli.hosts", "hosts", "The hosts kept for up, status and down."),
     "status": ("cli.status", "status", "Workers, what they run, and the queues."),
+    "top": ("cli.top.verb", "top", "The fleet, live on the whole terminal: look, drain, cancel."),
     "drain": ("cli.workers", "drain", "Let workers finish what runs and take nothing new."),
     "undrain": ("cli.workers", "undrain", "Let drained workers take jobs again."),
     "label": ("cli.workers", "label", "Give a worker labels, or take some away."),

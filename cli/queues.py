@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli import fleet_rows
 from cli.context import Context, pass_context, print_json
-from cli.fleet_rows import QUEUE_COLUMNS, queue_row
 from cli.glyphs import Glyphs
 from cli.outcomes import NOT_FOUND, exit_code
 from cli.params import QueueName, json_option
@@ -17,6 +17,8 @@ from cli.tables import show as show_table
 
 if TYPE_CHECKING:
     import redis
+
+    from broker.status import QueueStatus
 
 
 #: what people read of an outcome
@@ -36,14 +38,22 @@ def queues(context: Context, /, as_json: bool) -> None:
     from broker import status
 
     with context.redis() as client:
-        found = status.read_queues(client)
+        found, courses = status.read_queues(client), fleet_rows.courses(client)
     if as_json:
-        print_json({"queues": [asdict(queue) for queue in found]})
+        print_json({"queues": [asdict(queue) | _rate(queue, courses) for queue in found]})
     elif found:
         glyphs = Glyphs.of(context.console)
-        show_table(context.console, QUEUE_COLUMNS, [queue_row(queue, glyphs) for queue in found])
+        show_table(
+            context.console,
+            fleet_rows.QUEUE_COLUMNS,
+            [fleet_rows.queue_row(queue, glyphs, courses) for queue in found],
+        )
     else:
         context.say("No queues yet: 'fleet submit -- COMMAND' makes one.")
+
+
+def _rate(queue: QueueStatus, courses: fleet_rows.Courses) -> dict[str, float | None]:
+    return {"finished_per_minute": fleet_rows.per_minute(courses.get(queue.name, ()))}
 
 
 @click.command()

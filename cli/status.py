@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import redis
     from rich.text import Text
 
+    from broker.failed import Failure
     from broker.status import FleetStatus, QueueStatus, WorkerStatus
     from fleet.probing import ProbedHost
 
@@ -46,6 +47,8 @@ _QUEUE_FIELDS = (
 _MOST_ROWS = 40
 #: where there are more, the fewest; and the lines that are none: headline, totals, heads, what was left out
 _LEAST_ROWS, _OTHER_LINES = 3, 9
+#: the last jobs that failed
+_FAILURES = 3
 _NO_WORKER = "No workers: 'fleet worker' starts one here, 'fleet up HOSTS' on other machines."
 
 
@@ -94,6 +97,8 @@ class _Found:
     """What there is to show. `hosts`: those that were asked over SSH; None: none were to be."""
 
     status: FleetStatus
+    courses: fleet_rows.Courses
+    failures: Sequence[Failure]
     hosts: Sequence[ProbedHost] | None = None
 
 
@@ -101,9 +106,10 @@ Read = Callable[[], _Found]
 
 
 def _read(client: redis.Redis) -> _Found:
+    from broker import failed
     from broker import status as reader
 
-    return _Found(reader.read(client))
+    return _Found(reader.read(client), fleet_rows.courses(client), failed.last(client, _FAILURES))
 
 
 def _probing(context: Context, client: redis.Redis, options: Mapping[str, Any]) -> Read:
@@ -118,7 +124,9 @@ def _probing(context: Context, client: redis.Redis, options: Mapping[str, Any]) 
     def read() -> _Found:
         limit = max_parallel(context, options)
         answers = asyncio.run(probing.ask(hosts, opener=opener, max_parallel=limit)) if hosts else ()
-        return _Found(*probing.merged(_read(client).status, answers))
+        seen = _read(client)
+        found, asked = probing.merged(seen.status, answers)
+        return replace(seen, status=found, hosts=asked)
 
     return read
 
@@ -131,7 +139,7 @@ def _document(context: Context, seen: _Found) -> dict[str, Any]:
         "at": found.at,
         "redis": {"url": redacted(context.url()), "version": found.redis_version},
         "workers": [_worker_fields(worker) for worker in found.workers],
-        "queues": [_queue_fields(queue) for queue in found.queues],
+        "queues": [_queue_fields(queue, seen.courses) for queue in found.queues],
     }
     return document if seen.hosts is None else {**document, "hosts": [_host_fields(h) for h in seen.hosts]}
 
@@ -151,13 +159,14 @@ def _worker_fields(worker: WorkerStatus) -> dict[str, Any]:
     return fields if worker.free is None else {**fields, "free": vars(worker.free)}
 
 
-def _queue_fields(queue: QueueStatus) -> dict[str, Any]:
-    return {name: getattr(queue, name) for name in _QUEUE_FIELDS}
+def _queue_fields(queue: QueueStatus, courses: fleet_rows.Courses) -> dict[str, Any]:
+    rate = fleet_rows.per_minute(courses.get(queue.name, ()))
+    return {name: getattr(queue, name) for name in _QUEUE_FIELDS} | {"finished_per_minute": rate}
 
 
 def _print(context: Context, found: _Found, *, every: bool) -> None:
     most = max(len(found.status.workers), len(found.status.queues))
-    view = _screen(context, found.status, every=every or most <= _MOST_ROWS)
+    view = _screen(context, found, every=every or most <= _MOST_ROWS)
     tables.print_lines(context.console, _lines(context, found, view))
 
 
@@ -196,15 +205,16 @@ def _look(context: Context, read: Read, last: list[Text], *, every: bool) -> lis
         if not isinstance(error, RedisUnreachable):
             raise
         return [Text(f"{error.message.rstrip('.')}; trying again", style="bold red"), *last[1:]]
-    return list(_lines(context, found, _screen(context, found.status, every=every)))
+    return list(_lines(context, found, _screen(context, found, every=every)))
 
 
-def _screen(context: Context, found: FleetStatus, *, every: bool) -> _View:
+def _screen(context: Context, seen: _Found, *, every: bool) -> _View:
     """What of it a screen shows: of both tables something."""
+    found = seen.status
     console = context.console
     if not console.is_terminal or every:
         return _View(console.width if console.is_terminal else None, None, None)
-    room = console.height - _OTHER_LINES
+    room = console.height - _OTHER_LINES - (len(seen.failures) + 2 if seen.failures else 0)
     queues = min(len(found.queues), max(_LEAST_ROWS, room // 3))
     return _View(console.width, max(_LEAST_ROWS, room - queues), queues)
 
@@ -228,7 +238,7 @@ def _lines(context: Context, seen: _Found, view: _View) -> Iterator[Text]:
     found, glyphs = seen.status, Glyphs.of(context.console)
     yield Text(_headline(context, found), overflow="ellipsis", no_wrap=True)
     if found.workers:
-        yield fleet_rows.totals(found.workers, glyphs, view.width)
+        yield fleet_rows.totals_line(fleet_rows.totals(found.workers), glyphs, view.width)
     yield Text()
     shown, hidden = _chosen(found.workers, view.workers, fleet_rows.worst_first)
     if shown:
@@ -243,10 +253,14 @@ def _lines(context: Context, seen: _Found, view: _View) -> Iterator[Text]:
     if found.queues:
         yield Text()
         listed, others = _chosen(found.queues, view.queues, fleet_rows.longest_waiting_first)
-        queue_rows = (fleet_rows.queue_row(queue, glyphs) for queue in listed)
+        queue_rows = (fleet_rows.queue_row(queue, glyphs, seen.courses) for queue in listed)
         yield from tables.lines(fleet_rows.QUEUE_COLUMNS, queue_rows, view.width)
         if others:
             yield _left_out(f"{len(others):,} more", f"{sum(queue.queued for queue in others):,} queued")
+    if seen.failures:
+        yield Text()
+        failures = (fleet_rows.failure_row(failure, found.at) for failure in seen.failures)
+        yield from tables.lines(fleet_rows.FAILURE_COLUMNS, failures, view.width)
 
 
 def _left_out(count: str, what: str) -> Text:
@@ -266,10 +280,8 @@ def _chosen(
 
 
 def _headline(context: Context, found: FleetStatus) -> str:
-    count = len(found.workers)
-    workers = f"{count:,} worker{'s' * (count != 1)}" + (
-        f": {fleet_rows.by_state(found.workers)}" if count else ""
-    )
+    states = f": {fleet_rows.by_state(found.workers)}" if found.workers else ""
+    workers = fleet_rows.workers(len(found.workers)) + states
     version = found.redis_version
     server = version if version.startswith("valkey") else f"Redis {version}"
     return f"{found.at:%H:%M:%SZ}  {workers}  {server} at {context.redis_address}"

@@ -166,8 +166,8 @@ def _fit(
         chosen.remove(max(i for i in chosen if columns[i].rank == rank))
     sizes = _least(columns, natural, chosen)
     spare = width - _total(sizes)
-    # who lacks little is served first, so that as many as can be are whole
-    for i in sorted(chosen, key=lambda i: natural[i] - sizes[i]):
+    # first those that always stay, then who lacks little, so that as many as can be are whole
+    for i in sorted(chosen, key=lambda i: (columns[i].rank > 0, natural[i] - sizes[i])):
         more = min(natural[i] - sizes[i], max(spare, 0))
         sizes[i] += more
         spare -= more

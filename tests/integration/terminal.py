@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -36,6 +37,11 @@ class Terminal:
     def keys(self, *keys: str) -> None:
         self._tmux("send-keys", *keys)
 
+    def click(self, x: int, y: int) -> None:
+        """Press the left button of the mouse at that cell, from 0, and let it go, as a terminal tells it."""
+        for kind in "Mm":
+            self._tmux("send-keys", "-H", *(f"{ord(c):x}" for c in f"\x1b[<0;{x + 1};{y + 1}{kind}"))
+
     def resize(self, width: int, height: int) -> None:
         self._tmux("resize-window", "-x", str(width), "-y", str(height))
 
@@ -61,7 +67,8 @@ class Terminal:
         words = text.split()
         assert "icanon" in words, text
         assert "echo" in words, text
-        assert words[0] == "before", text
+        # what was there before is there again; where the size has changed tmux leaves more above it
+        assert re.search(rf"^before\n+ended with {code}$", text, re.MULTILINE), text
 
     def close(self) -> None:
         self._tmux("kill-server")

@@ -25,6 +25,7 @@ _WORKER = {
     "elsewhere",
 }
 _QUEUE = {"name", "queued", "running", "finished", "failed", "oldest_age_seconds", "paused", "requirements"}
+_QUEUE |= {"finished_per_minute"}
 
 
 def test_json_has_the_promised_fields(read, workers, submit, eventually, redis_url):

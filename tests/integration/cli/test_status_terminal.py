@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,34 +11,9 @@ import redis
 from broker import keys
 from tests.conftest import fleet_script
 from tests.integration import terminal
+from tests.integration.cli.fake_fleet import add_worker
 
 pytestmark = pytest.mark.needs("tmux")
-GIB = 2**30
-
-
-def add_worker(client: redis.Redis, name: str, *, alive: bool = True, running: int = 0) -> None:
-    """A record as a worker writes it, of one with 4 slots, 8 CPUs, 64 GiB and two GPUs."""
-    beat = datetime.now(UTC) - timedelta(seconds=0 if alive else 3600)
-    record = {
-        "name": name,
-        "host": name.rpartition("-")[0],
-        "pid": 1,
-        "queues": ["default"],
-        "slots": 4,
-        "cpus": 8,
-        "memory_bytes": 64 * GIB,
-        "gpus": [{"index": index, "name": "NVIDIA A100", "memory_bytes": 40 * GIB} for index in range(2)],
-        "free": {"slots": 4 - running, "cpus": 6.5, "memory_bytes": 48 * GIB, "gpus": [1, 0.5]},
-        "version": "0.1.0",
-        "at": beat.isoformat(),
-        "heartbeat_seconds": 3600,
-    }
-    client.sadd(keys.FLEET_WORKERS, name)
-    client.set(keys.worker_record(name), json.dumps(record))
-    if alive:
-        client.set(keys.worker_beat(name), "incarnation")
-    for number in range(running):
-        client.hset(keys.worker_leases(name), f"{number:016x}", f"{number}:x 1")
 
 
 @pytest.fixture
