@@ -53,6 +53,13 @@ _CHECK_SECONDS = 5.0
 @click.option("--time-limit", type=Duration(), help="It has ended after so long (90, 5m, 2h).")
 @click.option("--log-format", type=click.Choice(FORMATS), help="Of its log; default: human (see settings).")
 @click.option("--log-level", type=click.Choice(LEVELS), help="The least that it logs; default: info.")
+@click.option(
+    "--stop-exit-code",
+    type=click.IntRange(0, 255),
+    default=0,
+    metavar="N",
+    help="Exit code where it was told to stop, for whoever has to start another then; default 0.",
+)
 @click.option("--check", is_flag=True, help="Start none: exit 0 if the one of this name runs here and beats.")
 @pass_context
 def worker(context: Context, /, **options: Any) -> int:
@@ -62,7 +69,7 @@ def worker(context: Context, /, **options: Any) -> int:
     from fleet import assembly
     from fleet.signals import StopSignals
 
-    signals = StopSignals().install()
+    signals = StopSignals(options["stop_exit_code"]).install()
     config = _in_its_place(_config(context, options))
     assembly.log_to_stderr(config)
     try:
@@ -73,7 +80,7 @@ def worker(context: Context, /, **options: Any) -> int:
         return assembly.refused(exc)
     if config.in_slurm and code == 0:
         _clear_up(context)
-    return code
+    return code or (signals.exit_code if signals.was_told else 0)
 
 
 def _clear_up(context: Context) -> None:

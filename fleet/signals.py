@@ -40,7 +40,10 @@ class StopSignals:
     Light, and installed before all else: the imports of a worker take longer than its registration.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exit_code: int = 0) -> None:
+        """`exit_code`: of a process that ends because it was told to."""
+        self.exit_code = exit_code
+        self.was_told = False
         self._may_leave = True
         self._early = 0
         self._stop: Callable[[], None] | None = None
@@ -59,7 +62,7 @@ class StopSignals:
         """From now on there is something to take down: a signal is remembered. Raises SystemExit."""
         self._may_leave = False
         if self._early:
-            raise SystemExit(0)
+            raise SystemExit(self.exit_code)
 
     def sleep(self, seconds: float) -> None:
         """Wait, amid what is held, where leaving leaves nothing behind. Raises SystemExit if told to stop."""
@@ -89,10 +92,11 @@ class StopSignals:
             self._warn()
 
     def _hear(self) -> None:
+        self.was_told = True
         if self._stop is not None:
             self._stop()
             return
         self._early += 1
         if self._may_leave:
             # also remembered: Python drops what is raised while it runs a callback of its own
-            raise SystemExit(0)
+            raise SystemExit(self.exit_code)

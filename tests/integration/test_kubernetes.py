@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from broker import keys, status
+from cli.main import main
 from tests.integration.conftest import Workers
 from tests.integration.test_worker import appending, lines, waiting_for
 
@@ -132,10 +133,12 @@ def test_the_kubelet_waits_longer_than_a_worker_does(manifest):
         (("--workers", "0"), "--workers"),
     ],
 )
-def test_what_kubernetes_would_not_take_is_refused_and_nothing_is_printed(run_fleet, options, told):
-    done = run_fleet("k8s", "manifest", *IMAGE, *options)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert told in done.stderr
+def test_what_kubernetes_would_not_take_is_refused_and_nothing_is_printed(capsys, options, told):
+    with pytest.raises(SystemExit) as caught:
+        main(["k8s", "manifest", *IMAGE, *options])
+    printed = capsys.readouterr()
+    assert (caught.value.code, printed.out) == (2, "")
+    assert told in printed.err
 
 
 # --- what runs -------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ def pod(
 
     def make(name: str, *options: str) -> Pod:
         env = {"FLEET_WORKER__STOP_GRACE_SECONDS": "1", "FLEET_WORKER__HEARTBEAT_SECONDS": "0.5"}
-        text = manifest("--no-stagger", *options, env=env)
+        text = manifest(*options, env=env)
         # a secret made of what a command printed ends with a newline
         return Pod(name, yaml.safe_load(text), f"{workers.url}\n", tmp_path / name, spawn)
 
@@ -270,12 +273,25 @@ def test_a_container_that_dies_comes_back_under_its_name_and_goes_on(pod, worker
 def test_the_workers_of_a_job_leave_when_it_is_done(pod, workers, tmp_path, options):
     runs = tmp_path / "runs"
     jobs = workers.submit_many([appending(runs, "x") for _ in range(2)])
-    pods = [pod(f"fleet-{number}", "--workers", "2", *options).start() for number in range(2)]
+    pods = [pod(f"fleet-{number}", "--workers", "2", "--no-stagger", *options).start() for number in range(2)]
     for one in pods:
         assert one.process.wait(60) == 0, one.log()
     assert {job.state for job in workers.wait(jobs)} == {"finished"}
     assert len(lines(runs)) == 2
     assert not workers.client.smembers(keys.FLEET_WORKERS)
+
+
+@pytest.mark.root
+def test_a_pod_of_a_job_that_is_taken_away_has_failed_so_that_another_is_started(pod, workers, tmp_path):
+    runs = tmp_path / "runs"
+    (job,) = workers.submit_many([appending(runs, "x", waiting_for(tmp_path / "gate"))])
+    first = pod("fleet-a").start()
+    workers.until(lambda: lines(runs), "it runs")
+    assert first.terminate() == 143, first.log()
+    assert workers.state(job) == "queued"
+    second = pod("fleet-b", "--startup-delay-seconds", "1000").start()
+    workers.until(lambda: "so that not all workers come at once" in second.log(), "it waits for its moment")
+    assert second.terminate() == 143, "also before it has begun"
 
 
 # --- fleet worker --check --------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 
 from broker import keys, status
 from broker.connection import connect
+from cli.main import main
 from fleet import script
 from fleet.endpoint import Endpoint
 from tests.conftest import fleet_script
@@ -311,10 +312,12 @@ def test_fleet_script_writes_one_that_works_and_holds_no_secret(run_fleet, broke
         ((), "Name its machine as workers see it"),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_is_printed(run_fleet, options, told):
-    done = run_fleet("--redis", "redis://127.0.0.1:1/0", "script", *options)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert told in done.stderr
+def test_what_cannot_be_is_refused_and_nothing_is_printed(capsys, options, told):
+    with pytest.raises(SystemExit) as caught:
+        main(["--redis", "redis://127.0.0.1:1/0", "script", *options])
+    printed = capsys.readouterr()
+    assert (caught.value.code, printed.out) == (2, "")
+    assert told in printed.err
 
 
 @pytest.mark.parametrize(
@@ -327,9 +330,10 @@ def test_what_cannot_be_is_refused_and_nothing_is_printed(run_fleet, options, to
         (("--startup-delay-seconds", "5"), "5"),
     ],
 )
-def test_workers_begin_spread_over_a_window_that_follows_from_their_number(run_fleet, options, window):
-    text = run_fleet("--redis", "redis://db:1/0", "script", *options).stdout
-    (command,) = [line for line in text.splitlines() if line.startswith('"$fleet" worker')]
+def test_workers_begin_spread_over_a_window_that_follows_from_their_number(capsys, options, window):
+    with pytest.raises(SystemExit):
+        main(["--redis", "redis://db:1/0", "script", *options])
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('"$fleet" worker')]
     words = shlex.split(command)
     found = words[words.index("--startup-delay-seconds") + 1] if "--startup-delay-seconds" in words else None
     assert found == window
