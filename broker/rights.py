@@ -16,7 +16,7 @@ from broker.findings import Finding, Patient, ask, some
 #: a command of each kind that we send; _K stands for a key, _C for a channel
 _COMMANDS = """
 DEL _K|EXISTS _K|EXPIRE _K 1|PEXPIRE _K 1|PERSIST _K|GET _K|SET _K v|INCR _K|MGET _K
-HSET _K f v|HSETNX _K f v|HGET _K f|HMGET _K f|HGETALL _K|HDEL _K f|HKEYS _K|HLEN _K
+HSET _K f v|HSETNX _K f v|HGET _K f|HMGET _K f|HGETALL _K|HDEL _K f|HKEYS _K|HLEN _K|HVALS _K|HEXISTS _K f
 HINCRBY _K f 1|HINCRBYFLOAT _K f 1|LPUSH _K v|RPUSH _K v|LPOP _K|BLPOP _K 1|BLMOVE _K _K LEFT LEFT 1
 LLEN _K|LINDEX _K 0|LRANGE _K 0 1|LREM _K 0 v|LTRIM _K 0 0|SADD _K v|SREM _K v|SMEMBERS _K|SCARD _K
 SISMEMBER _K v|ZADD _K 1 v|ZREM _K v|ZSCORE _K v|ZCARD _K|ZRANGE _K 0 1|ZREVRANGE _K 0 1

@@ -77,7 +77,7 @@ def _end(environ: Mapping[str, str], now: float) -> float | None:
     if said := _number(environ, "SLURM_JOB_END_TIME"):
         return float(said)
     for _ in range(_TRIES):
-        answer = _time_left(environ.get("SLURM_JOB_ID", ""))
+        answer = _time_left(_job_of(environ))
         if answer in _ENDLESS:
             return None
         if (left := times.seconds_left(answer)) is not None:
@@ -86,6 +86,12 @@ def _end(environ: Mapping[str, str], now: float) -> float | None:
         return float(reckoned)
     log.warning("Slurm does not tell when this job ends: its warning will", extra=about("slurm"))
     return None
+
+
+def _job_of(environ: Mapping[str, str]) -> str:
+    """What Slurm calls this job: the id of an array's last job is that of the whole array."""
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID", "")
 
 
 def _time_left(job_id: str) -> str:

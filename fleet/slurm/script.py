@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from broker.errors import UsageError
 from fleet import rendering
@@ -12,6 +13,8 @@ from fleet.rendering import Template
 from fleet.slurm.request import Request
 
 TEMPLATE = "sbatch.sh.j2"
+#: seconds that Slurm gives jobs between SIGTERM and SIGKILL where it does not tell
+_KILL_WAIT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,19 @@ def render(request: Request, orders: Orders) -> str:
     if "\0" in text:
         raise UsageError(f"{template.name}: what it makes holds a NUL byte", "sbatch would refuse it.")
     return text
+
+
+def grace_seconds(wanted: float, kill_wait: float | None) -> float:
+    """The grace of workers, which have signed off before Slurm kills, `kill_wait` seconds after SIGTERM."""
+    wait = _KILL_WAIT_SECONDS if kill_wait is None else kill_wait
+    return min(wanted, max(1.0, wait - max(2.0, wait / 6)))
+
+
+def make_log_dir(output_dir: Path) -> None:
+    """Slurm starts no job that cannot write its log, and says so nowhere. Raises UsageError."""
+    try:
+        (output_dir / "log").mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise UsageError(
+            f"cannot write to {output_dir}: {exc.strerror}", "Name another folder with --output-dir."
+        ) from exc

@@ -35,8 +35,10 @@ if [[ ! -r $FLEET_REDIS_PASSWORD_FILE || -n $(find -L "$FLEET_REDIS_PASSWORD_FIL
 fi
 
 # Slurm warns this shell alone, 120 s before the end. Workers take this signal as the end of
-# their allocation, which is near; jobs are not disturbed by it.
-trap 'scancel --quiet --signal=URG "$SLURM_JOB_ID" 2>/dev/null' TERM
+# their allocation, which is near; jobs are not disturbed by it. The id of an array's last job is that of the array.
+job=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+trap 'scancel --quiet --signal=URG "$job" 2>/dev/null' TERM
 
 srun --ntasks-per-node=2 --cpus-per-task=8 \
     --wait=0 --kill-on-bad-exit=0 --no-kill --label \

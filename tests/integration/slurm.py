@@ -22,7 +22,7 @@ from tests.conftest import SESSION_MARK, find_free_port, find_program, wait_unti
 
 NODES = ("n1", "n2", "n3", "n4")
 #: seconds between SIGTERM and SIGKILL when a job is ended
-KILL_WAIT_SECONDS = 5
+KILL_WAIT_SECONDS = 10
 _CONF = """\
 GresTypes=gpu
 ClusterName=fleettest
@@ -55,7 +55,10 @@ JobRequeue=1
 SlurmctldTimeout=60
 SlurmdTimeout=300
 {nodes}
-PartitionName=main Nodes=n[1-4] Default=YES MaxTime=1:00:00 State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n[1-4] Default=YES MaxTime=1:00:00 State=UP OverSubscribe=NO PriorityTier=1
+PartitionName=urgent Nodes=n[1-4] MaxTime=1:00:00 State=UP OverSubscribe=NO PriorityTier=2
 """
 _NODE = (
     "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=4000 Gres=gpu:2"
@@ -98,7 +101,7 @@ class SlurmCluster:
 
     def nodes(self, state: str) -> list[str]:
         """The nodes in that state."""
-        return sorted(self.run("sinfo", "-hN", "-t", state, "-o", "%N", check=False).split())
+        return sorted(set(self.run("sinfo", "-hN", "-t", state, "-o", "%N", check=False).split()))
 
     def queue(self, form: str = "%A %T", *options: str) -> list[str]:
         """Allocations that have not ended, each in that form."""

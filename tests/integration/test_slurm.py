@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,28 @@ class Slurm:
         return [worker for worker in found if worker["state"] != "offline"]
 
     def await_workers(self, count: int) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.eventually(
-            lambda: (rows := self.workers()) if len(self.workers()) == count else None,
-            message=f"{count} workers are there: {self.logs()}",
-        )
+        found: list[dict[str, Any]] = []
+
+        def are_there() -> bool:
+            found[:] = self.workers()
+            return len(found) == count
+
+        self.eventually(are_there, message=f"{count} workers are there")
         return found
 
     def array(self, count: int, seconds: float) -> str:
         """Tasks that each take so long and leave a line."""
-        command = f'sleep {seconds}; echo "$FLEET_TASK_ID" >> {self.done}'
+        return self._array(count, f"sleep {seconds}")
+
+    def held_array(self, count: int) -> str:
+        """Tasks that do not end before `let_go`."""
+        return self._array(count, f"until [ -e {self.folder}/go ]; do sleep 0.1; done")
+
+    def let_go(self) -> None:
+        (self.folder / "go").touch()
+
+    def _array(self, count: int, first: str) -> str:
+        command = f'{first}; echo "$FLEET_TASK_ID" >> {self.done}'
         return self.fleet("submit", "--array", f"1-{count}", "--", "sh", "-c", command)
 
     def ran(self) -> list[int]:
@@ -88,9 +102,11 @@ class Slurm:
         rows = shown.get("jobs", [shown])
         return Counter(attempt["outcome"] for row in rows for attempt in row["attempts"])
 
-    def logs(self) -> str:
-        folder = Path(os.environ["XDG_STATE_HOME"]) / "rq-fleet" / "work" / "log"
-        return "\n".join(path.read_text() for path in folder.glob("slurm-*"))
+    def end_of(self, job_id: str) -> str | None:
+        """How Slurm calls the end of what was submitted as this."""
+        rows = self.json("slurm", "status")["submissions"]
+        (end,) = (row["end"] for row in rows if row["job_id"] == job_id)
+        return str(end) if end else None
 
 
 @pytest.fixture
@@ -169,7 +185,7 @@ def test_no_job_is_taken_that_declares_more_time_than_is_left(slurm):
 def test_a_worker_has_left_before_its_walltime_ends(slurm, tmp_path):
     """Slurm tells the end in the environment, from 23.02 on; a job that cannot end before goes back, and has
     time to save what it has."""
-    (tmp_path / "setup").write_text("export SLURM_JOB_END_TIME=$(($(date +%s) + 9))\n")
+    (tmp_path / "setup").write_text("export SLURM_JOB_END_TIME=$(($(date +%s) + 12))\n")
     saved = tmp_path / "saved"
     job = slurm.fleet(
         *(
@@ -180,15 +196,13 @@ def test_a_worker_has_left_before_its_walltime_ends(slurm, tmp_path):
             f"trap 'echo saved > {saved}; exit 0' TERM; while :; do sleep 0.1; done",
         )
     )
-    slurm.submit("--nodes", "1", "--time", "10", "--setup", str(tmp_path / "setup"))
-    slurm.await_workers(1)
-    began = time.monotonic()
-    slurm.eventually(lambda: not slurm.cluster.queue())
-    assert time.monotonic() - began < 10
+    allocation = slurm.submit("--nodes", "1", "--time", "10", "--setup", str(tmp_path / "setup"))
+    slurm.eventually(lambda: slurm.json("show", job)["state"] == "started")
+    slurm.eventually(lambda: not slurm.cluster.queue(), message="it left long before the ten minutes")
+    assert slurm.end_of(allocation) == "COMPLETED"
     assert saved.read_text() == "saved\n"
     assert slurm.json("show", job)["state"] == "queued"
     assert slurm.attempts(job) == {"handed-back": 1}
-    assert slurm.cluster.queue("%T", "--states=all", "--name=none") == []
 
 
 def test_scancel_hands_jobs_back_with_time_to_save_and_none_has_failed(slurm, tmp_path):
@@ -229,8 +243,15 @@ def test_python_functions_of_a_cancelled_allocation_are_no_failures(slurm, redis
 
 
 def test_a_job_array_is_so_many_allocations(slurm):
-    jobs = slurm.array(60, 0.05)
+    jobs = slurm.held_array(60)
     job = slurm.submit("--allocations", "3", "--time", "10", "--until-done")
+    slurm.await_workers(3)
+    # the warning of one is for that one alone, also where its number is that of the array
+    (last,) = (task for task, number in map(str.split, slurm.cluster.queue("%i %A")) if number == job)
+    slurm.cluster.run("scancel", "--signal=TERM", "--batch", last)
+    slurm.eventually(lambda: "draining" in [worker["state"] for worker in slurm.workers()])
+    assert sorted(worker["state"] for worker in slurm.workers()) == ["busy", "busy", "draining"]
+    slurm.let_go()
     slurm.fleet("wait", jobs, "--timeout", "100s")
     assert slurm.ran() == list(range(1, 61))
     slurm.eventually(lambda: not slurm.cluster.queue())
@@ -240,31 +261,67 @@ def test_a_job_array_is_so_many_allocations(slurm):
 
 
 def test_a_requeued_allocation_starts_again_and_no_job_is_lost(slurm):
-    jobs = slurm.array(60, 0.3)
-    job = slurm.submit("--nodes", "2", "--time", "10", "--idle-timeout", "5s")
+    jobs = slurm.array(30, 0.3)
+    job = slurm.submit("--nodes", "2", "--time", "10", "--until-done")
     slurm.eventually(lambda: len(slurm.ran()) > 5)
     slurm.cluster.run("scontrol", "requeue", job)
     slurm.eventually(lambda: slurm.cluster.queue("%T") == ["PENDING"], message="it waits again")
-    assert slurm.attempts(f"{jobs}[1-60]").keys() <= {"finished", "handed-back"}
+    assert slurm.attempts(f"{jobs}[1-30]").keys() <= {"finished", "handed-back"}
     # Slurm waits for two minutes before it starts such a one again
     slurm.cluster.run("scontrol", "update", f"jobid={job}", "starttime=now")
     slurm.fleet("wait", jobs, "--timeout", "100s")
     assert "Restarts=1" in slurm.cluster.run("scontrol", "show", "job", job)
-    assert set(slurm.ran()) == set(range(1, 61))
-    assert slurm.attempts(f"{jobs}[1-60]")["finished"] == 60
+    assert set(slurm.ran()) == set(range(1, 31))
+    assert slurm.attempts(f"{jobs}[1-30]")["finished"] == 30
+
+
+def test_an_allocation_that_is_preempted_hands_its_jobs_back(slurm):
+    jobs = slurm.array(20, 0.3)
+    job = slurm.submit("--nodes", "4", "--time", "10", "--extra", "--exclusive")
+    slurm.eventually(lambda: len(slurm.ran()) > 3)
+    slurm.cluster.run(
+        *("sbatch", "-p", "urgent", "--exclusive", "--nodes=4", "--time=5", "-o", "/dev/null"),
+        *("--wrap", "sleep 100"),
+    )
+    slurm.eventually(lambda: f"{job} PENDING" in slurm.cluster.queue(), message="it was requeued")
+    ends = slurm.attempts(f"{jobs}[1-20]")
+    assert ends.keys() <= {"finished", "handed-back"}
+    (queue,) = slurm.json("queues")["queues"]
+    assert (queue["failed"], queue["running"]) == (0, 0)
+    assert queue["queued"] == 20 - ends["finished"]
+
+
+def _runs_after(slurm: Slurm, job: str, lost: int) -> bool:
+    ends = [attempt["outcome"] for attempt in slurm.json("show", job)["attempts"]]
+    return ends == ["lost"] * lost + [None]
+
+
+def test_what_an_earlier_life_of_a_requeued_worker_held_is_nobodys_loss(
+    slurm, spawn, redis_client, monkeypatch
+):
+    """Where Slurm killed it outright: SLURM_RESTART_COUNT says whose doing that was."""
+    for name, value in (("SLURM_JOB_ID", "77"), ("SLURMD_NODENAME", "n7"), ("SLURM_RESTART_COUNT", "1")):
+        monkeypatch.setenv(name, value)
+    job = slurm.fleet("submit", "--", "sleep", "100")
+    for lost in range(5):
+        worker = spawn([fleet_script(), "worker"], stderr=subprocess.DEVNULL)
+        slurm.eventually(partial(_runs_after, slurm, job, lost), message="it runs again")
+        worker.kill()
+    assert slurm.json("show", job)["state"] == "started"
+    assert redis_client.hget(f"rq:job:{job}", "fleet_losses") in (None, b"0")
 
 
 def test_a_node_that_goes_down_takes_no_job_with_it(slurm, monkeypatch):
     """The other nodes of the allocation work on."""
     monkeypatch.setenv("FLEET_WORKER__LEASE_SECONDS", "5")  # one is to be lost
-    jobs = slurm.array(80, 0.3)
+    jobs = slurm.array(60, 0.2)
     slurm.submit("--nodes", "4", "--time", "10", "--until-done")
     slurm.await_workers(4)
     slurm.cluster.run("scontrol", "update", "nodename=n3", "state=down", "reason=test")
     slurm.fleet("wait", jobs, "--timeout", "100s")
-    assert set(slurm.ran()) == set(range(1, 81))
-    ends = slurm.attempts(f"{jobs}[1-80]")
-    assert (ends["finished"], ends["failed"]) == (80, 0)
+    assert set(slurm.ran()) == set(range(1, 61))
+    ends = slurm.attempts(f"{jobs}[1-60]")
+    assert (ends["finished"], ends["failed"]) == (60, 0)
 
 
 def test_no_secret_is_in_what_others_can_read(slurm, own_redis, monkeypatch):
@@ -292,8 +349,7 @@ def test_what_waits_is_cancelled_where_no_work_remains(slurm):
     rows = {row["job_id"]: row for row in slurm.json("slurm", "status")["submissions"]}
     assert rows[waiting]["state"] == "pending"
     slurm.eventually(lambda: not slurm.cluster.queue(), message="idle workers left, and cancelled the rest")
-    ends = {row["job_id"]: row["end"] for row in slurm.json("slurm", "status")["submissions"]}
-    assert ends[waiting] == "CANCELLED"
+    assert slurm.end_of(waiting) == "CANCELLED"
 
 
 def test_status_and_cancel_know_what_the_fleet_has_submitted_and_nothing_else(slurm):
@@ -415,7 +471,6 @@ def test_allocations_follow_the_backlog_and_never_go_beyond_the_bound(slurm, spa
     slurm.fleet("wait", jobs)
     slurm.eventually(lambda: not slurm.cluster.queue(), message="idle workers left")
     slurm.eventually(lambda: _pool(slurm)["workers"] == 0, timeout_seconds=90, message="it is on record")
-    assert len(slurm.json("slurm", "status")["submissions"]) <= 6
     for runner in runners:
         runner.terminate()
     assert [runner.wait(60) for runner in runners] == [0, 0]

@@ -236,6 +236,8 @@ def test_squeue_tells_when_a_worker_has_to_go(answers):
     answers("squeue", 'case "$*" in *--jobs=77*) echo 1:40 ;; esac')
     left = granted.ends_at(JOB) - granted.clock.wall().timestamp()
     assert 85 < left <= 90
+    answers("squeue", 'case "$*" in *--jobs=75_2*) echo 1:40 ;; esac')
+    assert granted.ends_at(JOB | {"SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "2"}) is not None
     answers("squeue", "echo UNLIMITED")
     assert granted.ends_at(JOB | {granted.END_VARIABLE: "4000000000"}) is None
 
