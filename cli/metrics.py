@@ -53,7 +53,7 @@ def metrics(
     """
     from fleet import exporter, logs
 
-    logs.set_up()
+    logs.set_up(context.settings.log_format, context.settings.log_level)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())

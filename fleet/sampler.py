@@ -21,6 +21,7 @@ from broker import clock
 from fleet import processes
 from fleet.attempt import Attempt
 from fleet.limits import Limit
+from fleet.logs import about
 from fleet.meters import HostMeter, JobMeter
 from fleet.processes import Process, Table
 from fleet.resources import GpuUse
@@ -132,7 +133,7 @@ class Sampler:
         """Once: it may come again with each look."""
         if repr(exc) not in self._told:
             self._told.add(repr(exc))
-            log.warning("looking at what jobs use failed", exc_info=exc)
+            log.warning("looking at what jobs use failed", exc_info=exc, extra=about("sampling"))
 
     def _patience(self) -> float:
         times = [self._peaks.next_time]

@@ -22,6 +22,7 @@ from queue import Full, Queue
 from typing import TYPE_CHECKING, NamedTuple
 
 from broker import clock
+from fleet.logs import about
 from fleet.resources import GpuUse
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ class _Files:
             self._has_failed = False
         except OSError as exc:
             if not self._has_failed:
-                log.warning("what hosts and jobs use cannot be kept; jobs run on without: %s", exc)
+                said = "what hosts and jobs use cannot be kept; jobs run on without: %s"
+                log.warning(said, exc, extra=about("sampling"))
             self._has_failed = True
             if isinstance(exc, Damaged):
                 self._path = None  # another file may do
