@@ -12,7 +12,6 @@ a file system may hang. What was written is not synced: a crash of the machine m
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -213,9 +212,10 @@ _INSERT_JOB = """
 
 
 def files(folder: Path) -> Iterator[Path]:
-    """The series below a folder, wherever they are."""
-    for root, _, names in os.walk(folder):
-        yield from sorted(Path(root) / name for name in names if Path(name).match(_GLOB) and name[0] != ".")
+    """The series of an output folder, or of copies of some; what jobs left there is not looked through."""
+    for place in (folder, folder / "log", *sorted(folder.glob("*/log"))):
+        # what begins with a dot is not begun yet
+        yield from sorted(path for path in place.glob(_GLOB) if path.name[0] != ".")
 
 
 @contextmanager
