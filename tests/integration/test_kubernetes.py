@@ -192,9 +192,9 @@ class Pod:
         return subprocess.run(self._here(command), env=env, capture_output=True, check=False).returncode == 0
 
     def terminate(self) -> int:
-        """As the kubelet does it; returns the exit code."""
+        """As the kubelet does it, but more patient on a busy machine; returns the exit code."""
         self.process.terminate()
-        return self.process.wait(self.spec["terminationGracePeriodSeconds"])
+        return self.process.wait(self.spec["terminationGracePeriodSeconds"] + 60)
 
     def log(self) -> str:
         return (self.folder / "log").read_text()
@@ -216,7 +216,8 @@ def pod(
     """`pod("p0", "--persistent")`: a pod of such a manifest, not started yet, on the workers' Redis."""
 
     def make(name: str, *options: str) -> Pod:
-        env = {"FLEET_WORKER__STOP_GRACE_SECONDS": "1", "FLEET_WORKER__HEARTBEAT_SECONDS": "0.5"}
+        quick = {"STOP_GRACE_SECONDS": "1", "HEARTBEAT_SECONDS": "0.5", "LEASE_SECONDS": "300"}
+        env = {f"FLEET_WORKER__{setting}": value for setting, value in quick.items()}
         text = manifest(*options, env=env)
         # a secret made of what a command printed ends with a newline
         return Pod(name, yaml.safe_load(text), f"{workers.url}\n", tmp_path / name, spawn)
@@ -262,8 +263,8 @@ def test_a_container_that_dies_comes_back_under_its_name_and_goes_on(pod, worker
     assert not pod.is_ready()
     gate.touch()
     pod.start()
-    (done,) = workers.wait([job], 25)
-    assert done.state == "finished", "before its lease of 30 s has run out"
+    (done,) = workers.wait([job])
+    assert done.state == "finished", "long before its lease has run out"
     assert "taking over from pid" in pod.log()
     assert pod.terminate() == 0
 

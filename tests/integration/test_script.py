@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shlex
@@ -62,11 +63,6 @@ class Scripts:
             )
             assert process.poll() is None, self.workers.log("w0")
         return process
-
-    def worker(self) -> psutil.Process:
-        """The worker's process."""
-        (found,) = status.read(self.workers.client).workers
-        return psutil.Process(found.pid)
 
     def nothing_is_left(self) -> None:
         """No temporary file, and no process but those of the tests."""
@@ -192,8 +188,8 @@ def test_a_script_that_is_told_to_end_while_it_starts_leaves_nothing(scripts, wo
 
 
 def test_a_worker_ends_at_its_time_limit_and_the_script_with_it(scripts, workers):
-    process = scripts.start(rendered(workers.url, "--time-limit", "2", time_limit_seconds=2))
-    job = long_job(workers)
+    job = workers.submit("sh", "-c", waiting_for(workers.folder / "gate"))
+    process = scripts.start(rendered(workers.url, "--time-limit", "3", time_limit_seconds=3), wait=False)
     assert process.wait(60) == 0, workers.log("w0")
     assert workers.state(job) == "queued"
     scripts.nothing_is_left()
@@ -201,9 +197,9 @@ def test_a_worker_ends_at_its_time_limit_and_the_script_with_it(scripts, workers
 
 def test_a_worker_that_does_not_keep_its_time_limit_is_killed(scripts, workers, monkeypatch):
     monkeypatch.setattr(script, "MARGIN_SECONDS", 1)
-    process = scripts.start(rendered(workers.url, "--time-limit", "2", time_limit_seconds=2))
-    scripts.worker().suspend()
+    process = scripts.start(rendered(workers.url, time_limit_seconds=1), wait=False)
     bash = psutil.Process(process.pid)
+    workers.until(lambda: stopped_worker_of(bash), "the worker, as soon as it is there")
     used = 0.0
     while process.poll() is None:
         used = sum(bash.cpu_times()[:2])
@@ -211,6 +207,16 @@ def test_a_worker_that_does_not_keep_its_time_limit_is_killed(scripts, workers, 
     assert process.returncode == 128 + signal.SIGKILL
     assert used < 0.5, "it waits, and does not ask over and over"
     scripts.nothing_is_left()
+
+
+def stopped_worker_of(bash: psutil.Process) -> bool:
+    """Whether it has one, which is stopped now."""
+    for child in bash.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "--queues" in child.cmdline():
+                child.suspend()
+                return True
+    return False
 
 
 def test_the_exit_code_is_the_workers(scripts, workers):
