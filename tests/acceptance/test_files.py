@@ -61,7 +61,8 @@ def test_no_file_names_a_registry_or_a_place_of_one_machine():
 
 
 def test_lines_end_as_unix_ends_them():
-    assert [short(path) for path in tracked() if b"\r\n" in path.read_bytes()] == []
+    text = [path for path in tracked() if path.suffix != ".png"]
+    assert [short(path) for path in text if b"\r\n" in path.read_bytes()] == []
 
 
 def test_every_module_says_what_it_is_for():
