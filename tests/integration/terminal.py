@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tests.conftest import wait_until
 
+#: variables of a tmux in which the tests may run, and of its size: pytest-xdist sets that for its workers
+_NOT_ITS = ("TMUX", "COLUMNS", "LINES")
 #: what a shell says after the command has ended: how it ended, and whether lines are edited and echoed again
 _AFTER = 'echo "ended with $?"; stty -a | tr " " "\\n" | grep -x -e "-*icanon" -e "-*echo"; exec cat'
 
@@ -74,8 +76,7 @@ class Terminal:
         self._tmux("kill-server")
 
     def _tmux(self, *words: str) -> str:
-        # no variable of a tmux in which the tests may run, nor its socket
-        env = {name: value for name, value in os.environ.items() if not name.startswith("TMUX")}
+        env = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_ITS)}
         env |= {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
         command = ["tmux", "-u", "-S", str(self._socket), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True, env=env, timeout=60).stdout
