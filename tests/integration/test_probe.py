@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable
@@ -80,8 +81,8 @@ def test_each_thing_that_can_be_true_of_a_worker_has_its_own_word(
     assert found["hosts"]["unreachable"]["error"]["code"] == "refused"
     assert found["hosts"]["stopped"]["workers"] == []
     told = run_fleet("status", "--probe", "--ssh-config", farm.config).stdout
-    assert "stale-0        stale" in told
-    assert "stopped-0      stopped" in told
+    assert re.search(r"stale-0 +stale +stale", told)
+    assert re.search(r"stopped-0 +stopped +stopped", told)
     assert "! host unreachable is unreachable: " in told
     assert "host stopped: stopped, no worker runs there" in told
 
@@ -111,7 +112,7 @@ def test_a_worker_of_another_folder_than_the_one_asked_for_is_not_called_stopped
     eventually(lambda: not redis_client.exists(keys.worker_beat("host1-0")))
     assert probe()["workers"] == {"host1-0": ("offline", None)}
     told = run_fleet("status", "--probe", "--ssh-config", farm.config).stdout
-    assert "host1-0  offline" in told
+    assert re.search(r"host1-0 +host1 +offline", told)
 
 
 def test_what_redis_no_longer_knows_shows_if_its_process_is_there(farm, up, probe, run_fleet, redis_client):
