@@ -142,9 +142,11 @@ class WorkerLoop:
 
     def end_with_allocation(self) -> None:
         """As `request_stop`, where whoever asks has told the jobs, too: they have the grace to save what
-        they have, and go back to their queues. Safe in a signal handler."""
-        self.request_stop()
-        self._is_dying, self._save_at = True, clock.monotonic()
+        they have, and go back to their queues. To be told twice is no hurry: several may tell. Safe in a
+        signal handler."""
+        if not self._is_dying:
+            self.request_stop()
+            self._is_dying, self._save_at = True, clock.monotonic()
 
     def warn(self) -> None:
         """The end of its allocation is near: take nothing new. Safe in a signal handler."""

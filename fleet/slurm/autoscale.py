@@ -171,7 +171,10 @@ class Scaler:
         coming = sum(not _workers_of(one.submission, fleet) for one in there)
         waiting = sum(one.state in ("pending", "submitting") for one in there)
         wanted = math.ceil(self._workers_wanted(pool, fleet) / pool.workers) - coming
-        room = (pool.max_workers - sum(one.submission.workers for one in there)) // pool.workers
+        asked = sum(one.submission.workers for one in there)
+        # workers are believed rather than a Slurm that has forgotten their allocation
+        alive = sum(len(_alive(_workers_of(one.submission, fleet))) for one in seen)
+        room = (pool.max_workers - max(asked, alive)) // pool.workers
         return max(0, min(wanted, pool.backlog - waiting, room))
 
     def _workers_wanted(self, pool: Pool, fleet: FleetStatus) -> float:
@@ -249,6 +252,10 @@ def _workers_of(submission: Submission, fleet: FleetStatus) -> list[WorkerStatus
     """Those that are on record, also such as died."""
     job_id = submission.job_id
     return [worker for worker in fleet.workers if job_id and worker.labels.get("slurm_job_id") == job_id]
+
+
+def _alive(workers: Sequence[WorkerStatus]) -> list[WorkerStatus]:
+    return [worker for worker in workers if worker.state != "offline"]
 
 
 def _room_for(queue: QueueStatus, need: Requirements, workers: Sequence[WorkerStatus], now: float) -> int:

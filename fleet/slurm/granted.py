@@ -41,9 +41,7 @@ def adapted(config: WorkerConfig, environ: MutableMapping[str, str]) -> WorkerCo
     """
     node = environ.get("SLURMD_NODENAME") or this_host()
     number, tasks = _number(environ, "SLURM_LOCALID") or 0, _tasks_here(environ)
-    if gpus := _gpus(environ):
-        first = sum(part(len(gpus), before, tasks) for before in range(number))
-        gpus = gpus[first : first + part(len(gpus), number, tasks)]
+    if gpus := _gpus(environ, number, tasks):
         environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     share = _share(environ, number, tasks) | {"num_gpus": len(gpus)}
     resources = {**{what: amount for what, amount in share.items() if amount is not None}, **config.resources}
@@ -128,8 +126,16 @@ def _share(environ: Mapping[str, str], number: int, tasks: int) -> dict[str, int
     return {"cpus": each or None, "memory_bytes": memory * _MEBIBYTE // tasks if memory else None}
 
 
-def _gpus(environ: Mapping[str, str]) -> list[int]:
-    """The numbers of the GPUs of this task, or of its node's tasks together, as CUDA counts here."""
+def _gpus(environ: Mapping[str, str], number: int, tasks: int) -> list[int]:
+    """The numbers of the GPUs of this task, as CUDA counts here: its part, where all tasks see the same."""
+    seen = _gpus_seen(environ)
+    if len(seen) != (_number(environ, "SLURM_GPUS_ON_NODE") or len(seen)):
+        return seen  # Slurm has bound each task to its own
+    first = sum(part(len(seen), before, tasks) for before in range(number))
+    return seen[first : first + part(len(seen), number, tasks)]
+
+
+def _gpus_seen(environ: Mapping[str, str]) -> list[int]:
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
         if (said := environ.get(name)) is not None:
             return [int(word) for word in said.split(",") if word.isascii() and word.strip().isdigit()]

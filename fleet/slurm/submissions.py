@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from fleet.worker_config import this_host
 UNSURE_SECONDS = 120.0
 #: seconds in which one worker alone looks whether allocations wait in vain
 _AFTER_WORK_SECONDS = 20.0
+#: seconds that Slurm gives jobs between SIGTERM and SIGKILL where it does not tell; and between two looks
+_KILL_WAIT_SECONDS, _LOOK_SECONDS = 30.0, 0.5
 #: the word for all submissions
 ALL = "all"
 
@@ -156,14 +159,32 @@ def cancel(client: redis.Redis, words: Sequence[str], *, pending_only: bool = Fa
 
     That is "canceled", "ended", or "submitting" where nobody knows yet whether it was made. Raises NotFound,
     before anything is done, for a word that names none, SlurmError.
+
+    Workers are told first, and have as long as Slurm gives jobs between SIGTERM and SIGKILL.
     """
     seen, trouble = look(client)
     if trouble:
         raise SlurmError(trouble, "Nothing is cancelled.")
     chosen = _chosen(seen, words)
     live = {one.submission.name: [row for row in one.live if row.waits or not pending_only] for one in chosen}
-    tools.cancel([row.id for rows in live.values() for row in rows], pending_only=pending_only)
+    rows = [row for found in live.values() for row in found]
+    if running := [row for row in rows if not row.waits]:
+        tools.cancel([row.id for row in rows if row.waits], pending_only=True)
+        tools.end_steps([row.id for row in running])
+        _await_end(running)
+    tools.cancel([row.id for row in rows], pending_only=pending_only)
     return {one.submission.name: _outcome(one, live[one.submission.name]) for one in chosen}
+
+
+def _await_end(rows: Sequence[Row]) -> None:
+    """Wait until these have ended, or long enough."""
+    wait = tools.kill_wait_seconds()
+    deadline = clock.monotonic() + (_KILL_WAIT_SECONDS if wait is None else wait)
+    left = {row.id for row in rows}
+    while left and clock.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+        there = tools.allocations({row.user for row in rows})
+        left &= {row.id for row in there if not row.has_ended}
 
 
 def _outcome(one: Seen, cancelled: Sequence[Row]) -> str:

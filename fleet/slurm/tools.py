@@ -139,6 +139,15 @@ def cancel(ids: Sequence[str], *, pending_only: bool = False) -> None:
         raise SlurmError(f"scancel failed: {_last_words(done)}", "They go on; try again.")
 
 
+def end_steps(ids: Sequence[str]) -> None:
+    """Tell what runs in these allocations to end, and not their batch shells. Raises SlurmError.
+
+    scancel alone tells srun too, which may then kill its tasks outright, before they have done anything.
+    """
+    if ids:
+        _limited(["scancel", "--quiet", "--signal=TERM", *ids])
+
+
 def kill_wait_seconds() -> float | None:
     """Seconds between SIGTERM and SIGKILL when Slurm ends a job; None where it does not tell."""
     try:

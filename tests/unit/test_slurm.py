@@ -178,6 +178,18 @@ def test_workers_of_a_node_divide_what_it_was_asked_for():
     assert gpus == ["2,5", "6", "7"]
 
 
+def test_gpus_to_which_slurm_has_bound_a_task_are_its_own():
+    """With --extra --gpus-per-task=1, say."""
+    environ = JOB | {
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_GPUS_ON_NODE": "2",
+        "CUDA_VISIBLE_DEVICES": "1",
+    }
+    assert granted.adapted(CONFIG, environ).resources["num_gpus"] == 1
+    assert environ["CUDA_VISIBLE_DEVICES"] == "1"
+
+
 def test_what_the_worker_is_told_outranks_what_slurm_says():
     told = replace(CONFIG, name="mine", slots=2, resources={"cpus": 1})
     found = granted.adapted(told, JOB | {"SLURM_CPUS_PER_TASK": "8"})
