@@ -132,7 +132,6 @@ def placement(site: Site, peers: Sequence[Peer]) -> Section:
         ("CPUs in use until then, of all, %", number(100 * busy)),
         ("all jobs had ended after, s", number(found.makespan)),
         ("the soonest that any packing could have ended, s", number(bound)),
-        ("that, of what it took, %", number(100 * bound / found.makespan)),
         ("longest time that a level of priority had no turn, s", number(max(found.neglect.values()))),
         ("longest time that a job stood first of its kind, s", number(max(found.longest_first.values()))),
         ("promised twice, idle beside work, out of turn, starved", number(len(faults))),
@@ -141,7 +140,7 @@ def placement(site: Site, peers: Sequence[Peer]) -> Section:
     ]
     title = f"Packing: {workers:,} workers, {count:,} jobs, {len({job.need for job in work})} sets"
     bars = [
-        Bar.at_least("packing, CPUs in use while jobs wait", 0.9, busy),
+        Bar.at_least("packing, of the best bound", 0.9, bound / found.makespan),
         Bar.at_most("packing, faults", 0, len(faults)),
     ]
     notes = ["; ".join(faults[:5])] if faults else []
