@@ -123,8 +123,9 @@ def test_a_function_is_bound_too_and_its_process_is_not_used_again(workers, call
     assert found[2]["FLEET_CPUS"] is None
 
 
-@pytest.mark.parametrize(("cpus", "nice"), [(0.5, 3), (0.1, 10), (1, 0)])
-def test_a_part_of_a_cpu_yields_in_proportion(workers, ask, call, cpus, nice):
+@pytest.mark.parametrize(("cpus", "nicer"), [(0.5, 3), (0.1, 10), (1, 0)])
+def test_a_part_of_a_cpu_yields_in_proportion(workers, ask, call, cpus, nicer):
+    nice = os.nice(0) + nicer
     workers.start("w0", resources={"cpus": 2})
     assert _output(workers, ask(["nice"], cpus=cpus)).strip() == str(nice)
     both = ask(["nice"], cpus=cpus, memory="50M")
