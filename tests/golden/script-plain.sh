@@ -3,7 +3,6 @@
 # worker (--name N, --slots N). SIGTERM or Ctrl-C ends both, running jobs in order; a second one hurries. The
 # worker ends, too, where this script is killed.
 set -euo pipefail
-umask 077
 
 export FLEET_REDIS_URL=redis://10.0.0.5:7/0
 
