@@ -10,6 +10,7 @@ import click
 from broker.errors import FleetError
 from cli.context import Context, pass_context
 
+#: with `(other)` fewer than ten values of a label
 _DEFAULT_QUEUES = 8
 
 
@@ -52,12 +53,13 @@ def metrics(
     ops/prometheus in the repository has rules and alerts, ops/grafana dashboards.
     """
     from fleet import exporter, logs
+    from fleet.families import Choices
 
     logs.set_up(context.settings.log_format, context.settings.log_level)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    choices = exporter.Choices(per_worker, per_set, rq_names, max_queues)
+    choices = Choices(per_worker, per_set, rq_names, max_queues)
     try:
         bound, stop = exporter.serve(context.url(), host, port, choices)
     except (OSError, OverflowError) as exc:
