@@ -124,12 +124,11 @@ EXACT = {
 
 def at_work(workers: Workers) -> None:
     """12 finished, of them one that was lost once; 3 failed, of them 2 after a retry; 1 runs, 5 wait."""
-    hasty = {"lease_seconds": 5.0}
-    first = workers.start("lost", settings=hasty)
+    first = workers.start("lost", settings={"lease_seconds": 5.0})
     lost = workers.submit("sh", "-c", "[ $FLEET_FENCE -gt 1 ] || sleep 600")
     workers.until(lambda: workers.state(lost) == "started")
     workers.kill(first)
-    workers.start("w0", slots=2, settings=hasty)
+    workers.start("w0", slots=2)
     ids = workers.submit_many([["true"]] * 11) + workers.submit_many([["false"]])
     ids += workers.submit_many([["false"]] * 2, retries=1, retry_delay_seconds=0)
     workers.wait([*ids, lost])
