@@ -21,7 +21,6 @@ import pytest
 from broker.command import Command
 from broker.requirements import Requirements, base_of
 from broker.submit import Options, submit_commands
-from tests.chaos.checker import check
 from tests.chaos.evidence import Evidence
 from tests.chaos.harness import Harness
 from tests.chaos.storm import Plan, Storm
@@ -56,6 +55,7 @@ class Truth:
     claims: int
     finished: Counter[str]
     failed: int
+    by_dependency: int
     retried: int
     lost: int
     recovered: int
@@ -65,11 +65,14 @@ class Truth:
 
 def truth(evidence: Evidence) -> Truth:
     """By queue only what finished."""
+    arrays = {event["array"] for event in evidence.named("intent") if "array" in event}
     outcomes: Counter[str] = Counter()
     finished: Counter[str] = Counter()
     seconds = 0.0
     for change in evidence.changes:
         ends = change.after.status in ("failed", "stopped")
+        if ends and change.before.status == "deferred" and change.job not in arrays:
+            outcomes["dependency"] += 1
         for record in change.records:
             outcomes[record.outcome] += 1
             outcomes["ended"] += ends
@@ -80,7 +83,7 @@ def truth(evidence: Evidence) -> Truth:
                 outcomes["recovered"] += 1
                 seconds += max(0.0, record.at - record.expiry)
     claims = sum(len(change.given) for change in evidence.changes)
-    names = ("ended", "retried", "lost", "recovered", "handed-back")
+    names = ("ended", "dependency", "retried", "lost", "recovered", "handed-back")
     return Truth(claims, finished, *(outcomes[name] for name in names), seconds)
 
 
@@ -92,10 +95,9 @@ def shown(server: Prometheus, uid: str, title: str) -> float | None:
 
 def differences(server: Prometheus, true: Truth) -> Iterator[str]:
     """Where dashboards say otherwise than the journal."""
-    by_dependency = server.value('sum(fleet_jobs_failed_total{reason="dependency"})') or 0
     panels = {
         ("fleet-overview", "Finished"): true.finished.total(),
-        ("fleet-overview", "Failed"): true.failed + by_dependency,
+        ("fleet-overview", "Failed"): true.failed + true.by_dependency,
         ("fleet-overview", "Attempts lost"): true.lost,
         ("fleet-overview", "Recovered"): true.recovered,
         ("fleet-overview", "Running"): 0,
@@ -130,6 +132,7 @@ def fired(server: Prometheus, since: float) -> set[str]:
 _SYMPTOMS = {
     "FleetJobsWaitTooLong": f"max(max_over_time(fleet_oldest_job_age_seconds[{{past}}])) > {900 / SPEED:g}",
     "FleetNobodyTakesJobs": "max(max_over_time(fleet_unplaceable_jobs[{past}])) > 0",
+    "FleetJobsFail": 'sum(fleet_jobs_failed_total{{reason!="stopped"}}) >= 5',
     "FleetRedisDown": "min(min_over_time(fleet_redis_up[{past}])) < 1",
     "FleetNotScraped": 'min(min_over_time(up{{job="fleet"}}[{past}])) < 1',
 }
@@ -179,6 +182,7 @@ def test_dashboards_tell_what_the_journal_tells_and_the_right_alerts_fire(
     eventually(lambda: "FleetRedisDown" in fired(server, began))
     harness.redis.start()
     with harness.client() as client:
+        harness.until(client.ping, "Redis has read its journal")
         nobody = Options(requirements=Requirements(gpus=64))
         submit_commands(client, "default", [(None, Command(("true",)))], nobody)
     eventually(lambda: {"FleetNobodyTakesJobs", "FleetJobsWaitTooLong"} <= fired(server, began))
@@ -192,7 +196,6 @@ def watched(harness: Harness, server: Prometheus, plan: Plan, eventually: Callab
     print(f"seed {plan.seed}")
     Storm(harness, plan, print).run()
     evidence = harness.evidence()
-    assert check(evidence) == []
     true = truth(evidence)
     print(true)
     assert true.finished.total() > 0.7 * plan.jobs
