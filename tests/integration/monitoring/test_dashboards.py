@@ -127,8 +127,8 @@ def at_work(workers: Workers) -> None:
     first = workers.start("lost", settings={"lease_seconds": 5.0})
     lost = workers.submit("sh", "-c", "[ $FLEET_FENCE -gt 1 ] || sleep 600")
     workers.until(lambda: workers.state(lost) == "started")
+    workers.start("w0", slots=2)  # before: lest recovery pause, for nobody did the chores
     workers.kill(first)
-    workers.start("w0", slots=2)
     ids = workers.submit_many([["true"]] * 11) + workers.submit_many([["false"]])
     ids += workers.submit_many([["false"]] * 2, retries=1, retry_delay_seconds=0)
     workers.wait([*ids, lost])
