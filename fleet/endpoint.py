@@ -7,6 +7,7 @@ embedded broker have; for a password that stands in the URL one is made, 0600, i
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import re
 import socket
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from fleet.worker_config import state_dir
 
 Say = Callable[[str], None]
 
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SECRETS = ("password", "sentinel_password", "ssl_password")
 _NAME_IT = "Name its machine as workers see it: --redis-host NAME (127.0.0.1, if they are on this machine)."
 
@@ -125,9 +126,17 @@ def _listening(running: RunningBroker, host: str) -> str:
 
 
 def _checked(host: str) -> str:
-    if not _HOST.fullmatch(host):
+    if not _HOST.fullmatch(host) and not _is_address(host):
         raise UsageError(f"--redis-host {host!r} is no name and no address of a machine", _NAME_IT)
     return host
+
+
+def _is_address(host: str) -> bool:
+    """An IPv6 one without a zone, which means nothing to other machines."""
+    try:
+        return ipaddress.IPv6Address(host).scope_id is None
+    except ValueError:
+        return False
 
 
 def _moved(url: str, host: str) -> str:

@@ -74,6 +74,9 @@ def test_the_password_file_of_the_settings_is_told_as_it_is(home):
         ("redis://db/0", "-db", "no name and no address"),
         ("redis://db/0", "db;rm", "no name and no address"),
         ("redis://db/0", "", "no name and no address"),
+        ("redis://db/0", "a:b", "no name and no address"),
+        ("redis://db/0", "10.0.0.5:6379", "no name and no address"),
+        ("redis://db/0", "fe80::1%eth0", "no name and no address"),
     ],
 )
 def test_what_cannot_be_told_is_refused(url, redis_host, message):
