@@ -37,6 +37,11 @@ def queue_name(name: str) -> str:
     return _checked(_QUEUE, name, "queue name", "letters, digits, '_', '.', ':' and '-'")
 
 
+def pool_name(name: str) -> str:
+    """Return `name`, of a pool of workers from Slurm. Raises UsageError."""
+    return _checked(_QUEUE, name, "pool name", "letters, digits, '_', '.', ':' and '-'")
+
+
 def weighted_queues(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The names of queues a worker serves, and their weights: none, where it serves them in strict order.
 

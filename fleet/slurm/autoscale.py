@@ -45,7 +45,7 @@ def add(client: redis.Redis, pool: Pool) -> str:
 
     Raises UsageError, Conflict, SlurmError.
     """
-    names.queue_name(pool.name)
+    names.pool_name(pool.name)
     if pool.max_workers < pool.workers:
         raise UsageError(
             f"--max-workers {pool.max_workers} is less than one allocation brings: {pool.workers}",

@@ -100,7 +100,7 @@ class Request:
         """Itself. Raises UsageError for the first value that sbatch might take for something else."""
         for name, rule in _RULES.items():
             value = getattr(self, name)
-            if value and not re.fullmatch(rule.pattern, value, re.ASCII):
+            if (value or name == "job_name") and not re.fullmatch(rule.pattern, value, re.ASCII):
                 raise UsageError(f"--{name.replace('_', '-')} {value!r} is not {rule.told}")
         self._check_time()
         for word in self.extra:

@@ -611,6 +611,8 @@ def test_a_pool_that_slurm_would_not_take_is_not_kept(slurm, run_fleet):
     assert "Invalid partition" in done.stderr
     done = run_fleet("slurm", "autoscale", "add", "--max-workers", "4", "--nodes", "5")
     assert (done.returncode, "--max-workers 4 is less" in done.stderr) == (2, True)
+    done = run_fleet("slurm", "autoscale", "add", "--max-workers", "4", "--name", "a/b")
+    assert (done.returncode, "'a/b' is no pool name" in done.stderr) == (2, True)
     assert slurm.json("slurm", "autoscale", "list") == {"schema": 1, "pools": []}
 
 

@@ -77,6 +77,7 @@ def test_the_script_is_clean_to_shellcheck():
         ("constraint", "$(x)"),
         ("job_name", "a/b"),
         ("job_name", "%x"),
+        ("job_name", ""),
         ("output_dir", "relative"),
         ("output_dir", "/with blank"),
         ("output_dir", "/%u"),
