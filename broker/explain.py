@@ -231,7 +231,7 @@ def _look(client: redis.Redis, job: JobView) -> _Queued:
     reserved = {
         name: [worker.decode() for worker in workers]
         for name, workers in zip(lists, holders, strict=True)
-        if workers
+        if isinstance(workers, list) and workers
     }
     return _Queued(position, fleet, suspended == 1, reserved, dict(_needs(base, sets)))
 

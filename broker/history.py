@@ -112,8 +112,11 @@ def read(client: redis.Redis) -> dict[str, Totals]:
 
 def listed(client: redis.Redis) -> dict[str, float]:
     """The queues that have a record, the one used first in front, with when that was, Unix seconds; OTHER."""
-    found: list[Any] = client.zrange(keys.HISTORIES, 0, -1, withscores=True)
-    return {base.decode("utf-8", "replace"): ms / 1000 for base, ms in found} | {OTHER: 0.0}
+    with client.pipeline(transaction=False) as pipe:
+        pipe.zrange(keys.HISTORIES, 0, -1, withscores=True)
+        [found] = replies(pipe)
+    rows = found if isinstance(found, list) else []
+    return {base.decode("utf-8", "replace"): ms / 1000 for base, ms in rows} | {OTHER: 0.0}
 
 
 def totals(row: Any) -> Totals:

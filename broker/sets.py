@@ -50,7 +50,15 @@ def known(client: redis.Redis, bases: Iterable[str]) -> Known:
             pipe.hgetall(keys.sets(base))
         version, *rows = replies(pipe)
     sets = {base: _sets(row) for base, row in zip(names, rows, strict=True)}
-    return Known(int(version or 0) if not isinstance(version, Exception) else 0, sets)
+    return Known(_number(version), sets)
+
+
+def _number(reply: Any) -> int:
+    """A version; 0 where there is none, or somebody keeps something else there."""
+    try:
+        return int(reply or 0)
+    except (TypeError, ValueError):
+        return 0
 
 
 def _sets(row: Any) -> dict[str, Requirements]:

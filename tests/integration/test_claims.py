@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import redis
@@ -26,7 +27,7 @@ def session(client: redis.Redis, name: str, *queues: str, settings: WorkerSettin
     return made
 
 
-def submit(client: redis.Redis, count: int = 1, queue: str = "default", **options: int) -> list[str]:
+def submit(client: redis.Redis, count: int = 1, queue: str = "default", **options: Any) -> list[str]:
     return submit_commands(client, queue, [(None, Command(("true",)))] * count, Options(**options))
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import redis
 
-from broker import chores, control, jobs, keys
+from broker import chores, control, explain, history, jobs, keys, metrics, past
 from broker.connection import connect
+from broker.requirements import parse
 from broker.session import Session
 from broker.work import Claim, End
 from tests.integration.test_claims import SETTINGS, claim, expire_lease, send, session, submit
@@ -228,3 +229,17 @@ def test_no_job_leaves_its_queue_where_its_lease_cannot_be_written(
     assert redis_client.lrange(keys.queue("default"), 0, -1) == [job.encode()]
     redis_client.delete(damaged)
     assert [one.job_id for one in claim(redis_client, who)] == [job]
+
+
+@pytest.mark.parametrize(
+    "damaged", [keys.HISTORIES, keys.SETS_VERSION, keys.of("reserved", "default"), keys.history("default")]
+)
+def test_what_only_adds_to_a_view_does_not_stop_it(redis_client: redis.Redis, damaged: str) -> None:
+    [job] = submit(redis_client)
+    submit(redis_client, requirements=parse({"cpus": "2"}))
+    redis_client.delete(damaged)
+    redis_client.set(damaged, "nothing of ours")
+    assert sum(queue.queued for queue in metrics.read(redis_client).fleet.queues) == 2
+    assert history.sample(redis_client)
+    assert explain.explain(redis_client, job).reasons
+    assert past.read(redis_client, 10).kept["queued"] == 2
