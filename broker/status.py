@@ -244,14 +244,14 @@ def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus
         host=str(fields.get("host", "")),
         pid=int(fields.get("pid", 0)),
         state=_state(beating is not None, late, takes_nothing, bool(running)),
-        queues=tuple(fields.get("queues", ())),
+        queues=tuple(map(str, fields.get("queues", ()))),
         slots=int(fields.get("slots", 1)),
         running=tuple(sorted(job.decode() for job in running)),
-        labels=fields.get("labels", {}),
+        labels={str(key): str(value) for key, value in fields.get("labels", {}).items()},
         version=str(fields.get("version", "")),
         cpus=int(fields.get("cpus", 0)),
         memory_bytes=int(fields.get("memory_bytes", 0)),
-        gpus=fields.get("gpus", ()),
+        gpus=tuple(map(dict, fields.get("gpus", ()))),
         started_at=from_iso(fields.get("started_at")),
         last_heartbeat=beat,
         heartbeat_age_seconds=age,
@@ -261,7 +261,7 @@ def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus
         notice=str(fields.get("notice", "")),
         ends_at=from_iso(fields.get("ends_at")),
         free=_free(fields.get("free")),
-        elsewhere=fields.get("elsewhere"),
+        elsewhere=dict(fields.get("elsewhere") or {}) or None,
         tunnel_id=str(fields.get("tunnel") or ""),
         seconds_worked=float(counts[3] or 0),
     )
@@ -270,7 +270,9 @@ def _read_worker(name: str, parts: Sequence[Any], now: datetime) -> WorkerStatus
 def _free(left: Mapping[str, Any] | None) -> Free | None:
     if not left:
         return None
-    return Free(int(left["slots"]), float(left["cpus"]), int(left["memory_bytes"]), tuple(left["gpus"]))
+    return Free(
+        int(left["slots"]), float(left["cpus"]), int(left["memory_bytes"]), tuple(map(float, left["gpus"]))
+    )
 
 
 def _state(alive: bool, late: bool, draining: bool, busy: bool) -> WorkerState:

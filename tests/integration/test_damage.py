@@ -5,13 +5,15 @@ What is damaged, and how, is drawn by a seed; a seed that fails is shown and can
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import redis
 
-from broker import chores, control, explain, history, jobs, keys, metrics, past
+from broker import chores, control, explain, history, jobs, keys, metrics, past, status
 from broker.connection import connect
 from broker.requirements import parse
 from broker.session import Session
@@ -243,3 +245,25 @@ def test_what_only_adds_to_a_view_does_not_stop_it(redis_client: redis.Redis, da
     assert history.sample(redis_client)
     assert explain.explain(redis_client, job).reasons
     assert past.read(redis_client, 10).kept["queued"] == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "damage"),
+    [
+        ("labels", "x"),
+        ("labels", ["x"]),
+        ("gpus", [1]),
+        ("gpus", 5),
+        ("queues", 5),
+        ("slots", "many"),
+        ("elsewhere", "x"),
+    ],
+)
+def test_a_worker_whose_record_is_none_of_ours_is_left_out(
+    redis_client: redis.Redis, field: str, damage: Any
+) -> None:
+    for name in ("good", "odd"):
+        session(redis_client, name)
+        record = {"host": "here", "queues": ["default"], **({field: damage} if name == "odd" else {})}
+        redis_client.set(keys.worker_record(name), json.dumps(record))
+    assert [worker.name for worker in status.read(redis_client).workers] == ["good"]
