@@ -77,7 +77,7 @@ def of_embedded(redis_host: str | None) -> Endpoint:
     Raises RedisUnreachable, UsageError.
     """
     broker = EmbeddedBroker(broker_dir())
-    running = _running(broker)
+    running = _running(broker, "no Redis is configured and the embedded broker of this user is not running")
     host = _address(running) if redis_host is None else _listening(running, _checked(redis_host))
     return Endpoint(f"redis://{bracketed(host)}:{running.port}/0", str(broker.folder.password_file))
 
@@ -87,15 +87,15 @@ def embedded_url(redis_host: str) -> str:
 
     Raises RedisUnreachable, UsageError.
     """
-    running = _running(EmbeddedBroker(broker_dir()))
+    running = _running(EmbeddedBroker(broker_dir()), "the embedded broker of this user is not running")
     return running.url_for(_listening(running, _checked(redis_host)))
 
 
-def _running(broker: EmbeddedBroker) -> RunningBroker:
+def _running(broker: EmbeddedBroker, otherwise: str) -> RunningBroker:
     running = broker.running()
     if running is None:
         raise RedisUnreachable(
-            "no Redis is configured and the embedded broker of this user is not running",
+            otherwise,
             "Start it where workers reach it: fleet broker start --host ADDRESS.",
         )
     return running

@@ -142,3 +142,10 @@ def test_one_that_does_not_run_is_to_be_started_where_workers_reach_it(home):
     with pytest.raises(RedisUnreachable) as caught:
         endpoint.of_embedded(None)
     assert "fleet broker start --host" in caught.value.hint
+
+
+def test_one_that_does_not_run_is_not_called_for_want_of_another(home, monkeypatch):
+    monkeypatch.setenv("FLEET_REDIS_URL", "redis://db.lab/0")
+    with pytest.raises(RedisUnreachable) as caught:
+        endpoint.embedded_url("10.0.0.5")
+    assert caught.value.message == "the embedded broker of this user is not running"
