@@ -39,6 +39,9 @@ GATHER_SECONDS = 0.01
 LONGEST_WAIT_SECONDS = 1.0
 #: seconds to wait for killed processes to be gone
 LINGER_SECONDS = 30.0
+#: looks that must find nothing: what was being started when the worker died carries its token only
+#: a moment after its pipe has told of that death
+LAST_LOOKS = 10
 
 
 def clock() -> float:
@@ -168,7 +171,12 @@ class Sidecar:
         """The worker is gone: kill everything, and hold the lock until it is dead."""
         until = time.monotonic() + LINGER_SECONDS
         self._kill_known()
-        while self._kill_found() and time.monotonic() < until:
+        # a worker that ends in order starts nothing meanwhile
+        looks = 1 if os.getppid() == self.worker else LAST_LOOKS
+        while time.monotonic() < until:
+            looks -= not self._kill_found()
+            if not looks:
+                return
             time.sleep(GATHER_SECONDS)
 
     def _kill_known(self) -> set[int]:

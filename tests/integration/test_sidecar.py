@@ -214,6 +214,15 @@ def test_a_number_given_to_another_since_is_spared(job, monkeypatch):
     assert stranger.poll() is None
 
 
+def test_what_is_not_known_by_its_token_yet_is_found_a_moment_later(monkeypatch):
+    looks = [set(), set(), {7}, *[set()] * 100]
+    watch = sidecar_main.Sidecar(0, 0, os.getpid(), "no process carries this")
+    monkeypatch.setattr(watch, "_kill_found", lambda: looks.pop(0))
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    watch._finish()
+    assert len(looks) == 102 - sidecar_main.LAST_LOOKS
+
+
 def test_the_lock_is_held_until_the_last_process_is_dead(small_worker, eventually, tmp_path):
     worker = small_worker("p = job('sleep 100', 1); sidecar.add(p); tell(p=p)")
     assert not worker.lock_is_free()
