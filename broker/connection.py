@@ -58,7 +58,7 @@ def connect(
         "retry": Retry(NoBackoff(), 0),
         "socket_timeout": timeout_seconds,
         "socket_connect_timeout": min(timeout_seconds or REPLY_SECONDS, REPLY_SECONDS),
-        **_NAMELESS,
+        **({} if url.startswith("rediss") else _NAMELESS),
     }
     if not url.startswith("unix"):
         options |= _keepalive(timeout_seconds or REPLY_SECONDS)
@@ -73,7 +73,8 @@ def connect(
 
 
 #: Redis is not told which library speaks to it: two commands for each connection, and redis-py would have to
-#: look up its own version
+#: look up its own version. With TLS it is told: tickets for later sessions come over a new connection, and
+#: where nothing was asked since, redis-py takes them for answers to something else
 _NAMELESS: dict[str, Any] = (
     {"driver_info": None} if hasattr(redis, "DriverInfo") else {"lib_name": None, "lib_version": None}
 )

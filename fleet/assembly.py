@@ -137,7 +137,7 @@ def _run_locked(
     client = _connect(config, settings)
     describe = _Description(config, session, lock.identity(), offering)
     with translated(address(client)):
-        client.connection_pool.release(client.connection_pool.get_connection())  # what takes time comes first
+        client.ping()  # what takes time comes first
         signals.hold()
         lifecycle.enter(session, client, describe(), lock, signals.sleep)
     log.info("worker %s registered at Redis %s", config.name, address(client), extra=about("registered"))

@@ -51,6 +51,16 @@ def simulate(seed):
 '''
 
 
+@contextmanager
+def _holding_interrupts_back() -> Iterator[None]:
+    """What is started within lets Ctrl-C in when it can answer it, as `fleet` does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Stage(Protocol):
     """Where the demo is seen: the terminal, by way of cli/demo.py."""
 
@@ -246,18 +256,24 @@ To end it:
         if shown:
             self._stage.command(shown)
         sys.stdout.flush()
-        done = subprocess.run(
-            command,
-            check=False,
-            cwd=self.folder,
-            env=environ or self._environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if output else None,
-            text=True,
-        )
-        if done.returncode not in ((0, 3) if partial else (0,)):
-            raise FleetError(f"{shown or command[0]} ended with exit code {done.returncode}", "See above.")
-        return done.stdout or ""
+        with _holding_interrupts_back():
+            process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=environ or self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if output else None,
+                text=True,
+            )
+        with process:
+            try:
+                out, _ = process.communicate()
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode not in ((0, 3) if partial else (0,)):
+            raise FleetError(f"{shown or command[0]} ended with exit code {process.returncode}", "See above.")
+        return out or ""
 
     def _connected(self) -> redis.Redis:
         if self._client is None:

@@ -63,6 +63,7 @@ class Life:
             self._until_ended(client, worker)
             while worker.status is not None:
                 worker = self._start(worker.who)
+                self.harness.until_registered(client, worker)  # before that it has nothing to sign off
                 self._until_ended(client, worker)
             self._leave(worker, client)
             self._forget_the_dead(client)
@@ -88,14 +89,12 @@ class Life:
         )
 
     def _leave(self, worker: Child, client: redis.Redis) -> None:
-        """It signs off; where the fault, or a busy machine, kept it from that, its next life does."""
         self.harness.kill(worker, signal.SIGTERM)
-        for _ in range(3):
-            if self.harness.wait(worker) == 0 and "could not sign off" not in self.harness.log(worker.who):
-                return
-            worker = self._start(worker.who)
-            self.harness.until_registered(client, worker)
-            self.harness.kill(worker, signal.SIGTERM)
+        if self.harness.wait(worker) == 0 and "could not sign off" not in self.harness.log(worker.who):
+            return
+        worker = self._start(worker.who)
+        self.harness.until_registered(client, worker)
+        self.harness.kill(worker, signal.SIGTERM)
         assert self.harness.wait(worker) == 0, self.harness.log(worker.who)
 
     def _forget_the_dead(self, client: redis.Redis) -> None:
