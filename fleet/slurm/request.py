@@ -147,7 +147,8 @@ def _check_extra(word: str) -> None:
             f"--extra {word!r} is no option of sbatch that can stand in a script",
             "It looks like --name or --name=VALUE, without blanks, quotes, or what a shell reads: ;&|$`<>",
         )
-    if (name := found[1]) in _RESERVED:
-        ours = _RESERVED[name]
+    name = found[1]
+    if reserved := [one for one in _RESERVED if one.startswith(name)]:  # sbatch takes short forms, too
+        ours = _RESERVED[reserved[0]]
         hint = f"Use {ours} of fleet." if ours else "Workers rely on it as it is."
         raise UsageError(f"--extra may not say --{name}", hint)

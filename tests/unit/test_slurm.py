@@ -96,6 +96,7 @@ def test_the_script_is_clean_to_shellcheck():
         ("extra", ("--comment=`id`",)),
         ("extra", ("--comment='x'",)),
         ("extra", ("--array=0-9",)),
+        ("extra", ("--arr=0-9",)),
         ("extra", ("--wrap=id",)),
     ],
 )
