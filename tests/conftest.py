@@ -55,6 +55,11 @@ property_settings.register_profile(
 )
 property_settings.load_profile("fleet")
 
+# ignored under nohup, or beside a shell that went on; programs that tests start would inherit that
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 #: programs a test may need -> the Debian package that has them
 PACKAGES = dict(
