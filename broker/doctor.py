@@ -16,7 +16,7 @@ from redis import exceptions
 from broker import __version__, chores, clock, keys
 from broker.connection import one_line, replies
 from broker.durability import check_eviction, check_failover, check_persistence
-from broker.findings import Finding, Patient, some
+from broker.findings import Finding, Patient, setting, some
 from broker.requirements import SEPARATOR
 from broker.rights import check_rights
 
@@ -71,12 +71,20 @@ def check_memory(patient: Patient) -> Finding:
     if not patient.info:
         return Finding("memory", "unknown", "Redis does not tell")
     used, limit = int(patient.info.get("used_memory", 0)), int(patient.info.get("maxmemory", 0))
-    if not limit:
-        return Finding("memory", "ok", f"{used / 2**20:.0f} MiB used, no limit")
-    found = f"{used / 2**20:.0f} of {limit / 2**20:.0f} MiB used"
-    if used < _NEARLY_FULL * limit:
+    room = f" of {limit / 2**20:.0f} MiB used" if limit else " MiB used, no limit"
+    found = f"{used / 2**20:.0f}{room}{_waste(patient)}"
+    if not limit or used < _NEARLY_FULL * limit:
         return Finding("memory", "ok", found)
     return Finding("memory", "warning", found, "Raise maxmemory: a full Redis refuses jobs and results.")
+
+
+def _waste(patient: Patient) -> str:
+    """Redis sets aside a whole node of a stream for the one entry that a job's result is."""
+    node = setting(patient.client, "stream-node-max-bytes")
+    if node is None or 0 < int(node) <= 4 * keys.RESULT_BYTES:
+        return ""
+    mend = f"redis-cli CONFIG SET stream-node-max-bytes {keys.RESULT_BYTES}"
+    return f"; each result takes 4 KiB, after {mend} half of one"
 
 
 def check_role(patient: Patient) -> Finding:

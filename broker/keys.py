@@ -137,6 +137,9 @@ SLURM_POOLS = "fleet:slurm:pools"
 NEWS = "fleet:news"
 HISTORIES = "fleet:histories"
 
+#: what Redis may set aside for `rq:results:ID` (stream-node-max-bytes), which mostly has one entry
+RESULT_BYTES = 256
+
 #: templates for keys that name something; the same ones build keys in Lua
 LUA_TEMPLATES = {
     "queue": "rq:queue:%s",

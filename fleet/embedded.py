@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from broker import keys
 from broker.errors import Conflict, FleetError, RedisUnreachable
 from fleet import embedded_copies, redis_server
 from fleet.embedded_folder import PATIENCE_SECONDS, BrokerFolder, Record, RunningBroker, Say
@@ -226,6 +227,9 @@ class EmbeddedBroker:
             "appendonly": "yes",
             "appendfsync": "everysec",
             "aof-load-truncated": "yes",
+            # a job writes 3 KiB: at the default, 64 MiB, a busy fleet has it rewritten every few seconds
+            "auto-aof-rewrite-min-size": "256mb",
+            "stream-node-max-bytes": keys.RESULT_BYTES,
             "maxmemory-policy": "noeviction",
             "save": "",  # the append-only file keeps everything; snapshots are for backups
             "tcp-keepalive": 60,

@@ -55,6 +55,13 @@ def test_it_keeps_everything_evicts_nothing_and_asks_for_a_password(broker: Any)
         stranger.ping()
 
 
+def test_a_result_takes_no_more_memory_than_it_needs(broker: Any) -> None:
+    broker.up()
+    with broker.client() as client:
+        client.xadd("rq:results:a", {"type": "1", "return_value": "x" * 100})
+        assert client.memory_usage("rq:results:a") < 1024  # 4.6 KiB as Redis comes
+
+
 def test_its_files_are_the_users_alone(broker: Any, state: Path) -> None:
     broker.up()
     assert state.stat().st_mode & 0o777 == 0o700
