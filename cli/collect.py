@@ -103,9 +103,9 @@ def delete_logs(context: Context, /, names: tuple[str, ...], as_json: bool, **op
 
 def _output_dir(options: dict[str, Any]) -> str | None:
     folder: str | None = options["remote_output_dir"]
-    if folder and not folder.startswith(("/", "~/")):
+    if folder is not None and not folder.startswith(("/", "~/")):
         raise UsageError(
-            f"--remote-output-dir {folder}: must begin with / or ~/, it is a folder of the hosts"
+            f"--remote-output-dir {folder!r}: must begin with / or ~/, it is a folder of the hosts"
         )
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -83,6 +84,24 @@ class Count(click.IntRange):
         if number < 1:
             self.fail(f"must be at least 1, got {number}.", param, ctx)
         return number
+
+
+class Folder(_ParamType):
+    """The path of a folder, there or not; none is empty: that is a variable which was not set."""
+
+    name = "folder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if not str(value):
+            self.fail("is empty: name a folder, or leave the option out.", param, ctx)
+        return Path(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="dir")]
 
 
 class JobId(_ParamType):

@@ -7,14 +7,14 @@ from typing import Any
 import click
 
 from cli.context import Context, pass_context
-from cli.params import Duration, resource_options, resource_words, stagger_options, stagger_seconds
+from cli.params import Duration, Folder, resource_options, resource_words, stagger_options, stagger_seconds
 from cli.worker_options import worker_options, worker_words
 
 
 @click.command()
 @worker_options
 @click.option("--slots", type=click.IntRange(min=1), help="Jobs at once; default: the machine's CPUs.")
-@click.option("--output-dir", metavar="DIR", help="Where jobs run and write, there.")
+@click.option("--output-dir", type=Folder(), metavar="DIR", help="Where jobs run and write, there.")
 @resource_options
 @click.option("--time-limit", type=Duration(), help="The worker has ended after so long (90, 5m, 2h).")
 @click.option(
@@ -58,5 +58,5 @@ def _of_the_machine(options: dict[str, Any]) -> list[str]:
     if options["time_limit"]:
         words += ["--time-limit", f"{options['time_limit']:g}"]
     if options["output_dir"]:
-        words += ["--output-dir", options["output_dir"]]
+        words += ["--output-dir", str(options["output_dir"])]
     return [*words, *resource_words(options)]

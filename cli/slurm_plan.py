@@ -11,7 +11,7 @@ import click
 
 from broker.errors import UsageError
 from cli.context import Context
-from cli.params import Count, stagger_options, stagger_seconds
+from cli.params import Count, Folder, stagger_options, stagger_seconds
 from cli.worker_options import worker_options, worker_words
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ _REQUEST_OPTIONS = (
     click.option("--job-name", metavar="NAME", default="fleet", show_default=True),
     click.option(
         "--output-dir",
-        type=click.Path(path_type=Path),
+        type=Folder(),
+        metavar="DIR",
         help="Where jobs run and write; DIR/log has the logs.",
     ),
     click.option(

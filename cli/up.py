@@ -177,8 +177,8 @@ def _orders(context: Context, options: Options) -> Orders:
     output_dir = options["output_dir"]
     if options["offline"] and options["no_install"]:
         raise UsageError("--offline and --no-install exclude each other", "--no-install brings nothing.")
-    if output_dir and not output_dir.startswith(("/", "~/")):
-        raise UsageError(f"--output-dir {output_dir}: must begin with / or ~/, it is a folder of the hosts")
+    if output_dir is not None and not output_dir.startswith(("/", "~/")):
+        raise UsageError(f"--output-dir {output_dir!r}: must begin with / or ~/, it is a folder of the hosts")
     if options["ephemeral"] and options["slots"]:
         raise UsageError("--ephemeral and --slots exclude each other", "An ephemeral worker has one slot.")
     here = (str(Path.cwd()),) if options["local"] else ()

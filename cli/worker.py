@@ -13,7 +13,7 @@ import click
 
 from broker.errors import FleetError
 from cli.context import Context, pass_context
-from cli.params import Duration, labels, resource_options, resources
+from cli.params import Duration, Folder, labels, resource_options, resources
 from fleet.logs import FORMATS, LEVELS
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ _CHECK_SECONDS = 5.0
 @click.option("--executor", type=click.Choice(["warm", "fork"]), default="warm", show_default=True)
 @click.option("--executor-python", metavar="PYTHON", help="Interpreter for Python functions; needs rq.")
 @click.option("--path", "paths", multiple=True, metavar="DIR", help="First on the path of Python functions.")
-@click.option("--output-dir", type=click.Path(path_type=Path), help="Where jobs run and write.")
+@click.option("--output-dir", type=Folder(), metavar="DIR", help="Where jobs run and write.")
 @resource_options
 @click.option("--time-limit", type=Duration(), help="It has ended after so long (90, 5m, 2h).")
 @click.option("--log-format", type=click.Choice(FORMATS), help="Of its log; default: human (see settings).")
@@ -107,14 +107,15 @@ def _in_its_place(config: WorkerConfig) -> WorkerConfig:
 
 def _check(context: Context, name: str | None, output_dir: Path | None) -> int:
     """Whether the worker that these options would start is there already, and well."""
+    from broker import names
     from broker.connection import address, connect, translated
     from fleet import health
     from fleet.outputs import Folders
     from fleet.worker_config import default_output_dir, this_host
 
+    name = names.worker_name(name or f"{this_host()}-0")
     client = connect(context.url(), timeout_seconds=_CHECK_SECONDS)
     with translated(address(client)), client:
-        name = name or f"{this_host()}-0"
         incarnation = health.check(client, Folders(str(output_dir or default_output_dir())), name)
     context.say(f"{name} runs and beats (incarnation {incarnation}).")
     return 0

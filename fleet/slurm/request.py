@@ -53,6 +53,8 @@ _RULES = {
         "a path from / on, of letters, digits and _./@+=,:~-, for it stands in a line of #SBATCH",
     ),
 }
+#: more than these no Slurm has: it counts them in 16 bits, and a job array ends at 4,000,000 (slurm.conf(5))
+_MOST = {"nodes": 65_533, "workers_per_node": 65_533, "cpus_per_task": 65_533, "allocations": 4_000_001}
 _EXTRA = re.compile(r"--([a-z][a-z0-9-]*)(=[A-Za-z0-9_.,:/@%+=^*\[\]-]+)?")
 
 
@@ -102,6 +104,9 @@ class Request:
             value = getattr(self, name)
             if (value or name == "job_name") and not re.fullmatch(rule.pattern, value, re.ASCII):
                 raise UsageError(f"--{name.replace('_', '-')} {value!r} is not {rule.told}")
+        for name, most in _MOST.items():
+            if (value := getattr(self, name) or 0) > most:
+                raise UsageError(f"--{name.replace('_', '-')} {value} is more than the {most} of Slurm")
         self._check_time()
         for word in self.extra:
             _check_extra(word)

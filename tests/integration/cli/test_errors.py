@@ -189,6 +189,25 @@ def test_errors_of_usage(run_fleet):
         assert "Try 'fleet" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["slurm", "script", "--output-dir", ""], "'--output-dir': is empty"),
+        (
+            ["slurm", "script", "--nodes", "99999999999"],
+            "--nodes 99999999999 is more than the 65533",
+        ),
+        (["script", "--output-dir", ""], "'--output-dir': is empty"),
+        (["worker", "--output-dir", ""], "'--output-dir': is empty"),
+        (["worker", "--check", "--name", "w 1"], "'w 1' is no worker name"),
+        (["up", "--dry-run", "--output-dir", ""], "--output-dir '': must begin with / or ~/"),
+        (["collect-logs", "--remote-output-dir", ""], "--remote-output-dir '': must begin with / or ~/"),
+    ],
+)
+def test_a_number_a_folder_or_a_name_that_cannot_be_is_an_error_of_usage(fleet, words, told):
+    assert told in fleet(*words, code=2).stderr
+
+
 def test_under_json_errors_are_json(run_fleet):
     for words in (["jobs", "--json", "--limit", "x"], ["show", "--json"], ["jobs", "--nonsense", "--json"]):
         done = run_fleet(*words)
