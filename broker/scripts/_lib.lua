@@ -56,25 +56,28 @@ local MOST_ARGUMENTS = 4000 -- of one call: Lua's stack holds some 8,000
 local gathered, order = {}, {}
 
 local function gather(command, where)
-  local calls = gathered[command] or {}
+  local calls = gathered[command]
+  if not calls then
+    calls = {}
+    gathered[command] = calls
+  end
   local call = calls[where]
-  if not call or #call > MOST_ARGUMENTS then
-    call = {command, where ~= '' and where or nil}
-    gathered[command], calls[where] = calls, call
-    order[#order + 1] = call
+  if not call or call.size > MOST_ARGUMENTS then
+    call = {command, where ~= '' and where or nil, size = where ~= '' and 2 or 1}
+    calls[where], order[#order + 1] = call, call
   end
   return call
 end
 
 local function later(command, where, a, b)
   local call = gather(command, where)
-  local last = #call
-  call[last + 1], call[last + 2] = a, b
+  local size = call.size
+  call[size + 1], call[size + 2] = a, b
+  call.size = size + (b and 2 or 1)
 end
 
 local function delete_later(where)
-  local call = gather('DEL', '')
-  call[#call + 1] = where
+  later('DEL', '', where)
 end
 
 -- Tasks of arrays that this script moved, by array and 'FROM TO': _arrays.lua sees to it when the script ends.
@@ -98,7 +101,7 @@ local function flush()
   end
   for _, call in ipairs(order) do
     local run = string.sub(call[2], 1, 6) == 'fleet:' and redis.call or try
-    run(unpack(call))
+    run(unpack(call, 1, call.size))
   end
   gathered, order = {}, {}
 end
@@ -325,9 +328,9 @@ end
 
 -- The job's record of its attempts, with what became of this one.
 local function attempts(fields, outcome, reason, started_at)
-  local line = string.format('{"fence":"%s","worker":%s,"started_at":%s,"ended_at":"%s","outcome":"%s"%s}',
-    string.match(fields.fleet_lease, '^%d*'), json(fields.worker_name), json(started_at), NOW, outcome,
-    reason and ',"reason":' .. cjson.encode(reason) or '')
+  local line = '{"fence":"' .. string.match(fields.fleet_lease, '^%d*') .. '","worker":' .. json(fields.worker_name) ..
+    ',"started_at":' .. json(started_at) .. ',"ended_at":"' .. NOW .. '","outcome":"' .. outcome ..
+    (reason and '","reason":' .. cjson.encode(reason) .. '}' or '"}')
   local text = fields.fleet_attempts and (fields.fleet_attempts .. '\n' .. line) or line
   while #text > ATTEMPTS_BYTES and string.find(text, '\n', 1, true) do
     text = string.sub(text, string.find(text, '\n', 1, true) + 1)
@@ -361,9 +364,9 @@ local function keep_results(id, ttl)
   end
 end
 
--- Keep a job that ended for `ttl` seconds; 0: not at all, negative: for ever. `all` are the keys it has, if
--- that is known.
-local function keep(id, fields, ttl, all)
+-- Keep a job that ended for `ttl` seconds; 0: not at all, negative: for ever. If it is known which keys it has,
+-- `ended` is given: a call for each that it has not would cost as much.
+local function keep(id, fields, ttl, ended, has_dependents)
   if ttl == 0 then
     if fields.group_id and fields.group_id ~= '' then
       try('SREM', key('group', fields.group_id), id)
@@ -371,9 +374,15 @@ local function keep(id, fields, ttl, all)
     redis.call('DEL', key('job', id), key('dependents', id), key('dependencies', id),
       key('results', id), key('output', id), key('executions', id))
   elseif ttl > 0 then
-    all = all or {key('job', id), key('output', id), key('dependencies', id), key('dependents', id)}
-    for _, each in ipairs(all) do
-      redis.call('EXPIRE', each, digits[ttl])
+    redis.call('EXPIRE', key('job', id), digits[ttl])
+    if not ended or ended.stdout_end or ended.stderr_end or fields.fleet_attempts then
+      redis.call('EXPIRE', key('output', id), digits[ttl])
+    end
+    if not ended or fields.dependency_ids then
+      redis.call('EXPIRE', key('dependencies', id), digits[ttl])
+    end
+    if not ended or has_dependents then
+      redis.call('EXPIRE', key('dependents', id), digits[ttl])
     end
   end
   keep_results(id, ttl)
@@ -427,21 +436,6 @@ local function add_result(id, fields, kind, ended)
   end
 end
 
--- The keys of a job whose attempt is over, for `keep`: a call for each that it has not would cost as much.
-local function keys_of(id, fields, ended, has_dependents)
-  local all = {key('job', id)}
-  if ended.stdout_end or ended.stderr_end or fields.fleet_attempts then
-    all[#all + 1] = key('output', id)
-  end
-  if fields.dependency_ids then
-    all[#all + 1] = key('dependencies', id)
-  end
-  if has_dependents then
-    all[#all + 1] = key('dependents', id)
-  end
-  return all
-end
-
 -- The fields of a job whose attempt is over.
 local function stamp(id, fields, ended, status, outcome)
   tell_times(ended)
@@ -479,6 +473,6 @@ local function settle_finished(id, fields, ended, default_ttl)
   else
     task_moves(id, fields, 'running', 'finished')
     add_to(key('finished', fields.origin), id, ttl)
-    keep(id, fields, ttl, keys_of(id, fields, ended, has_dependents))
+    keep(id, fields, ttl, ended, has_dependents)
   end
 end

@@ -71,7 +71,7 @@ local function settle_failed(id, fields, ended, status, kind, outcome)
   add_result(id, fields, kind, ended)
   task_moves(id, fields, 'running', status == 'failed' and 'failed' or 'canceled')
   add_to(key('failed', fields.origin), id, ttl)
-  keep(id, fields, ttl, keys_of(id, fields, ended, enqueue_dependents(id, status)))
+  keep(id, fields, ttl, ended, enqueue_dependents(id, status))
 end
 
 local function run_again(id, fields, ended, delay, front)

@@ -15,7 +15,8 @@
 --       value or text of the exception, '' or JSON of what else there is, and '' or JSON of what it used;
 --       if the former has stdout_end, then tail of stdout, tail of stderr
 -- Returns {{outcome of each end: 1 accepted, 0 stale},
---          {{queue, job, lease, flat hash as it was before} of each claim}, {fields that all claims changed},
+--          {{queue, job, lease, flat hash but for what was empty or is changed} of each claim},
+--          {fields that all claims changed},
 --          1 if this incarnation is registered, 1 if draining, 1 if suspended,
 --          1 if more may fit at once, name of the list for whose first job it is to hold room, or ''}
 --
@@ -138,14 +139,19 @@ local ENDED_OR_ELSEWHERE = {
 }
 
 local function is_id(id)
-  -- anything else is no id of RQ's: it cannot name a file, nor be spoken of as text
-  return not string.find(id, '[^ -~]') and not string.find(id, '/', 1, true)
+  -- anything else is no id of RQ's: it cannot name a file ('/' is between '.' and '0'), nor be spoken of as text
+  return not string.find(id, '[^ -.0-~]')
 end
 
--- The hash of an id from a queue, how often the job was lost, since when it waits, and whether it is an array,
--- or of which, if it stands for a job that waits; else nil. Not if it was deleted, ended, or is queued twice and
--- already runs; but 'started' without a lease
--- is a job that somebody's late save() painted.
+-- Fields by which a claim is decided, and those that it writes: the worker knows these, and is not told.
+local DECIDING = {status = true, fleet_lease = true, fleet_losses = true, enqueued_at = true, fleet_array = true,
+  fleet_array_of = true}
+local WRITTEN = {status = true, fleet_lease = true, origin = true, worker_name = true, started_at = true,
+  last_heartbeat = true}
+
+-- What the hash of an id from a queue has for the worker, how often the job was lost, since when it waits, and
+-- whether it is an array, or of which, if it stands for a job that waits; else nil. Not if it was deleted, ended, or
+-- is queued twice and already runs; but 'started' without a lease is a job that somebody's late save() painted.
 local function look_up(queue, id)
   local flat = is_id(id) and redis.pcall('HGETALL', key('job', id))
   if not flat or flat.err then
@@ -156,24 +162,34 @@ local function look_up(queue, id)
     return nil
   end
   local status, lease, losses, since, is_array, array
-  for i = 1, #flat, 2 do
-    local name = flat[i]
-    if name == 'status' then
-      status = flat[i + 1]
-    elseif name == 'fleet_lease' then
-      lease = flat[i + 1]
-    elseif name == 'fleet_losses' then
-      losses = flat[i + 1]
-    elseif name == 'enqueued_at' then
-      since = flat[i + 1]
-    elseif name == 'fleet_array' then
-      is_array = true
-    elseif name == 'fleet_array_of' then
-      array = flat[i + 1]
+  local size, kept = #flat, 0
+  for i = 1, size, 2 do
+    local name, value = flat[i], flat[i + 1]
+    if DECIDING[name] then
+      if name == 'status' then
+        status = value
+      elseif name == 'enqueued_at' then
+        since = value
+      elseif name == 'fleet_lease' then
+        lease = value
+      elseif name == 'fleet_losses' then
+        losses = value
+      elseif name == 'fleet_array' then
+        is_array = true
+      else
+        array = value
+      end
+    end
+    if value ~= '' and not WRITTEN[name] then
+      flat[kept + 1], flat[kept + 2] = name, value
+      kept = kept + 2
     end
   end
-  if #flat == 0 or ENDED_OR_ELSEWHERE[status] or (status == 'started' and lease and lease ~= '') then
+  if size == 0 or ENDED_OR_ELSEWHERE[status] or (status == 'started' and lease and lease ~= '') then
     return nil
+  end
+  for i = size, kept + 1, -1 do
+    flat[i] = nil
   end
   return flat, number(losses, 0), since, is_array, array
 end
@@ -182,7 +198,7 @@ local lease_until = digits[NOW_MS + lease_ms]
 -- What is true of every job that this call gives out; the worker knows the lease and the queue of each.
 local GIVEN = {'status', 'started', 'worker_name', worker, 'started_at', NOW, 'last_heartbeat', NOW}
 
--- Give a job to this worker; `flat` is its hash.
+-- Give a job to this worker; `flat` is what look_up returns.
 local function give(queue, id, flat, fence, execution)
   local job, lease = key('job', id), digits[fence] .. ':' .. execution
   redis.call('HSET', job, 'status', 'started', 'worker_name', worker, 'started_at', NOW,
