@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pickle
+import random
 import select
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from fleet import executor_main
 from fleet.executors import Execution, ExecutorConfig, ExecutorPool, Outcome
 
 JOBS = """
-import asyncio, ctypes, fcntl, os, random, signal, subprocess, sys, time
+import asyncio, ctypes, fcntl, os, pickle, random, signal, subprocess, sys, time
 import rq
 
 STATE = []
@@ -80,10 +81,13 @@ def meddle():
     os.chdir("/")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-def dice():
+def dice(way="seed"):
     value = random.random()
-    random.seed(42)
-    return value
+    if way == "setstate":
+        random.setstate(random.Random(42).getstate())
+    else:
+        (random.seed if way == "seed" else pickle.loads(pickle.dumps(random.seed)))(42)
+    return value, random.random()
 def mark_meta(value):
     job = rq.get_current_job()
     job.meta["mark"] = value
@@ -727,8 +731,11 @@ def test_what_a_job_changes_is_set_right_for_the_next(make_bench):
 
 
 @both_modes
-def test_dice_are_shaken_for_each_job(bench):
-    assert len({bench.value("dice") for _ in range(5)}) == 5
+@pytest.mark.parametrize("way", ["seed", "setstate", "pickle"])
+def test_dice_are_shaken_for_each_job(bench, way):
+    rolled = [bench.value("dice", way) for _ in range(5)]
+    assert len({shaken for shaken, _ in rolled}) == 5
+    assert {loaded for _, loaded in rolled} == {random.Random(42).random()}  # and jobs may load them
 
 
 @both_modes
