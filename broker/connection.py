@@ -246,10 +246,16 @@ def _reply_explained(exc: BaseException, text: str, where: str) -> FleetError:
         return UsageError(f"Redis at {where} has no database of that number: {text}", _SHAPE)
     if "WRONGTYPE" in text:
         return RedisFault(
-            f"Redis at {where} keeps something else under a key of the fleet: {text}",
-            "Somebody wrote over it; --debug shows which.",
+            f"Redis at {where} keeps something else under {_damaged_key(exc)}: {text}",
+            "Somebody wrote over it. 'fleet doctor' names those that all share; --debug shows where.",
         )
     return RedisFault(f"Redis at {where} answered with an error: {text}", "--debug shows where.")
+
+
+def _damaged_key(exc: BaseException) -> str:
+    """The key that a command of a pipeline was about, as redis-py tells it; a script does not tell."""
+    found = re.match(r"Command # \d+ \((?!EVAL)\w+ ([^\s)]+)", str(exc))
+    return f"the key {found[1]}" if found else "a key of the fleet"
 
 
 def _refusal(exc: BaseException, text: str) -> str | None:

@@ -36,12 +36,16 @@ def examine(client: redis.Redis) -> list[Finding]:
 
 
 def _checked(check: Callable[[Patient], Finding], patient: Patient) -> Finding:
-    """What a check found; `unknown` where we may not ask."""
+    """What a check found; `unknown` where we may not ask, or somebody wrote over what it looks at."""
+    name = check.__name__.removeprefix("check_").replace("_", " ")
     try:
         return check(patient)
     except exceptions.NoPermissionError as exc:
-        name = check.__name__.removeprefix("check_").replace("_", " ")
         return Finding(name, "unknown", f"we may not ask: {one_line(exc)}", "See 'rights'.")
+    except exceptions.ResponseError as exc:
+        if "WRONGTYPE" not in str(exc):
+            raise
+        return Finding(name, "unknown", "what it looks at is something else", "See 'keys'.")
 
 
 # --- Redis -----------------------------------------------------------------------------------------
@@ -205,6 +209,27 @@ def _rq_workers(client: redis.Redis, ours: set[str]) -> Iterator[tuple[str, set[
             yield name, set(queues.decode("utf-8", "replace").split(","))
 
 
+def check_keys(patient: Patient) -> Finding:
+    """Keys that all share, and that somebody wrote over: commands and scripts fail that need them."""
+    with patient.client.pipeline(transaction=False) as pipe:
+        for key in keys.TYPES:
+            pipe.type(key)
+        found = dict(zip(keys.TYPES, (kind.decode() for kind in replies(pipe)), strict=True))
+    odd = [
+        f"{key} is a {kind}, not a {keys.TYPES[key]}"
+        for key, kind in found.items()
+        if kind not in ("none", keys.TYPES[key])
+    ]
+    if not odd:
+        return Finding("keys", "ok", "those that all share are what they should be")
+    return Finding(
+        "keys",
+        "error",
+        f"somebody wrote over keys of the fleet: {some(odd)}",
+        "Find out who. 'redis-cli RENAME KEY KEY:odd' puts one aside; what was in it before is lost.",
+    )
+
+
 def check_queues(patient: Patient) -> Finding:
     """Queues whose names no worker of ours can be told: RQ takes any."""
     members: Any = patient.client.smembers(keys.QUEUES)
@@ -257,6 +282,7 @@ CHECKS: tuple[Callable[[Patient], Finding], ...] = (
     check_versions,
     check_taking_jobs,
     check_rq_workers,
+    check_keys,
     check_queues,
     check_sets,
 )

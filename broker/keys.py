@@ -137,6 +137,16 @@ SLURM_POOLS = "fleet:slurm:pools"
 NEWS = "fleet:news"
 HISTORIES = "fleet:histories"
 
+#: the type of each key that the whole fleet shares, as TYPE has it
+TYPES = {
+    **dict.fromkeys((QUEUES, WORKERS, GROUPS, FLEET_WORKERS, DRAINED, PAUSED), "set"),
+    **dict.fromkeys((LEASES, ARRAYS, HISTORIES), "zset"),
+    **dict.fromkeys((COUNTERS, HOSTS, BOOTSTRAP, SETS_IDLE, SLURM_SUBMISSIONS, SLURM_POOLS), "hash"),
+    **dict.fromkeys((FENCE, CHORES, CHORES_SEEN, RECOVERY_NOT_BEFORE, LOSSES_NOT_BEFORE, ALIVE), "string"),
+    **dict.fromkeys((FLEET_ID, LAST, SETS_VERSION), "string"),
+    SETTLING: "list",
+}
+
 #: what Redis may set aside for `rq:results:ID` (stream-node-max-bytes), which mostly has one entry
 RESULT_BYTES = 256
 

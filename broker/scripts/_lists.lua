@@ -71,7 +71,11 @@ end
 -- time on, so that those after a loss are like none before it.
 local function tell_of_set(base, digest, canonical)
   redis.call('SET', K.SETS_VERSION, digits[NOW_MS], 'NX')
-  local version = redis.call('INCR', K.SETS_VERSION)
+  local version = redis.pcall('INCR', K.SETS_VERSION)
+  if type(version) ~= 'number' then
+    redis.call('SET', K.SETS_VERSION, digits[NOW_MS]) -- somebody wrote over it, and it is ours alone
+    version = NOW_MS
+  end
   redis.call('PUBLISH', K.NEWS, cjson.encode({version = version, base = base, digest = digest, set = canonical}))
 end
 

@@ -71,4 +71,4 @@ if #labels > 0 and redis.call('TTL', KEYS[6]) >= 0 then
   redis.call('EXPIRE', KEYS[6], ARGV[5])
 end
 return {'ok', lost, stopped, foreign, drain_ttl ~= -2 and 1 or 0, redis.call('EXISTS', K.SUSPENDED),
-  redis.call('SCARD', K.FLEET_WORKERS), labels, tonumber(redis.call('GET', K.SETS_VERSION) or 0) or 0}
+  redis.call('SCARD', K.FLEET_WORKERS), labels, tonumber(try('GET', K.SETS_VERSION) or 0) or 0}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 
-from broker import chores, control, explain, history, jobs, keys, metrics, past, status
+from broker import chores, control, explain, history, jobs, keys, metrics, past, sets, status
 from broker.connection import connect
 from broker.requirements import parse
 from broker.session import Session
@@ -245,6 +245,22 @@ def test_what_only_adds_to_a_view_does_not_stop_it(redis_client: redis.Redis, da
     assert history.sample(redis_client)
     assert explain.explain(redis_client, job).reasons
     assert past.read(redis_client, 10).kept["queued"] == 2
+
+
+@pytest.mark.parametrize("damage", [b"garbage", b"9223372036854775807", None])
+def test_the_version_of_sets_is_begun_anew_where_somebody_wrote_over_it(
+    redis_client: redis.Redis, damage: bytes | None
+) -> None:
+    if damage is None:
+        redis_client.rpush(keys.SETS_VERSION, "another type")
+    else:
+        redis_client.set(keys.SETS_VERSION, damage)
+    assert session(redis_client, "w0").beat(redis_client, "{}", {}, 0).state == "ok"
+    need = parse({"cpus": "2"})
+    submit(redis_client, requirements=need)
+    known = sets.known(redis_client, ["default"])
+    assert known.sets == {"default": {need.digest(): need}}
+    assert 10**12 < known.version < 10**13
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,21 @@ def test_the_rights_of_the_user_are_tried(run_fleet, own_redis, rights, level, w
         assert client.dbsize() == before
 
 
+def test_a_key_that_somebody_wrote_over_is_named(checks, fleet, fleet_redis_url, redis_client, fault):
+    redis_client.sadd(keys.QUEUES, keys.queue("default"))
+    redis_client.rpush(keys.PAUSED, "nothing of ours")
+    assert "under a key of the fleet" in fault("pause", "default", code=1)["message"]
+    redis_client.set(keys.QUEUES, "nothing of ours")
+    assert "the key rq:queues" in fault("status", code=1)["message"]
+    found = checks(fleet_redis_url, code=1)
+    told = "somebody wrote over keys of the fleet: rq:queues is a string, not a set"
+    assert found["keys"]["found"].startswith(told)
+    assert "fleet:paused is a list, not a set" in found["keys"]["found"]
+    assert (found["queues"]["level"], found["queues"]["mend"]) == ("unknown", "See 'keys'.")
+    redis_client.delete(keys.QUEUES, keys.PAUSED)
+    assert checks(fleet_redis_url)["keys"]["level"] == "ok"
+
+
 def test_workers_are_looked_at(checks, own_redis):
     server = own_redis()
     with server.client() as client:
