@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from fleet.endpoint import Endpoint
 
 SCHEMA = 1
+#: seconds without an answer of Redis after which whoever looks is told
+PATIENCE_SECONDS = 3.0
 
 
 @dataclass
@@ -42,19 +46,42 @@ class Context:
 
         return settings.load({} if self.redis_url is None else {"redis_url": self.redis_url})
 
+    def client(self, timeout_seconds: float, *, start: bool = False) -> redis.Redis:
+        """As `redis`, not yet connected; a reply that takes longer has failed."""
+        from broker.connection import address, connect
+
+        client = connect(self.url(start=start), timeout_seconds=timeout_seconds)
+        self.redis_address = address(client)
+        return client
+
     def redis(self, *, start: bool = False) -> redis.Redis:
         """A connected client: `--redis`, FLEET_REDIS_URL, the files, or the embedded broker.
 
         `start` lets the embedded broker be started where nothing is configured (and says
         so). Raises RedisUnreachable or RedisDenied when it does not answer.
         """
-        from broker.connection import address, connect, translated
+        from broker.connection import REPLY_SECONDS, translated
 
-        client = connect(self.url(start=start))
-        self.redis_address = address(client)
-        with translated(self.redis_address):
+        client = self.client(REPLY_SECONDS, start=start)
+        with translated(self.redis_address), self._telling_of_delay(REPLY_SECONDS):
             client.ping()
         return client
+
+    @contextmanager
+    def _telling_of_delay(self, most_seconds: float) -> Iterator[None]:
+        """Say so where Redis is silent for a while; a program that reads documents is not told."""
+        import threading
+
+        told = f"Redis at {self.redis_address} has not answered for {PATIENCE_SECONDS:g} s;"
+        words = f"{told} waiting for {most_seconds:g} s at most."
+        timer = threading.Timer(PATIENCE_SECONDS, self.say, [words])
+        timer.daemon = True
+        if not self.as_json:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def url(self, *, start: bool = False) -> str:
         """The URL of Redis, its password included. Never print it."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import redis
     from rich.text import Text
 
+    from broker.errors import FleetError
     from broker.failed import Failure
     from broker.fitting import Free
     from broker.status import QueueStatus, WorkerStatus
@@ -46,6 +47,12 @@ WORKER_COLUMNS = (
 #: states of workers, those first that want to be looked at
 URGENCY = ("offline", "connecting", "draining", "busy", "idle")
 _MIB = 2**20
+
+
+def no_news(error: FleetError, seen_at: datetime | None) -> str:
+    """The headline of a view that goes on though Redis does not answer; `seen_at`: of what it shows."""
+    since = f"since {seen_at:%H:%M:%SZ}" if seen_at else "yet"
+    return f"No news {since}, trying again: {error.message.rstrip('.')}"
 
 
 def state_of(worker: WorkerStatus) -> str:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from broker.errors import UsageError
+from broker.errors import RedisDenied, RedisUnreachable, UsageError
 from cli import fleet_rows, tables
-from cli.context import Context, error_fields, pass_context, print_json
+from cli.context import PATIENCE_SECONDS, Context, error_fields, fail, pass_context, print_json
 from cli.glyphs import Glyphs
 from cli.params import Duration
 from cli.ssh import max_parallel, ssh_from, ssh_options
@@ -80,13 +80,16 @@ def status(
     """
     if watch and probe:
         raise UsageError("--watch and --probe exclude each other", "Try: watch -n 60 fleet status --probe")
+    if watch:
+        with context.client(PATIENCE_SECONDS) as client:
+            looking = _Looking(context, partial(_read, client))
+            if as_json:
+                _stream(looking, watch)
+            _watch(looking, watch, every=every)
+        return
     with context.redis() as client:
         read = _probing(context, client, options) if probe else partial(_read, client)
-        if watch and as_json:
-            _stream(context, read, watch)
-        elif watch:
-            _watch(context, read, watch, every=every)
-        elif as_json:
+        if as_json:
             print_json(_document(context, read()))
         else:
             _print(context, read(), every=every)
@@ -170,42 +173,60 @@ def _print(context: Context, found: _Found, *, every: bool) -> None:
     tables.print_lines(context.console, _lines(context, found, view))
 
 
-def _stream(context: Context, read: Read, seconds: float) -> None:
-    """A document a line, for programs; Ctrl-C ends it."""
+class _Looking:
+    """Looks again and again, also while Redis is away, but not where it refuses us from the start."""
+
+    def __init__(self, context: Context, read: Read) -> None:
+        self.context = context
+        self._read = read
+        #: what was seen last
+        self.seen: _Found | None = None
+
+    def look(self) -> _Found | RedisUnreachable:
+        """What there is now, or why that is not seen. Raises what is no passing trouble."""
+        from cli.errors import explained
+
+        try:
+            self.seen = self._read()
+        except Exception as exc:
+            error = explained(exc, self.context)
+            passes = self.seen is not None or not isinstance(error, RedisDenied)
+            if not (isinstance(error, RedisUnreachable) and passes):
+                raise
+            return error
+        return self.seen
+
+
+def _stream(looking: _Looking, seconds: float) -> None:
+    """A document a line, for programs; while Redis is away, on stderr what is wrong. Ctrl-C ends it."""
     while True:
-        print_json(_document(context, read()))
+        found = looking.look()
+        if isinstance(found, RedisUnreachable):
+            fail(found.message, code=found.code, exit_code=found.exit_code, as_json=True, hint=found.hint)
+        else:
+            print_json(_document(looking.context, found))
         time.sleep(seconds)
 
 
-def _watch(context: Context, read: Read, seconds: float, *, every: bool) -> None:
-    """The same lines again and again."""
+def _watch(looking: _Looking, seconds: float, *, every: bool) -> None:
+    """The same lines again and again; while Redis is away, what was seen last, and since when it is."""
+    from rich.text import Text
+
     from cli import watching
 
+    context = looking.context
     last: list[Text] = []
 
     def look() -> list[Text]:
         nonlocal last
-        last = _look(context, read, last, every=every)
+        found = looking.look()
+        if isinstance(found, RedisUnreachable):
+            at = looking.seen.status.at if looking.seen else None
+            return [Text(fleet_rows.no_news(found, at), "bold red"), *last[1:]]
+        last = list(_lines(context, found, _screen(context, found, every=every)))
         return last
 
     watching.watch(context.console, look, seconds)
-
-
-def _look(context: Context, read: Read, last: list[Text], *, every: bool) -> list[Text]:
-    """What there is to see now; while Redis is away, what was seen last and that it is away."""
-    from rich.text import Text
-
-    from broker.errors import RedisUnreachable
-    from cli.errors import explained
-
-    try:
-        found = read()
-    except Exception as exc:
-        error = explained(exc, context)
-        if not isinstance(error, RedisUnreachable):
-            raise
-        return [Text(f"{error.message.rstrip('.')}; trying again", style="bold red"), *last[1:]]
-    return list(_lines(context, found, _screen(context, found, every=every)))
 
 
 def _screen(context: Context, seen: _Found, *, every: bool) -> _View:

@@ -146,8 +146,8 @@ class TopApp(App[None]):
         self._show(rows if chosen is self._now else None)
 
     def _on_failure(self, error: FleetError) -> None:
-        """What was seen last stays, and that it is old is said."""
-        words = f"{error.message.rstrip('.')}; trying again"
+        """What was seen last stays, and since when it is old is said."""
+        words = fleet_rows.no_news(error, self._seen.status.at if self._seen else None)
         self._static("headline").update(Text(words, "bold red", no_wrap=True, overflow="ellipsis"))
 
     def _static(self, name: str) -> Static:

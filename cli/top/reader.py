@@ -75,15 +75,18 @@ class Reader:
     def _run(self) -> None:
         while not self._stopping:
             began = time.monotonic()
-            self._look()
-            self._wake.wait(max(self._interval, _PAUSES * (time.monotonic() - began)))
+            pauses = _PAUSES if self._look() else 0.0  # to wait in vain takes no CPU
+            self._wake.wait(max(self._interval, pauses * (time.monotonic() - began)))
             self._wake.clear()
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """Whether something was seen."""
         try:
             self._found(self._read())
         except Exception as exc:  # whatever it is: who looks is to see it, and what comes next
             self._failed(explained(exc, self._context) or FleetError(f"{type(exc).__name__}: {exc}"))
+            return False
+        return True
 
     def _read(self) -> Seen:
         found = status.read(self._client)

@@ -8,7 +8,7 @@ import sys
 import click
 
 from broker.errors import UsageError
-from cli.context import Context, pass_context
+from cli.context import PATIENCE_SECONDS, Context, pass_context
 from cli.params import Duration
 
 
@@ -31,7 +31,8 @@ def top(context: Context, /, interval: float) -> int:
         raise UsageError("fleet top needs a terminal", "Elsewhere: fleet status --watch")
     if context.no_color:
         os.environ["NO_COLOR"] = "1"  # which Textual heeds
-    with context.redis() as client:
+    with context.client(PATIENCE_SECONDS) as client:
+        client.ping()
         from cli.top.app import TopApp
 
         sys.setswitchinterval(0.001)  # the thread that reads is not to keep keys waiting

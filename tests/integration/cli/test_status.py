@@ -152,3 +152,40 @@ def test_watch_goes_on_until_ctrl_c(fleet_redis_url, spawn, tmp_path, eventually
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert b"Traceback" not in said.read_bytes()
+
+
+def test_a_program_that_watches_is_told_of_a_redis_that_is_away(own_redis, spawn, eventually, tmp_path):
+    server = own_redis()
+    server.kill()
+    told, said = tmp_path / "told", tmp_path / "said"
+    with open(told, "wb") as output, open(said, "wb") as errors:
+        process = spawn(
+            [fleet_script(), "--redis", server.url, "status", "--watch", "0.1", "--json"],
+            stdout=output,
+            stderr=errors,
+        )
+    eventually(lambda: said.read_bytes().count(b"\n") >= 2, message="two failures")
+    assert json.loads(said.read_bytes().splitlines()[0])["error"]["code"] == "redis_unreachable"
+    server.start()
+    eventually(told.read_bytes, message="a document")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+
+
+def test_a_redis_that_refuses_us_ends_a_watch_at_its_start(own_redis, run_fleet):
+    url = f"redis://:wrong@127.0.0.1:{own_redis('--requirepass', 'right').port}"
+    done = run_fleet("--redis", url, "status", "--watch")
+    assert (done.returncode, "refused us" in done.stderr) == (6, True)
+
+
+def test_a_redis_that_hangs_is_told_before_it_is_given_up(own_redis, spawn, eventually, tmp_path):
+    server, said = own_redis(), tmp_path / "said"
+    server.process.send_signal(signal.SIGSTOP)
+    with open(said, "wb") as errors:
+        process = spawn(
+            [fleet_script(), "--redis", server.url, "status"], stdout=subprocess.PIPE, stderr=errors
+        )
+    eventually(lambda: b"has not answered for 3 s" in said.read_bytes())
+    assert process.poll() is None
+    server.process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -93,15 +94,22 @@ def test_watch_is_drawn_anew_when_the_size_changes_and_ends_with_q(some, tmp_pat
         screen.ended(0)
 
 
-def test_watch_goes_on_where_redis_goes_away_and_comes_back_and_ends_with_ctrl_c(own_redis, tmp_path):
+def test_watch_goes_on_where_redis_is_away_hangs_and_comes_back_and_ends_with_ctrl_c(own_redis, tmp_path):
     server = own_redis()
     with server.client() as client:
         add_worker(client, "w0")
-    command = [fleet_script(), "--redis", server.url, "status", "--watch", "0.2"]
-    with terminal.opened(tmp_path, command) as screen:
-        screen.shows("1 worker: 1 idle", "w0")
         server.kill()
-        assert "w0" in screen.shows("is not reachable", "trying again")
+    command = [fleet_script(), "--redis", server.url, "status", "--watch", "0.2"]
+    with terminal.opened(tmp_path, command, 120) as screen:
+        screen.shows("No news yet, trying again: Redis at 127.0.0.1:", "is not reachable")
+        server.start()
+        screen.shows("1 worker: 1 idle", "w0")
+        server.process.send_signal(signal.SIGSTOP)
+        assert "w0" in screen.shows("No news since ", "Timeout")
+        server.process.send_signal(signal.SIGCONT)
+        screen.shows("1 worker: 1 idle")
+        server.kill()
+        assert "w0" in screen.shows("No news since ", "Connection refused")
         server.start()
         screen.shows("1 worker: 1 idle")
         screen.keys("C-c")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -112,10 +113,14 @@ def test_it_goes_on_where_redis_goes_away_and_comes_back_and_ends_with_ctrl_c(ow
     with server.client() as client:
         add_worker(client, "gpu1-0")
     command = [fleet_script(), "--redis", server.url, "top", "--interval", "0.2"]
-    with terminal.opened(tmp_path, command) as screen:
+    with terminal.opened(tmp_path, command, 120) as screen:
         screen.shows("1 worker: 1 idle", "gpu1-0")
+        server.process.send_signal(signal.SIGSTOP)
+        screen.shows("No news since ", "Timeout", "gpu1-0")
+        server.process.send_signal(signal.SIGCONT)
+        screen.until(lambda text: "No news" not in text)
         server.kill()
-        assert "gpu1-0" in screen.shows("is not reachable", "trying again")
+        assert "gpu1-0" in screen.shows("No news since ", "is not reachable")
         screen.keys("d")
         screen.until(lambda text: text.count("is not reachable") == 2)
         server.start()
