@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from broker.errors import UsageError
+from broker.printable import printable
 from cli.context import Context, error_fields, pass_context, print_json
 from cli.progress import shown
 from cli.ssh import interruptible, max_parallel, ssh_from, ssh_options
-from cli.tables import printable, size
+from cli.tables import size
 
 if TYPE_CHECKING:
     from fleet.collection import Found, OnBytes

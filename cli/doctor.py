@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from broker.printable import printable
 from cli import tables
 from cli.context import Context, pass_context, print_json
 from cli.params import json_option
@@ -51,7 +52,7 @@ def _print(context: Context, findings: list[Finding]) -> None:
         head = Text(f"{finding.level:<{_LEVELS}}", style=tables.STYLES.get(finding.level, ""))
         head.append(f"  {finding.name:<{names}}  ", style="none")
         mend = f"-> {finding.mend}" if finding.mend and finding.level != "ok" else ""
-        for text in (tables.printable(finding.found), mend):
+        for text in (printable(finding.found), mend):
             for line in _wrapped(context, text, len(indent)):
                 tables.print_line(context.console, head.append(line, style="none"))
                 head = Text(indent)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from broker.printable import printable
 from broker.requirements import base_of
 from cli.context import Context, pass_context, print_json
 from cli.params import JobId, json_option
-from cli.tables import printable
 
 if TYPE_CHECKING:
     from broker.explain import Explanation

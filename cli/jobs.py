@@ -12,11 +12,12 @@ import click
 
 from broker import clock
 from broker.errors import NotFound, UsageError
+from broker.printable import printable
 from broker.requirements import base_of
 from cli.context import Context, json_value, pass_context, print_json
 from cli.outcomes import NOT_FOUND, exit_code
 from cli.params import JobId, JobWord, QueueName, json_option
-from cli.tables import Cell, Column, age, duration, printable, size, state
+from cli.tables import Cell, Column, age, duration, size, state
 from cli.tables import show as show_table
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from broker.printable import printable
 from cli.context import Context
-from cli.tables import printable
 
 if TYPE_CHECKING:
     from rich.table import Table

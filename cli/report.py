@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from broker.errors import UsageError
+from broker.printable import printable
 from cli.context import Context, pass_context, print_json
 from cli.params import Duration, json_option
-from cli.tables import Cell, Column, duration, printable, show, size, state
+from cli.tables import Cell, Column, duration, show, size, state
 
 if TYPE_CHECKING:
     from fleet.report import Distribution, Report

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from broker.errors import RedisDenied, RedisUnreachable, UsageError
+from broker.printable import printable
 from cli import fleet_rows, tables
 from cli.context import PATIENCE_SECONDS, Context, error_fields, fail, pass_context, print_json
 from cli.glyphs import Glyphs
@@ -314,10 +315,10 @@ def _notices(workers: Sequence[WorkerStatus]) -> Iterator[Text]:
 
     for worker in workers:
         if worker.notice:
-            yield Text(f"! {worker.name}: {tables.printable(worker.notice)}", style="yellow")
+            yield Text(f"! {worker.name}: {printable(worker.notice)}", style="yellow")
     down = {worker.host: worker.tunnel_note for worker in workers if worker.tunnel == "down"}
     for host, note in down.items():
-        yield Text(f"! {host}: its tunnel to Redis is down: {tables.printable(note)}", style="yellow")
+        yield Text(f"! {host}: its tunnel to Redis is down: {printable(note)}", style="yellow")
 
 
 def _host_lines(hosts: Sequence[ProbedHost]) -> Iterator[Text]:
@@ -326,7 +327,7 @@ def _host_lines(hosts: Sequence[ProbedHost]) -> Iterator[Text]:
 
     for host in hosts:
         if host.error:
-            said = tables.printable(host.error.message)
+            said = printable(host.error.message)
             yield Text(f"! host {host.name} is unreachable: {said}", style="yellow")
         elif not host.workers:
             yield Text(f"host {host.name}: {host.probe}, no worker runs there")

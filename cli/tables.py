@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from broker.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -127,19 +129,6 @@ class Layout:
 def _plain(cell: Cell) -> tuple[str, str]:
     text, style = (cell, "") if isinstance(cell, str) else cell
     return printable(text), style
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with whatever could move the cursor or colour the terminal spelled out."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else _spelled(c) for c in text)
-
-
-def _spelled(char: str) -> str:
-    if "\udc80" <= char <= "\udcff":  # a byte that is no UTF-8, as Python carries it
-        return f"\\x{ord(char) - 0xDC00:02x}"
-    return char.encode("unicode_escape").decode()
 
 
 def _widest(title: str, texts: Iterable[str]) -> int:

@@ -23,11 +23,13 @@ from prometheus_client.utils import floatToGoString
 
 from broker.history import BOUNDS_SECONDS, OTHER, REASONS, Times, Totals
 from broker.metrics import Snapshot
+from broker.printable import printable
 from broker.requirements import base_of
 from broker.status import QueueStatus, WorkerStatus
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
+    from prometheus_client.samples import Sample
 
 _WORKER_STATES = ("idle", "busy", "draining", "connecting", "offline")
 #: RQ's name of a state -> where QueueStatus has it
@@ -65,6 +67,19 @@ def counter(name: str, help_text: str, value: float) -> Metric:
 
 def told(snapshot: Snapshot, choices: Choices) -> Iterator[Metric]:
     """The metrics of a snapshot."""
+    for metric in _told(snapshot, choices):
+        metric.samples = [_shown(sample) for sample in metric.samples]
+        yield metric
+
+
+def _shown(sample: Sample) -> Sample:
+    """Names may be anybody's: what is none to show, as a control character, is spelled out."""
+    if all(map(str.isprintable, sample.labels.values())):
+        return sample
+    return sample._replace(labels={name: printable(value) for name, value in sample.labels.items()})
+
+
+def _told(snapshot: Snapshot, choices: Choices) -> Iterator[Metric]:
     yield from _workers(snapshot.fleet.workers)
     yield from _jobs(snapshot, choices)
     yield from _history(_by_label(snapshot.totals, _labels(snapshot, choices)))

@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 
 from broker.errors import UsageError
+from broker.printable import printable
 
 _OURS = Path(__file__).parent / "templates"
 
@@ -95,6 +96,13 @@ def _given(value: Any, *, as_text: bool = True) -> Any:
     return str(value) if as_text else value
 
 
+def _shown(value: Any) -> Any:
+    """What HTML cannot hold, as a control character, spelled out; its lines stay."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "\n".join(map(printable, value.split("\n")))
+
+
 def _environment() -> jinja2.Environment:
     found = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
@@ -109,5 +117,5 @@ def _environment() -> jinja2.Environment:
 
 _ENVIRONMENT = _environment()
 _PAGES = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    autoescape=True, undefined=jinja2.StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True
 )

@@ -20,6 +20,7 @@ from textual.widgets import Footer, Input, Static
 
 from broker import control, selection
 from broker.errors import FleetError
+from broker.printable import printable
 from cli import fleet_rows, tables
 from cli.errors import explained
 from cli.glyphs import Glyphs
@@ -182,7 +183,7 @@ class TopApp(App[None]):
             words = f" {i + 1} {chosen.view.name} ({counts.get(chosen.view.name, 0):,}) "
             text.append(words, "reverse bold" if i == self._at else "").append(" ")
         if self._now.filter:
-            words = tables.printable(self._now.filter)
+            words = printable(self._now.filter)
             text.append(f" {self._table.count():,} with '{words}' (Esc: all)", "bold")
         if self._table.count() > self._table.page_lines:
             text.append(f" row {self._table.cursor + 1:,}", "dim")
@@ -195,7 +196,7 @@ class TopApp(App[None]):
         self._has_told = False
         row = self._table.row
         notice = row.notice if row is not None and self._now.view is WORKERS else ""
-        self._note(f"! {row.name}: {tables.printable(notice)}" if row and notice else "", "yellow")
+        self._note(f"! {row.name}: {printable(notice)}" if row and notice else "", "yellow")
         self._static("views").update(self._tabs())
 
     def _tell(self, words: str, style: str = "bold") -> None:
@@ -289,7 +290,7 @@ class TopApp(App[None]):
                 target = selection.Target(job.id, job.id)
                 self._act(lambda: selection.cancel(self._client, target), lambda word: f"{job.id}: {word}")
 
-        name = tables.printable(job.details.name if job.details else "")
+        name = printable(job.details.name if job.details else "")
         self.push_screen(
             Question(f"Cancel job {job.id}, which runs on {job.worker}?\n{name[:200]}"), answered
         )

@@ -13,7 +13,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
-from cli import tables
+from broker.printable import printable
 from cli.tables import Cell, Column, Layout
 
 Row = TypeVar("Row")
@@ -262,7 +262,7 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 
 
 def _shown(line: str) -> str:
-    return tables.printable(_ESCAPES.sub("", line).expandtabs())
+    return printable(_ESCAPES.sub("", line).expandtabs())
 
 
 def _last_state(line: str) -> str:

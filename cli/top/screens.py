@@ -15,6 +15,7 @@ from textual.screen import ModalScreen, Screen
 from textual.widgets import Footer, Static
 
 from broker import jobs, outputs
+from broker.printable import printable
 from cli import tables
 from cli.errors import explained
 from cli.glyphs import Glyphs
@@ -136,9 +137,7 @@ class Log(Screen[None]):
     def _head(self, state: str) -> None:
         text = Text(no_wrap=True, overflow="ellipsis")
         text.append(f"{'stderr' if self._stderr else 'stdout'} of {self._job_id}", "bold").append("  ")
-        text.append(*tables.state(state, self._glyphs.marked(state))).append(
-            f"  {tables.printable(self._title)}"
-        )
+        text.append(*tables.state(state, self._glyphs.marked(state))).append(f"  {printable(self._title)}")
         self.query_one("#headline", Static).update(text)
 
 

@@ -6,6 +6,7 @@ import click
 import pytest
 from rich.cells import cell_len
 
+from broker.printable import printable
 from cli import tables
 from cli.params import Duration
 from cli.tables import Column
@@ -113,4 +114,4 @@ def test_a_list_says_how_many_more_there_are():
     ],
 )
 def test_nothing_printed_can_move_the_cursor(text, shown):
-    assert tables.printable(text) == shown
+    assert printable(text) == shown

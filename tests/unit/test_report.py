@@ -275,6 +275,19 @@ def test_names_and_reasons_are_text_whatever_they_hold():
     assert svgs(text)
 
 
+def test_control_characters_are_spelled_out():
+    odd = "a\x1b[31m\x07\x00\x9b\x7f\u202e\udcff"
+    text = page(
+        made(
+            job(0, Attempt(1, odd, 1.0, 2.0, "failed"), name=odd, state="failed", reason=odd),
+            job(1)._replace(queue=odd, id=odd, usage=Usage(1.0, _GIB)),
+        )
+    )
+    assert "a\\x1b[31m\\x07\\x00\\x9b\\x7f\\u202e\\xff" in text
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert svgs(text)
+
+
 def test_the_page_names_no_address_and_has_no_script():
     text = page(made(job()))
     assert not re.search(r"https?:|//[a-z]|url\(|@import|<script|\son[a-z]+=", text.replace("http-equiv", ""))

@@ -156,6 +156,21 @@ def test_each_worker_is_told_of_where_that_is_asked_for(
     assert found['fleet_worker_jobs_finished_total{host="here",worker="w0"}'] == 3
 
 
+def test_control_characters_of_names_are_spelled_out(
+    exporter: Start, redis_client: redis.Redis, redis_url: str
+) -> None:
+    odd = "w\x1b[31m\x07"
+    record = {"name": odd, "host": odd, "queues": [odd], "slots": 1}
+    redis_client.set(keys.worker_record(odd), json.dumps(record))
+    redis_client.set(keys.worker_beat(odd), "1")
+    redis_client.sadd(keys.FLEET_WORKERS, odd)
+    text = exporter(redis_url, "--per-worker", "--rq-names").text()
+    told = r"w\\x1b[31m\\x07"
+    assert f'fleet_worker_slots{{host="{told}",worker="{told}"}} 1.0' in text
+    assert f'name="{told}",queues="{told}"' in text
+    assert all(char.isprintable() or char == "\n" for char in text)
+
+
 def test_sets_of_requirements_are_summed_unless_asked_for(
     exporter: Start, redis_client: redis.Redis, redis_url: str
 ) -> None:
