@@ -1,6 +1,7 @@
 """Executors as the worker sees them: a pool of processes that run Python jobs, never waited for.
 
     execution = pool.start(job_id, fields, execution_id, stdout_path, stderr_path)
+    pool.send()
     execution.outcome          # there when the pool's selector has called back, and it is over
     pool.release(execution)    # after the outcome has been handled
 
@@ -84,6 +85,8 @@ class ExecutorPool:
     ) -> Execution:
         """Run a job whose hash is `fields`; within `limits`, in a process forked for it. Does not wait.
 
+        `send` lets the executor have it, along with what is lined up behind it: to wake it costs more than
+        a short job.
         What it writes is in `stdout_path` and `stderr_path` when its outcome is there, behind what
         these hold already; if it wrote nothing they are not made. None drops it. Where no executor
         could be started the outcome says so. Raises OSError only where there are no descriptors left.
@@ -92,7 +95,8 @@ class ExecutorPool:
         task: dict[str, Any] = {"op": "job", "execution_id": execution_id}
         if limits:
             task["limits"] = dict(limits)
-        return self._run(job_id, fields, task, (stdout_path, stderr_path), timeout)
+        mode: Mode = "fork" if limits else self._config.mode
+        return self._give(self._take(mode), job_id, fields, task, (stdout_path, stderr_path), timeout)
 
     def line_up(
         self,
@@ -102,7 +106,7 @@ class ExecutorPool:
         stdout_path: str | Path | None = None,
         stderr_path: str | Path | None = None,
     ) -> Execution | None:
-        """As `start`, behind a job that runs; None where no executor has room. `send` lets them have it.
+        """As `start`, behind a job that runs; None where no executor has room.
 
         It may be taken back, with `withdraw`, until its turn has come.
         """
@@ -114,7 +118,7 @@ class ExecutorPool:
         return self._give(lane, job_id, fields, task, (stdout_path, stderr_path), timeout)
 
     def send(self) -> None:
-        """Send the executors what was lined up."""
+        """Send the executors what was started and lined up."""
         for lane in self._busy:
             self._send(lane)
 
@@ -225,8 +229,8 @@ class ExecutorPool:
         targets: tuple[str | Path | None, str | Path | None],
         timeout_seconds: float | None,
     ) -> Execution:
-        mode: Mode = "fork" if "limits" in task else self._config.mode
-        execution = self._give(self._take(mode), job_id, fields, task, targets, timeout_seconds)
+        lane = self._take(self._config.mode)
+        execution = self._give(lane, job_id, fields, task, targets, timeout_seconds)
         self._send(execution.lane)
         return execution
 

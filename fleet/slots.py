@@ -252,6 +252,7 @@ class Slots:
             if waiting.what is None:
                 self._run(FunctionAttempt.start(claim, self._pool, self._context, waiting.grant))
             else:
+                self._pool.send()  # to start a command takes longer than many a function
                 attempt = CommandAttempt.start(claim, waiting.what, self._context, waiting.grant)
                 self._guard.add(attempt.pgid)
                 self._run(attempt)

@@ -211,6 +211,7 @@ class Bench:
         self._count += 1
         out, err = (self.folder / "out" / f"{self._count}.{name}" for name in ("out", "err"))
         execution = self.pool.start(job_id, fields, execution_id="e1", stdout_path=out, stderr_path=err)
+        self.pool.send()
         execution.out, execution.err = out, err
         return execution
 
@@ -853,6 +854,7 @@ def test_output_that_cannot_be_kept_does_not_change_the_jobs_end(bench, tmp_path
     execution = bench.pool.start(
         job_id, fields, execution_id="e", stdout_path=tmp_path / "file" / "out", stderr_path=tmp_path / "err"
     )
+    bench.pool.send()
     outcome = bench.finish(execution)
     assert outcome.kind == "finished"
     assert "file" in outcome.output_error
@@ -865,7 +867,9 @@ def test_output_that_cannot_be_kept_does_not_change_the_jobs_end(bench, tmp_path
 @both_modes
 def test_output_without_a_place_is_dropped(bench):
     job_id, fields = bench.fields("speak", "hello")
-    outcome = bench.finish(bench.pool.start(job_id, fields, execution_id="e"))
+    execution = bench.pool.start(job_id, fields, execution_id="e")
+    bench.pool.send()
+    outcome = bench.finish(execution)
     assert (outcome.kind, outcome.stdout_bytes) == ("finished", 6)
 
 
