@@ -100,7 +100,7 @@ def spawn(
             file_actions=[(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(files)],
             **_apart(),
             setsigmask=(),
-            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+            setsigdef=_reset_signals(),
         )
     except OSError as exc:
         raise _explained(argv[0], exc) from exc
@@ -120,6 +120,17 @@ def _apart() -> dict[str, Any]:
     except OSError:
         return {"setpgroup": 0}
     return {"setsid": True}
+
+
+@functools.cache
+def _reset_signals() -> tuple[int, ...]:
+    """What a job finds as it is by default: all but what whoever started this process ignores, nohup for one.
+
+    Of exec what is handled here gets its default anyway. But of each signal that is not named the C library
+    asks in the new process how it is handled, while this one waits.
+    """
+    ours = {signal.SIGPIPE, signal.SIGXFSZ}  # which Python ignores
+    return tuple(n for n in signal.valid_signals() if n in ours or signal.getsignal(n) != signal.SIG_IGN)
 
 
 def resolve(program: str, path: str) -> str:
