@@ -139,14 +139,16 @@ class WorkingFolders:
     """A working directory for each job, kept if anything was put into it.
 
     Most jobs leave theirs empty, and making and removing a directory costs a disk more than all
-    else we do for a short job: so an empty one is put aside, under a name that no other worker
-    of this host looks at, and renamed for the next.
+    else we do for a short job: so an empty one is renamed for the next. One for which there is no
+    next at once is put aside, under a name that no other worker of this host looks at.
     """
 
     def __init__(self, folders: Folders, worker: str) -> None:
         self._root = str(folders.jobs)
         self._aside = f"{folders.run}/{worker}.spare"
         self._spare: list[str] = []
+        #: empty, and still called by the jobs that left them
+        self._left: list[str] = []
         self._serial = 0
         #: when an empty one was last changed, as far as it tells: whatever is put into it changes that
         self._untouched_ns = int(time.time() - _UNTOUCHED_SECONDS) * 10**9
@@ -162,19 +164,28 @@ class WorkingFolders:
         return path
 
     def leave(self, path: str) -> None:
-        """The attempt in it ended."""
+        """The attempt in it ended. To be followed by `put_aside` before anybody may run its job again."""
         try:
-            if not self._is_as_made(path):
-                return
+            if self._is_as_made(path):
+                self._left.append(path)
+        except OSError:
+            return  # the job removed it, or took our rights to look
+
+    def put_aside(self) -> None:
+        """Let go of the names of the jobs that left theirs empty, if none has begun in it since."""
+        while self._left:
+            path = self._left.pop()
             self._serial += 1
             spare = f"{self._aside}{self._serial}"
-            os.rename(path, spare)  # noqa: PTH104  # once a job: Path would cost three times as much
-            self._spare.append(spare)
-        except OSError:
-            return  # the job removed it, took our rights to look, or is busy with it
+            try:
+                os.rename(path, spare)  # noqa: PTH104  # once a job: Path would cost three times as much
+                self._spare.append(spare)
+            except OSError:
+                continue  # somebody removed it, or is busy with it
 
     def close(self) -> None:
         """Remove those that nobody needs."""
+        self.put_aside()
         while self._spare:
             _rmdir(self._spare.pop())
 
@@ -195,8 +206,9 @@ class WorkingFolders:
         os.utime(path, ns=(self._untouched_ns, self._untouched_ns), follow_symlinks=False)
 
     def _rename_or_make(self, path: str) -> None:
-        if self._spare:
-            spare = self._spare.pop()
+        spares = self._left or self._spare
+        if spares:
+            spare = spares.pop()
             try:
                 os.rename(spare, path)  # noqa: PTH104  # as above
                 return
@@ -251,16 +263,9 @@ class Outputs:
 
     def close(self, files: OutputFiles, limit: int = 0) -> Tails:
         """The attempt ended: the last `limit` bytes of each; one without content goes."""
-        tails = files.tails(limit)
-        for fd, path, size in (
-            (files.stdout, files.stdout_path, tails.stdout_end),
-            (files.stderr, files.stderr_path, tails.stderr_end),
-        ):
-            if size:
-                os.close(fd)
-            else:
-                self._put_aside(fd, path)
-        return tails
+        out, out_end = self._close(files.stdout, files.stdout_path, limit)
+        err, err_end = self._close(files.stderr, files.stderr_path, limit)
+        return Tails(out, err, out_end, err_end)
 
     def clear(self) -> None:
         """Remove those that nobody needs."""
@@ -280,9 +285,18 @@ class Outputs:
                 os.close(fd)
         return None
 
-    def _put_aside(self, fd: int, path: str) -> None:
+    def _close(self, fd: int, path: str, limit: int) -> tuple[bytes, int]:
+        """Its last bytes, and its size."""
+        found = os.fstat(fd)
+        if not found.st_size:
+            self._put_aside(fd, path, found)
+            return b"", 0
+        tail = _last_bytes(fd, found.st_size, limit)
+        os.close(fd)
+        return tail, found.st_size
+
+    def _put_aside(self, fd: int, path: str, before: os.stat_result) -> None:
         """Keep an empty file, if it is the one that was opened and nobody else can write to it."""
-        before = os.fstat(fd)
         try:
             again = os.open(path, _APPENDING | os.O_NOFOLLOW) if self._has_leases else None
         except OSError:
@@ -364,6 +378,8 @@ def tail_of(path: str | Path, limit: int) -> tuple[bytes, int]:
 
 def _tail(fd: int, limit: int) -> tuple[bytes, int]:
     size = os.fstat(fd).st_size
-    if size == 0 or limit == 0:
-        return b"", size
-    return os.pread(fd, limit, max(0, size - limit)), size
+    return _last_bytes(fd, size, limit), size
+
+
+def _last_bytes(fd: int, size: int, limit: int) -> bytes:
+    return os.pread(fd, limit, max(0, size - limit)) if size and limit else b""

@@ -178,6 +178,7 @@ class Slots:
             waiting = self._waiting.popleft()
             self._pace.waited(waiting.waited(), waiting.before)
             self._start(waiting)
+        self._context.working.put_aside()  # the ends of their jobs are not reported yet
         if self._held and clock.monotonic() > self._patient_until():
             self._give_back()
         if not any(map(_may_come_first_again, self._attempts.values())):

@@ -132,6 +132,23 @@ def test_a_folder_left_empty_serves_the_next_job_and_one_with_something_in_it_is
     assert not [path for path in folders.run.iterdir() if "spare" in path.name]
 
 
+def test_a_folder_that_is_put_aside_is_nobodys_and_serves_a_later_job(folders):
+    working, another = WorkingFolders(folders, "w-0"), WorkingFolders(folders, "w-1")
+    first = Path(working.enter("a"))
+    known = first.stat().st_ino
+    working.leave(str(first))
+    working.put_aside()
+    assert not first.exists()
+    again = Path(another.enter("a"))  # the job runs again, with another worker of this host
+    assert Path(working.enter("b")).stat().st_ino == known
+    assert again.exists()
+    another.leave(str(again))
+    for each in (working, another):
+        each.close()
+    assert sorted(path.name for path in folders.jobs.glob("[!.]*")) == ["b"]
+    assert not [path for path in folders.run.iterdir() if "spare" in path.name]
+
+
 # --- what is removed when it is old ----------------------------------------------------------------
 
 WEEK_SECONDS = 7 * 86400
