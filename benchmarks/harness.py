@@ -6,6 +6,7 @@ median of the ratios of the same round.
 
 from __future__ import annotations
 
+import compileall
 import os
 import signal
 import statistics
@@ -27,6 +28,8 @@ from fleet.embedded import EmbeddedBroker
 T = TypeVar("T")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+#: where our code is
+_OURS = ("broker", "fleet", "cli", "benchmarks")
 #: where peers find Redis: their modules, and the processes they start, read it when imported
 URL_VARIABLE = "FLEET_BENCH_REDIS_URL"
 #: seconds between two looks at how far the jobs are
@@ -63,6 +66,8 @@ class Site:
 @contextmanager
 def site(*, rounds: int, seconds: float, quick: bool) -> Iterator[Site]:
     """A temporary folder and, in it, our embedded Redis: append-only file on, everysec."""
+    for name in _OURS:  # as pip does with what it installs, the peers among it
+        compileall.compile_dir(REPOSITORY / name, quiet=2)
     with tempfile.TemporaryDirectory(prefix="fleet-bench-") as name:
         broker = EmbeddedBroker(Path(name) / "broker")
         url = broker.start().url

@@ -28,6 +28,8 @@ def from_iso(text: str | bytes | None) -> datetime | None:
         return None
     try:
         found = datetime.fromisoformat(text.decode() if isinstance(text, bytes) else text)
+        if found.tzinfo is UTC:  # as nearly all are, and there may be tens of thousands
+            return found
         return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
     except (ValueError, TypeError, OverflowError):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlunsplit
@@ -193,6 +193,31 @@ def replies(pipe: Pipeline) -> list[Any]:
         if isinstance(reply, Exception) and "WRONGTYPE" not in str(reply):
             raise reply
     return found
+
+
+def ask(client: redis.Redis, commands: Sequence[Sequence[str]]) -> list[Any]:
+    """The same of so many commands, each a tuple of strings, in half the time that a pipeline takes.
+
+    For tens of thousands: what a pipeline does for each of them, beside asking, costs more than the asking.
+    """
+    connection: Any = client.connection_pool.get_connection()
+    try:
+        connection.send_packed_command(connection.pack_commands(commands))
+        return [_reply(connection) for _ in commands]
+    except BaseException:
+        connection.disconnect()  # what is still to come is no answer to what is asked next
+        raise
+    finally:
+        client.connection_pool.release(connection)
+
+
+def _reply(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except exceptions.ResponseError as exc:
+        if "WRONGTYPE" not in str(exc):
+            raise
+        return exc
 
 
 @contextmanager

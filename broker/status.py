@@ -1,7 +1,7 @@
 """What `fleet status` shows: workers and queues, in a constant number of round trips.
 
-One call lists names, a second fetches everything about them, a third the first job of each
-queue, a fourth and a fifth what arrays have not given out yet, however many there are.
+One call lists names, a second fetches everything about workers, a third about queues, a fourth the
+first job of each queue, a fifth and a sixth what arrays have not given out yet, however many there are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import redis
 
-from broker import chores, clock, keys, tasks, tunnels
+from broker import chores, clock, connection, keys, tasks, tunnels
 from broker.clock import from_iso
 from broker.connection import replies
 from broker.fitting import Free
@@ -119,8 +119,9 @@ class _Names:
 
 
 def _read(client: redis.Redis, names: _Names) -> FleetStatus:
+    rows = iter(connection.ask(client, list(_about_workers(names.workers))))
+    workers = [_worker(name, parts, names.now) for name, parts in _parts(names.workers, rows)]
     with client.pipeline(transaction=False) as pipe:
-        _ask_workers(pipe, names.workers)
         for name in names.queues:
             _ask_queue(pipe, name)
         sublists = [name for name in names.queues if SEPARATOR in name]
@@ -128,7 +129,6 @@ def _read(client: redis.Redis, names: _Names) -> FleetStatus:
             base, _, digest = name.partition(SEPARATOR)
             pipe.hget(keys.sets(base), digest)
         rows = iter(replies(pipe))
-    workers = [_worker(name, parts, names.now) for name, parts in _parts(names.workers, rows)]
     counts = {name: [next(rows) for _ in range(_QUEUE_PARTS)] for name in names.queues}
     asks = dict.fromkeys(names.queues, "") | {name: _readable(next(rows)) for name in sublists}
     since = _oldest(client, {name: parts[-1] for name, parts in counts.items()})
@@ -206,12 +206,13 @@ _WORKER_STRINGS = (keys.worker_record, keys.worker_beat, keys.worker_drain)
 _RQ_COUNTS = ("last_heartbeat", "successful_job_count", "failed_job_count", "total_working_time")
 
 
-def _ask_workers(pipe: Any, names: Sequence[str]) -> None:
+def _about_workers(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The commands whose answers `_parts` takes in."""
     for key in _WORKER_STRINGS if names else ():
-        pipe.mget(map(key, names))
+        yield "MGET", *map(key, names)
     for name in names:
-        pipe.hkeys(keys.worker_leases(name))
-        pipe.hmget(keys.rq_worker(name), *_RQ_COUNTS)
+        yield "HKEYS", keys.worker_leases(name)
+        yield "HMGET", keys.rq_worker(name), *_RQ_COUNTS
 
 
 def _parts(names: Sequence[str], rows: Iterator[Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:

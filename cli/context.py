@@ -48,6 +48,9 @@ class Context:
 
     def client(self, timeout_seconds: float, *, start: bool = False) -> redis.Redis:
         """As `redis`, not yet connected; a reply that takes longer has failed."""
+        from fleet.late import import_redis
+
+        import_redis()
         from broker.connection import address, connect
 
         client = connect(self.url(start=start), timeout_seconds=timeout_seconds)
@@ -60,6 +63,9 @@ class Context:
         `start` lets the embedded broker be started where nothing is configured (and says
         so). Raises RedisUnreachable or RedisDenied when it does not answer.
         """
+        from fleet.late import import_redis
+
+        import_redis()
         from broker.connection import REPLY_SECONDS, translated
 
         client = self.client(REPLY_SECONDS, start=start)

@@ -90,19 +90,21 @@ def by_state(workers: Iterable[WorkerStatus]) -> str:
 def worker_row(worker: WorkerStatus, glyphs: Glyphs) -> list[Cell]:
     """The cells of one worker, in the order of WORKER_COLUMNS."""
     offline, state, running = worker.state == "offline", state_of(worker), len(worker.running)
+    bar = _no_bar if offline else glyphs.bar
+    cpus, memory = _of_cpus(worker), _of_memory(worker)
     return [
         worker.name,
         worker.host,
         tables.state(state, glyphs.marked(state)),
         tables.state(probe_of(worker)),
         f"{running}/{worker.slots}",
-        ("" if offline else glyphs.bar(running, worker.slots), _BAR),
-        _cpus(worker),
-        ("" if offline else glyphs.bar(*_of_cpus(worker)), _BAR),
-        _memory(worker),
-        ("" if offline else glyphs.bar(*_of_memory(worker)), _BAR),
+        (bar(running, worker.slots), _BAR),
+        _cpus(worker, *cpus),
+        (bar(*cpus), _BAR),
+        _memory(worker, *memory),
+        (bar(*memory), _BAR),
         _gpus(worker),
-        ("" if offline else glyphs.bar(*_of_gpus(worker)), _BAR),
+        (bar(*_of_gpus(worker)) if worker.gpus else "", _BAR),
         (tables.age(worker.heartbeat_age_seconds), "bold red" if offline else ""),
         ",".join(worker.queues),
         " ".join(worker.running),
@@ -112,6 +114,11 @@ def worker_row(worker: WorkerStatus, glyphs: Glyphs) -> list[Cell]:
         worker.version,
         ",".join(f"{name}={value}" for name, value in worker.labels.items()),
     ]
+
+
+def _no_bar(used: float, total: float) -> str:
+    del used, total
+    return ""
 
 
 def _left(worker: WorkerStatus) -> Free | None:
@@ -138,17 +145,15 @@ def _of_gpus(worker: WorkerStatus) -> tuple[float, float]:
     return sum(1 - share for share in left), len(worker.gpus)
 
 
-def _cpus(worker: WorkerStatus) -> str:
+def _cpus(worker: WorkerStatus, used: float, total: float) -> str:
     """`1.5/8`: promised, of how many."""
-    used, total = _of_cpus(worker)
     if not total or _left(worker) is None:
         return f"{total:g}" if total else ""
     return f"{used:g}/{total:g}"
 
 
-def _memory(worker: WorkerStatus) -> str:
+def _memory(worker: WorkerStatus, used: int, total: int) -> str:
     """`2.0/64.0 GiB`; what was promised to jobs, not what they have."""
-    used, total = _of_memory(worker)
     if not total or _left(worker) is None:
         return tables.size(total) if total else ""
     return tables.size_of(used, total)
@@ -156,6 +161,8 @@ def _memory(worker: WorkerStatus) -> str:
 
 def _gpus(worker: WorkerStatus) -> str:
     """`1/2x A100`, by kind: how many are used, and in part, of how many."""
+    if not worker.gpus:
+        return ""
     names = [str(gpu.get("name", "GPU")).removeprefix("NVIDIA ") for gpu in worker.gpus]
     found, left = _left(worker), dict[str, float]()
     for name, share in zip(names, found.gpus if found else (), strict=False):

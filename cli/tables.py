@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -107,14 +107,14 @@ class Layout:
         self, rows: Iterable[Sequence[Cell]], width: int | None, titles: Sequence[str] = ()
     ) -> list[Text]:
         """The lines of a table that is at most `width` wide, the head first; it may have other `titles`."""
-        body = [[_plain(cell) for cell in row] for row in rows]
         head = [(title, "bold") for title in titles or (column.title for column in self.columns)]
-        for i in range(len(self.columns)):
-            self._used[i] = self._used[i] or any(row[i][0] for row in body)
-            self._natural[i] = max(self._natural[i], _widest(head[i][0], (row[i][0] for row in body)))
+        filled = [_Filled.of(cells) for cells in zip(head, *rows, strict=True)]
+        for i, column in enumerate(filled):
+            self._used[i] = self._used[i] or any(column.texts[1:])
+            self._natural[i] = max(self._natural[i], column.widest)
         chosen = [i for i, is_used in enumerate(self._used) if is_used]
         self.sizes = _fit(self.columns, self._natural, chosen, width)
-        return [_line(self.columns, row, self.sizes) for row in [head, *body]]
+        return _lines([filled[i].fitted(self.columns[i], size) for i, size in self.sizes.items()])
 
     def column_at(self, x: int) -> int | None:
         """Which column is shown at that cell of a line."""
@@ -126,13 +126,55 @@ class Layout:
         return None
 
 
-def _plain(cell: Cell) -> tuple[str, str]:
-    text, style = (cell, "") if isinstance(cell, str) else cell
-    return printable(text), style
+@dataclass(frozen=True)
+class _Filled:
+    """The cells of one column, which are looked at together where that is enough: there may be 10,000."""
+
+    texts: Sequence[str]
+    #: of those that have one, by row
+    styles: Mapping[int, str]
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell]) -> _Filled:
+        """Of what is to be shown, made printable."""
+        texts = [cell if isinstance(cell, str) else cell[0] for cell in cells]
+        if not "".join(texts).isprintable():
+            texts = [printable(text) for text in texts]
+        styles = {row: cell[1] for row, cell in enumerate(cells) if not isinstance(cell, str) and all(cell)}
+        return cls(texts, styles)
+
+    @property
+    def widest(self) -> int:
+        return max(map(_width_of(self.texts), self.texts))
+
+    def fitted(self, column: Column, size: int) -> _Fitted:
+        """Each of them in a cell of `size`, cut where it is wider."""
+        width, texts = _width_of(self.texts), self.texts
+        if self.widest > size:
+            texts = [text if width(text) <= size else _short(text, column, size) for text in texts]
+            width = _width
+        blanks = [" " * (size - width(text)) for text in texts]
+        pairs = zip(blanks, texts, strict=True) if column.right else zip(texts, blanks, strict=True)
+        return _Fitted(list(map("".join, pairs)), texts, self.styles, right=column.right)
 
 
-def _widest(title: str, texts: Iterable[str]) -> int:
-    return max([_width(title), *map(_width, texts)])
+@dataclass(frozen=True)
+class _Fitted:
+    """The same, all as wide as the column, and the texts that stand in these `cells`."""
+
+    cells: Sequence[str]
+    texts: Sequence[str]
+    styles: Mapping[int, str]
+    right: bool
+
+    def start(self, row: int) -> int:
+        """Where in its cell the text begins."""
+        return len(self.cells[row]) - len(self.texts[row]) if self.right else 0
+
+
+def _width_of(texts: Sequence[str]) -> Callable[[str], int]:
+    """What measures each of them."""
+    return len if "".join(texts).isascii() else _width
 
 
 def _width(text: str) -> int:
@@ -171,22 +213,21 @@ def _total(sizes: dict[int, int]) -> int:
     return sum(sizes.values()) + len(_GAP) * (len(sizes) - 1)
 
 
-def _line(columns: Sequence[Column], row: Sequence[tuple[str, str]], sizes: dict[int, int]) -> Text:
-    """One Text, its cells marked by spans: a Text for each cell takes seconds for 10,000 rows."""
+def _lines(columns: Sequence[_Fitted]) -> list[Text]:
+    """One Text a row, its cells marked by spans: a Text for each cell takes seconds for 10,000 rows."""
     from rich.text import Span, Text
 
-    parts, spans, at = [], [], 0
-    for i, size in sizes.items():
-        text, style = row[i]
-        if _width(text) > size:
-            text = _cut(_shortened(text, columns[i].separator, size), size, in_middle=columns[i].in_middle)
-        blanks = " " * (size - _width(text))
-        start = at + (len(blanks) if columns[i].right else 0)
-        if style:
-            spans.append(Span(start, start + len(text), style))
-        parts.append(blanks + text if columns[i].right else text + blanks)
-        at += len(parts[-1]) + len(_GAP)
-    return Text(_GAP.join(parts).rstrip(), spans=spans)
+    rows = zip(*(column.cells for column in columns), strict=True)
+    lines = [Text(_GAP.join(row).rstrip()) for row in rows]
+    for i, column in enumerate(columns):
+        for row, style in column.styles.items():
+            at = column.start(row) + sum(len(left.cells[row]) + len(_GAP) for left in columns[:i])
+            lines[row].spans.append(Span(at, at + len(column.texts[row]), style))
+    return lines
+
+
+def _short(text: str, column: Column, size: int) -> str:
+    return _cut(_shortened(text, column.separator, size), size, in_middle=column.in_middle)
 
 
 def _cut(text: str, size: int, *, in_middle: bool = False) -> str:

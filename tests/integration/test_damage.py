@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 
-from broker import chores, control, explain, history, jobs, keys, metrics, past, sets, status
+from broker import chores, connection, control, explain, history, jobs, keys, metrics, past, sets, status
 from broker.connection import connect
 from broker.requirements import parse
 from broker.session import Session
@@ -283,3 +283,17 @@ def test_a_worker_whose_record_is_none_of_ours_is_left_out(
         record = {"host": "here", "queues": ["default"], **({field: damage} if name == "odd" else {})}
         redis_client.set(keys.worker_record(name), json.dumps(record))
     assert [worker.name for worker in status.read(redis_client).workers] == ["good"]
+
+
+def test_of_many_commands_one_that_meets_damage_is_answered_by_its_error(redis_client: redis.Redis) -> None:
+    redis_client.set("text", "1")
+    found = connection.ask(redis_client, [("HKEYS", "text"), ("GET", "text")])
+    assert isinstance(found[0], redis.ResponseError)
+    assert found[1] == b"1"
+
+
+def test_after_any_other_error_the_next_answer_is_none_of_the_many(redis_client: redis.Redis) -> None:
+    redis_client.set("text", "1")
+    with pytest.raises(redis.ResponseError):
+        connection.ask(redis_client, [("GET", "text", "and", "more"), ("GET", "text")])
+    assert redis_client.get("other") is None

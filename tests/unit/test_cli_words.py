@@ -88,6 +88,14 @@ def test_a_table_without_limit_is_whole():
     assert cell_len(head) == cell_len(first) == cell_len(second)
 
 
+def test_colours_are_where_the_words_are_beside_wide_letters_too():
+    rows = [[("日本", "green"), "語", "", ("7", "red"), ("", "red")], ["22", ("b", "blue"), "", "12345", ""]]
+    head, *lines = tables.lines(COLUMNS, rows, 40)
+    found = [[(line.plain[span.start : span.end], span.style) for span in line.spans] for line in lines]
+    assert found == [[("日本", "green"), ("7", "red")], [("b", "blue")]]
+    assert [head.plain[span.start : span.end] for span in head.spans] == ["ID", "NAME", "LEFT"]
+
+
 def test_where_it_is_narrow_columns_of_a_high_rank_go_first():
     def titles(width: int) -> str:
         return tables.lines(COLUMNS, ROWS, width)[0].plain

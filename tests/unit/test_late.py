@@ -28,6 +28,14 @@ print("email" in sys.modules)"""
     assert said(code) == ["False"]
 
 
+def test_a_verb_is_spared_it_likewise(redis_url: str) -> None:
+    code = f"""from cli.context import Context
+Context({redis_url!r}).redis()
+import sys
+print("redis.asyncio.client" in sys.modules)"""
+    assert said(code) == ["False"]
+
+
 def test_who_asks_gets_the_real_ones() -> None:
     code = f"""{START}from importlib import metadata
 print(metadata.version("redis") == redis.__version__)
