@@ -17,7 +17,7 @@ from broker import __version__, chores, clock, keys
 from broker.connection import one_line, replies
 from broker.durability import check_eviction, check_failover, check_persistence
 from broker.findings import Finding, Patient, setting, some
-from broker.requirements import SEPARATOR
+from broker.requirements import SEPARATOR, is_sublist
 from broker.rights import check_rights
 
 #: oldest versions that will do, by name of the server
@@ -265,8 +265,16 @@ def check_sets(patient: Patient) -> Finding:
         "requirements",
         "error",
         f"jobs wait where nobody knows what they ask for: {some(unknown)}",
-        "Nobody takes them: 'fleet cancel' them, and submit them anew with 'fleet submit --cpus ...'.",
+        _WAY_OUT if any(map(is_sublist, unknown)) else _NO_SUBLIST,
     )
+
+
+_WAY_OUT = "Nobody takes them: 'fleet cancel' them, and submit them anew with 'fleet submit --cpus ...'."
+#: a producer called its queue so, and had nothing else in mind
+_NO_SUBLIST = (
+    f"What follows '{SEPARATOR}' is what jobs ask for, so nobody takes them: 'fleet cancel' them, and enqueue "
+    f"to a name without '{SEPARATOR}'."
+)
 
 
 CHECKS: tuple[Callable[[Patient], Finding], ...] = (

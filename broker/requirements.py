@@ -31,6 +31,7 @@ _MOST = 1_000_000
 #: between a queue's name and the digest of a set
 SEPARATOR = "@"
 _DIGEST_CHARACTERS = 10
+_SUBLIST = re.compile(rf"[^{SEPARATOR}]+{SEPARATOR}[a-z2-7]{{{_DIGEST_CHARACTERS}}}")
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _RULE = re.compile(r"([^=!]*)(!?)=(.*)", re.DOTALL)
@@ -258,6 +259,11 @@ def _meets(model: str | None, rule: LabelRule) -> bool:
 def base_of(queue: str) -> str:
     """The queue to which a list belongs: `default` of `default@DIGEST`."""
     return queue.partition(SEPARATOR)[0]
+
+
+def is_sublist(queue: str) -> bool:
+    """Whether the name looks like `queue_of`; RQ's producers may have a queue `a@b`."""
+    return _SUBLIST.fullmatch(queue) is not None
 
 
 def apart(description: str, queue: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from broker import dependents, jobs, keys, names, scripts
+from broker import dependents, jobs, keys, names, scripts, tasks
 from broker.command import Command
 from broker.errors import Conflict, FleetError, NotFound, UsageError
 from broker.requirements import NOTHING, Requirements
@@ -179,25 +179,40 @@ def _submit_batch(client: redis.Redis, rows: Sequence[_Row]) -> list[Submitted]:
         arguments += [row.id, queues[row.base, row.need], " ".join(row.parents)]
         arguments += [row.fields.get(column, "") for column in columns]
     first, *others = (part.decode("utf-8", "replace") for part in scripts.SUBMIT(client, [], arguments))
+    if first == "unknown":
+        raise _unknown(client, others[0])
     if first:
-        raise _refused(first, *others)
+        raise _refused(first, others[0])
     states = dict(zip(others[::2], others[1::2], strict=True))
     return [Submitted(row.id, states.get(row.id, "queued")) for row in rows]
 
 
-def _refused(why: str, job_id: str, *_: str) -> FleetError:
+def _refused(why: str, job_id: str) -> Conflict:
     if why == "taken":
         return Conflict(f"there is a job {job_id} already", "Choose another id, or leave it out.")
-    if why == "cycle":
-        return Conflict(
-            f"job {job_id} would wait for itself: what it is to wait for waits for it",
-            "Choose another id, or leave it out.",
-        )
+    return Conflict(
+        f"job {job_id} would wait for itself: what it is to wait for waits for it",
+        "Choose another id, or leave it out.",
+    )
+
+
+def _unknown(client: redis.Redis, job_id: str) -> FleetError:
+    """Why nothing can wait for that job, which is not there."""
     if job_id.startswith(_GATE):
-        return FleetError("the submission took too long, and was given up", "Nothing is in: submit it anew.")
+        return _too_late()
+    array, _, number = job_id.rpartition("-")
+    if number.isdecimal() and int(number) in tasks.numbers(client, array):
+        return NotFound(
+            f"task {number} of array {array} has not begun, or has expired: no job can wait for it alone",
+            f"--after {array} waits for all of its tasks; of an array, --after-array {array} for each alone.",
+        )
     return NotFound(
         f"no job {job_id} to wait for", "It may have expired; 'fleet jobs' lists those there are."
     )
+
+
+def _too_late() -> FleetError:
+    return FleetError("the submission took too long, and was given up", "Nothing is in: submit it anew.")
 
 
 def _submit_gated(client: redis.Redis, rows: Sequence[_Row]) -> list[Submitted]:
@@ -214,7 +229,7 @@ def _submit_gated(client: redis.Redis, rows: Sequence[_Row]) -> list[Submitted]:
     finally:  # of an interrupt, too
         is_open = dependents.settle(client, gate, "finished" if is_whole else "canceled")
     if not is_open:
-        raise _refused("unknown", gate)
+        raise _too_late()
     states = jobs.states(client, [row.id for row in rows])
     return [Submitted(job_id, state or "queued") for job_id, state in states.items()]
 

@@ -28,6 +28,14 @@ def test_a_job_that_is_not_there_is_refused(fleet, redis_client):
     assert redis_client.keys("*") == []
 
 
+def test_that_a_task_has_not_begun_is_told_with_what_to_do(fault, fleet):
+    array = fleet("submit", "--array", "3-4", "--", "true").stdout.strip()
+    error = fault("submit", "--after", f"{array}-4", "--", "true", code=4)
+    assert f"task 4 of array {array} has not begun" in error["message"]
+    assert f"--after-array {array}" in error["hint"]
+    assert "has not begun" not in fault("submit", "--after", f"{array}-5", "--", "true", code=4)["message"]
+
+
 def test_a_job_cannot_wait_for_itself(fleet, submit, redis_client):
     done = fleet("submit", "--id", "a", "--after", "a", "--", "true", code=1)
     assert "job a would wait for itself" in done.stderr

@@ -140,10 +140,14 @@ def test_a_sublist_of_which_nobody_knows_what_its_jobs_ask_for_is_an_error(check
     with server.client() as client:
         Queue("default", connection=client, cpus=1).enqueue("time.time")
         assert checks(server.url)["requirements"]["level"] == "ok"
-        rq.Queue("default@unknown", connection=client).enqueue("time.time")
+        rq.Queue("a@b", connection=client).enqueue("time.time")
+        plain = checks(server.url, 1)["requirements"]
+        rq.Queue("default@abcdefghij", connection=client).enqueue("time.time")
         found = checks(server.url, 1)["requirements"]
-    assert found["level"] == "error"
-    assert "default@unknown" in found["found"]
+    assert plain["level"] == found["level"] == "error"
+    assert ("a@b" in plain["found"], "a name without '@'" in plain["mend"]) == (True, True)
+    assert "a@b, default@abcdefghij" in found["found"]
+    assert "submit them anew" in found["mend"]
 
 
 def _worker(client, name: str, **fields: object) -> None:
