@@ -272,8 +272,8 @@ def check_sets(patient: Patient) -> Finding:
 _WAY_OUT = "Nobody takes them: 'fleet cancel' them, and submit them anew with 'fleet submit --cpus ...'."
 #: a producer called its queue so, and had nothing else in mind
 _NO_SUBLIST = (
-    f"What follows '{SEPARATOR}' is what jobs ask for, so nobody takes them: 'fleet cancel' them, and enqueue "
-    f"to a name without '{SEPARATOR}'."
+    f"What follows '{SEPARATOR}' is what jobs ask for, so nobody takes them: 'fleet cancel' them, and "
+    f"enqueue to a name without '{SEPARATOR}'."
 )
 
 

@@ -265,6 +265,23 @@ def retriable_ids(client: redis.Redis) -> list[str]:
     return _candidates(client, chores.known_queues(client), ("failed", "canceled"), 0)
 
 
+def failing(client: redis.Redis, ids: Sequence[str]) -> list[str]:
+    """Those of these jobs that have failed, and have not ended: they are run again, or will be."""
+    with client.pipeline(transaction=False) as pipe:
+        for job_id in ids:
+            pipe.hmget(keys.job(job_id), "status", "fleet_attempts")
+        rows = replies(pipe) if ids else []
+    found = dict(zip(ids, rows, strict=True))
+    return [job_id for job_id, row in found.items() if isinstance(row, list) and _is_failing(*row)]
+
+
+def _is_failing(status: bytes | None, attempts: bytes | None) -> bool:
+    if status is None or _text(status) in ENDED:
+        return False
+    told = _attempts(lambda name: _text(attempts) if name == "fleet_attempts" else "")
+    return any(attempt.outcome == "failed" for attempt in told)
+
+
 def failed_ids(client: redis.Redis, queue: str | None = None) -> list[str]:
     """The ids of the jobs that failed or were stopped, of one queue or all, the oldest first.
 

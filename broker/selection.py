@@ -108,6 +108,18 @@ def failed_of(client: redis.Redis, target: Target) -> Target:
     return Target(f"{target.job_id}[{chosen}]", target.job_id, True, chosen)
 
 
+def failing(client: redis.Redis, found: Iterable[Target]) -> list[str]:
+    """The ids of those that have failed, and have not ended: of arrays, tasks."""
+    ids: list[str] = []
+    for one in found:
+        if one.is_array:
+            begun = tasks.members(client, one.job_id, ("array_waiting", "array_running"), one.tasks)
+            ids += [f"{one.job_id}-{number}" for number in begun]
+        else:
+            ids.append(one.job_id)
+    return jobs.failing(client, ids)
+
+
 # --- verbs -------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from broker.requirements import base_of
 from cli.context import Context, json_value, pass_context, print_json
 from cli.outcomes import NOT_FOUND, exit_code
 from cli.params import JobId, JobWord, QueueName, json_option
+from cli.selected import NONE_FAILING, failing
 from cli.tables import Cell, Column, age, duration, size, state
 from cli.tables import show as show_table
 
@@ -271,24 +272,27 @@ def _attempt_row(attempt: AttemptView) -> list[Cell]:
 
 
 @click.command()
-@click.argument("words", metavar="JOB...", type=JobWord(may_be_all=True), nargs=-1, required=True)
+@click.argument("words", metavar="[JOB]...", type=JobWord(may_be_all=True), nargs=-1)
+@click.option("--failed", is_flag=True, help="Of all, or those named: what failed and is to run again.")
 @json_option
 @pass_context
-def cancel(context: Context, /, words: tuple[Word, ...], as_json: bool) -> int:
+def cancel(context: Context, /, words: tuple[Word, ...], failed: bool, as_json: bool) -> int:
     """Take jobs from their queues, or stop them (the whole process group) where they run.
 
     JOB: an id, last, all, or tasks of an array (ID-7, 'ID[1,4-6]'). A line for each. Exit code 0: all; 3:
-    some; 1: none, for they had ended; 4: there are none.
+    some; 1: none, for they had ended; 4: there are none. --failed: 0, also where there are none.
     """
+    if not (words or failed):
+        raise UsageError("name jobs, or --failed", "fleet cancel JOB... | fleet cancel --failed")
     with context.redis() as client:
-        outcomes = _cancel_all(client, words)
+        outcomes = _cancel_all(client, words, failed=failed)
     if as_json:
         print_json({"jobs": [{"id": job_id, "outcome": outcome} for job_id, outcome in outcomes.items()]})
     else:
         for job_id, outcome in outcomes.items():
             click.echo(f"{job_id}  {_CANCELED.get(outcome, f'had ended already: {outcome}')}")
     if not outcomes:
-        context.say("No job waits or runs.")
+        context.say(NONE_FAILING if failed else "No job waits or runs.")
         return 0
     return exit_code(outcomes.values(), _OUT_OF_THE_WAY)
 
@@ -303,12 +307,14 @@ _CANCELED = {
 _OUT_OF_THE_WAY = ("canceled", "stopping", "stopped")
 
 
-def _cancel_all(client: redis.Redis, words: Sequence[Word]) -> dict[str, str]:
+def _cancel_all(client: redis.Redis, words: Sequence[Word], *, failed: bool) -> dict[str, str]:
     from broker import jobs as reader
     from broker import selection
 
     unknown: list[str] = []
-    if any(word.job_id == selection.ALL for word in words):
+    if failed:
+        found = [selection.Target(job_id, job_id) for job_id in failing(client, words)]
+    elif any(word.job_id == selection.ALL for word in words):
         found = selection.targets_of(client, reader.unfinished_ids(client))
     else:
         found, unknown = selection.resolve(client, words)

@@ -28,6 +28,24 @@ def targets(client: redis.Redis, words: Sequence[Word], *, failed: bool = False)
     return [selection.failed_of(client, one) if failed and one.is_array else one for one in found]
 
 
+def failing(client: redis.Redis, words: Sequence[Word]) -> list[str]:
+    """What --failed means of jobs that have not ended: those named (none: all) that failed and are run again.
+
+    Raises NotFound.
+    """
+    from broker import jobs, selection
+
+    if words and not any(word.job_id == selection.ALL for word in words):
+        found = targets(client, words)
+    else:
+        found = selection.targets_of(client, jobs.unfinished_ids(client))
+    return selection.failing(client, found)
+
+
+#: where there are none
+NONE_FAILING = "No job that failed is to run again."
+
+
 def listed(names: Sequence[str]) -> str:
     """Some of them."""
     more = len(names) - _NAMED

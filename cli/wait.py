@@ -12,7 +12,7 @@ import click
 from broker.errors import UsageError
 from cli.context import Context, pass_context, print_json
 from cli.params import Duration, JobWord, json_option
-from cli.selected import listed, targets
+from cli.selected import NONE_FAILING, failing, listed, targets
 
 if TYPE_CHECKING:
     import redis
@@ -28,24 +28,33 @@ _NO_ARRAYS: Mapping[str, TaskCounts] = {}
 @click.command()
 @click.argument("words", metavar="[JOB]...", type=JobWord(may_be_all=True), nargs=-1)
 @click.option("--all", "wait_all", is_flag=True, help="Until no queue has a job left.")
+@click.option("--failed", is_flag=True, help="Of all, or those named: what failed and is run again.")
 @click.option("--timeout", type=Duration(zero=True), help="Give up after so long; exit code 5.")
 @json_option
 @pass_context
 def wait(
-    context: Context, /, words: tuple[Word, ...], wait_all: bool, timeout: float | None, as_json: bool
+    context: Context,
+    /,
+    words: tuple[Word, ...],
+    wait_all: bool,
+    failed: bool,
+    timeout: float | None,
+    as_json: bool,
 ) -> int:
     """Wait until jobs have ended.
 
     JOB: an id, last, all, or tasks of an array (ID-7, 'ID[1,4-6]'). Exit code 0: all finished; 1: none did;
     3: some did; 4: there is no such job; 5: time ran out. --all judges by the jobs that were there when it
-    began.
+    began. --failed: 0, also where there are none.
     """
     from broker import selection, tasks
 
-    if bool(words) == wait_all:
-        raise UsageError("name jobs, or --all", "fleet wait JOB... | fleet wait --all")
+    if wait_all + (bool(words) or failed) != 1:
+        raise UsageError("name jobs, or --all, or --failed", "fleet wait JOB... | fleet wait --all")
     with context.redis() as client:
-        if wait_all or any(word.job_id == selection.ALL for word in words):
+        if failed:
+            ended = _failing(context, client, words, timeout)
+        elif wait_all or any(word.job_id == selection.ALL for word in words):
             ended = _all(context, client, timeout)
         else:
             ended = _some(context, client, words, timeout)
@@ -76,6 +85,18 @@ def _some(
             chosen[target.job_id] = ranges.of([*chosen.get(target.job_id, ()), *target.tasks])
     with bar(context) as progress:
         return control.wait(client, wanted, chosen, timeout_seconds=timeout, progress=progress)
+
+
+def _failing(
+    context: Context, client: redis.Redis, words: Sequence[Word], timeout: float | None
+) -> Mapping[str, str | None]:
+    from broker import control
+
+    wanted = failing(client, words)
+    if not wanted:
+        context.say(NONE_FAILING)
+    with bar(context) as progress:
+        return control.wait(client, wanted, {}, timeout_seconds=timeout, progress=progress)
 
 
 def _all(context: Context, client: redis.Redis, timeout: float | None) -> Mapping[str, str | None]:

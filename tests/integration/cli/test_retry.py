@@ -51,6 +51,27 @@ def test_all_that_failed_are_retried_and_nothing_else(fleet, read, submit, faile
     assert read("show", canceled)["state"] == "canceled"
 
 
+def test_what_failed_and_is_run_again_is_waited_for_and_canceled_and_nothing_else(fleet, read, submit, burst):
+    assert fleet("cancel", "--failed").stderr == "No job that failed is to run again.\n"
+    gone = submit("false")
+    jobs = [submit("false", options=("--retries", "3", "--retry-delay", "1h")) for _ in range(2)]
+    array = submit("false", options=("--array", "1-2", "--retries", "1", "--retry-delay", "1h"))
+    burst()
+    new = submit("true")
+    found = read("cancel", "--failed", array)["jobs"]
+    assert found == [{"id": f"{array}-{number}", "outcome": "canceled"} for number in (1, 2)]
+    assert read("cancel", "--failed", jobs[0])["jobs"] == [{"id": jobs[0], "outcome": "canceled"}]
+    assert read("wait", "--failed", new)["jobs"] == []
+    fleet("wait", "--failed", "--timeout", "0.1", code=5)
+    assert read("cancel", "--failed")["jobs"] == [{"id": jobs[1], "outcome": "canceled"}]
+    assert read("wait", "--failed")["jobs"] == []
+    assert [read("show", job)["state"] for job in (gone, new)] == ["failed", "queued"]
+    assert read("retry", "--failed")["jobs"] == [{"id": gone, "outcome": "retried"}]
+    assert "1 jobs had not ended" in fleet("wait", "--failed", "--timeout", "0.1", code=5).stderr
+    burst()
+    assert read("wait", "--failed")["jobs"] == []
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [

@@ -79,7 +79,10 @@ def test_all_gives_up_when_time_runs_out(fault, submit):
     assert fault("wait", "--all", "--timeout", "0.2", code=5)["code"] == "timeout"
 
 
-@pytest.mark.parametrize("words", [[], ["--all", "x"], ["x", "--timeout", "never"], ["x", "--timeout", "-1"]])
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--all", "x"], ["--all", "--failed"], ["x", "--timeout", "never"], ["x", "--timeout", "-1"]],
+)
 def test_what_makes_no_sense_is_a_usage_error(fleet, words):
     fleet("wait", *words, code=2)
 
