@@ -251,14 +251,15 @@ local function levels_of(base, known, plain)
       heads = key('heads', base, priority), page = math.min(PAGE, left.slots + left.ahead + 1), plain = priority == '0' and plain}
     priorities[#levels] = priority
   end
-  local from = 1
+  local from, has_zero = 1, false
   while from < #known do
     local sets = string.find(known, ';', from, true)
-    local stop = string.find(known, '|', sets, true) or #known + 1
-    open(string.sub(known, from, sets - 1), string.sub(known, sets, stop - 1))
-    from = stop + 1
+    local stop = string.find(known, '|', sets, true)
+    local priority, is_whole = string.sub(known, from, sets - 1), from == 1 and not stop
+    open(priority, is_whole and known or string.sub(known, sets, stop and stop - 1)) -- a long text is dear to copy
+    from, has_zero = stop and stop + 1 or #known, has_zero or priority == '0'
   end
-  if not string.find('|' .. known, '|0;', 1, true) then
+  if not has_zero then
     open('0', ';')
   end
   local served = try('HMGET', key('served', base), unpack(priorities)) or {}

@@ -149,7 +149,7 @@ local DECIDING = {status = true, fleet_lease = true, fleet_losses = true, enqueu
 local WRITTEN = {status = true, fleet_lease = true, origin = true, worker_name = true, started_at = true,
   last_heartbeat = true}
 
--- What the hash of an id from a queue has for the worker, how often the job was lost, since when it waits, and
+-- What the hash of an id from a queue has for the worker, how often the job was lost, since when it waits (ms), and
 -- whether it is an array, or of which, if it stands for a job that waits; else nil. Not if it was deleted, ended, or
 -- is queued twice and already runs; but 'started' without a lease is a job that somebody's late save() painted.
 local function look_up(queue, id)
@@ -191,7 +191,7 @@ local function look_up(queue, id)
   for i = size, kept + 1, -1 do
     flat[i] = nil
   end
-  return flat, number(losses, 0), since, is_array, array
+  return flat, number(losses, 0), ms_of(since), is_array, array
 end
 
 local lease_until = digits[NOW_MS + lease_ms]
@@ -222,8 +222,9 @@ local function next_fence()
   return fence
 end
 
+-- Claim a job that waits since then, ms; nil: nobody knows.
 local function claim(queue, id, flat, since, claims)
-  observe(queue, 'waited', NOW_EXACT_MS - (ms_of(since) or NOW_EXACT_MS))
+  observe(queue, 'waited', NOW_EXACT_MS - (since or NOW_EXACT_MS))
   claims[#claims + 1] = give(queue, id, flat, next_fence(), prefix .. string.format('%04x', #claims))
 end
 
@@ -248,9 +249,8 @@ local function claim_these(queue, ids, claims, bounds)
       return i - 1
     end
     local flat, losses, since, is_array, array = look_up(queue, id)
-    local since_ms = flat and bounds.latest and (ms_of(since) or NOW_MS)
-    if since_ms and since_ms > bounds.latest then
-      bounds.next = i > 1 and since_ms or nil -- the first was not the one that had been noted
+    if flat and bounds.latest and (since or NOW_MS) > bounds.latest then
+      bounds.next = i > 1 and (since or NOW_MS) or nil -- the first was not the one that had been noted
       return i - 1
     elseif is_array then
       if not claim_array(queue, id, flat, since, claims, bounds.most) then
