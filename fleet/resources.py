@@ -11,7 +11,7 @@ import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Any
 _ROOT = Path("/")
 #: seconds that nvidia-smi gets
 _SMI_SECONDS = 10.0
+#: how the UUID of a GPU begins; one of a part of a GPU (MIG) begins otherwise
+_UUID = "GPU-"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def so_many(found: tuple[Gpu, ...], number: int) -> tuple[Gpu, ...]:
     These have the numbers that CUDA_VISIBLE_DEVICES leaves to this process first.
     """
     used = {gpu.index for gpu in found}
-    granted = [int(word) for word in _until_odd(os.environ.get("CUDA_VISIBLE_DEVICES", ""))]
+    granted = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     unused = (
         index for index in _each_once(granted, range(number + len(used) + len(granted))) if index not in used
     )
@@ -201,13 +203,44 @@ def find_gpus() -> tuple[Gpu, ...]:
     found = _gpus_by_nvml()
     found = _gpus_by_smi() if found is None else found
     left = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if left is None else tuple(gpu for gpu in found if str(gpu.index) in _until_odd(left))
+    if left is None:
+        return found
+    ours = visible_gpus(left)
+    return tuple(gpu for gpu in found if gpu.index in ours)
 
 
-def _until_odd(text: str) -> list[str]:
-    """The numbers of a list like `0,2`, up to the first word that is none: so CUDA reads it."""
+def visible_gpus(text: str) -> list[int]:
+    """The numbers of the GPUs that CUDA_VISIBLE_DEVICES names: `0,2`, or `GPU-8932f937,GPU-4ac1`.
+
+    CUDA reads it up to the first word that names none; of a UUID the beginning will do that only one has.
+    https://docs.nvidia.com/cuda/cuda-c-programming-guide/#env-vars
+    """
     words = [word.strip() for word in text.split(",")]
-    return list(itertools.takewhile(str.isdigit, words))
+    uuids = _uuids() if any(word.startswith(_UUID) for word in words) else ()
+    found: list[int] = []
+    for word in words:
+        number = _number_of(word, uuids)
+        if number is None:
+            break
+        found.append(number)
+    return found
+
+
+def _number_of(word: str, uuids: Sequence[str]) -> int | None:
+    if word.isascii() and word.isdigit():
+        return int(word)
+    meant = [number for number, uuid in enumerate(uuids) if word.startswith(_UUID) and uuid.startswith(word)]
+    return meant[0] if len(meant) == 1 else None
+
+
+def _uuids() -> Sequence[str]:
+    """Of all GPUs, by their numbers."""
+    nvml = _nvml()
+    if nvml is not None:
+        with suppress(nvml.NVMLError, OSError), _initialised(nvml):
+            handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+            return [str(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    return [line.strip() for line in _smi_lines("uuid")]
 
 
 def _gpus_by_nvml() -> tuple[Gpu, ...] | None:
@@ -297,13 +330,20 @@ def _mebibytes(size: str) -> int:
 
 
 def _gpus_by_smi() -> tuple[Gpu, ...]:
-    """None found where there is no nvidia-smi, or it fails."""
-    if not shutil.which("nvidia-smi"):
+    rows = [line.rsplit(",", 1) for line in _smi_lines("name,memory.total")]
+    try:
+        return tuple(Gpu(name.strip(), _mebibytes(size), i) for i, (name, size) in enumerate(rows))
+    except ValueError:  # it says something else
         return ()
-    argv = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+
+
+def _smi_lines(fields: str) -> list[str]:
+    """What nvidia-smi says of each GPU; nothing where there is none, or it fails."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    argv = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True)
-        rows = [line.rsplit(",", 1) for line in done.stdout.splitlines()]
-        return tuple(Gpu(name.strip(), _mebibytes(size), i) for i, (name, size) in enumerate(rows))
     except (OSError, ValueError, subprocess.SubprocessError):
-        return ()
+        return []
+    return done.stdout.splitlines()

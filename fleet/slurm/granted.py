@@ -14,6 +14,7 @@ from dataclasses import replace
 from broker import clock
 from fleet.ledger import part
 from fleet.logs import about
+from fleet.resources import visible_gpus
 from fleet.slurm import times
 from fleet.worker_config import WorkerConfig, this_host
 
@@ -138,7 +139,7 @@ def _gpus(environ: Mapping[str, str], number: int, tasks: int) -> list[int]:
 def _gpus_seen(environ: Mapping[str, str]) -> list[int]:
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
         if (said := environ.get(name)) is not None:
-            return [int(word) for word in said.split(",") if word.isascii() and word.strip().isdigit()]
+            return visible_gpus(said)
     return []
 
 

@@ -147,6 +147,9 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **gpu) { *gpu = (void *)(
 int nvmlDeviceGetName(void *gpu, char *name, unsigned size) {
     return snprintf(name, size, "GPU %ld", (long)gpu) < 0;
 }
+int nvmlDeviceGetUUID(void *gpu, char *uuid, unsigned size) {
+    return snprintf(uuid, size, "GPU-%ldf-4ac1", (long)gpu) < 0;
+}
 int nvmlDeviceGetMemoryInfo(void *gpu, struct memory *found) {
     found->total = (long)gpu << 30;
     found->used = (long)gpu * 100 << 20;
@@ -242,6 +245,34 @@ _THREE = "#!/bin/sh\nprintf 'A100, 40960\\nL4, 23034\\nL4, 23034\\n'\n"
 def test_gpus_that_are_hidden_from_us_are_not_ours(gpus, variable, left):
     found = gpus(None, _THREE, CUDA_VISIBLE_DEVICES=variable)
     assert [gpu["index"] for gpu in found] == left
+
+
+_WITH_UUIDS = """#!/bin/sh
+case "$*" in
+*uuid*) printf 'GPU-8932f937\\nGPU-8ac10b2e\\nGPU-fef8089b\\n' ;;
+*) printf 'A100, 40960\\nL4, 23034\\nL4, 23034\\n' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "left"),
+    [
+        ("GPU-fef8089b,GPU-8932f937", [0, 2]),
+        ("GPU-8a , 2", [1, 2]),
+        ("GPU-8", []),  # two begin so
+        ("0,GPU-x,1", [0]),
+        ("MIG-8932f937,1", []),
+    ],
+)
+def test_gpus_may_be_named_by_their_uuids(gpus, variable, left):
+    found = gpus(None, _WITH_UUIDS, CUDA_VISIBLE_DEVICES=variable)
+    assert [gpu["index"] for gpu in found] == left
+
+
+@pytest.mark.needs("cc")
+def test_nvml_tells_uuids_too(gpus):
+    assert [gpu["index"] for gpu in gpus(0, None, CUDA_VISIBLE_DEVICES="GPU-2f")] == [1]
 
 
 def test_what_is_said_is_not_asked_for(monkeypatch):

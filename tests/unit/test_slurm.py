@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -192,6 +193,16 @@ def test_gpus_to_which_slurm_has_bound_a_task_are_its_own():
         "SLURM_GPUS_ON_NODE": "2",
         "CUDA_VISIBLE_DEVICES": "1",
     }
+    assert granted.adapted(CONFIG, environ).resources["num_gpus"] == 1
+    assert environ["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_gpus_that_slurm_names_by_their_uuids_are_granted(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf 'GPU-8932f937\\nGPU-8ac10b2e\\n'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    environ = JOB | {"CUDA_VISIBLE_DEVICES": "GPU-8ac10b2e"}
     assert granted.adapted(CONFIG, environ).resources["num_gpus"] == 1
     assert environ["CUDA_VISIBLE_DEVICES"] == "1"
 
