@@ -7,6 +7,7 @@ cancel or delete such a job.
 
 from __future__ import annotations
 
+import functools
 import json
 import zlib
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ Template = Literal["words", "shell"]
 FUNCTION = "fleet.command"
 #: longest argument or variable: what Linux gives to one string of execve (MAX_ARG_STRLEN)
 LONGEST_ARGUMENT = 131071
+#: of `data` that is worth remembering
+_SHORT_BYTES = 1024
 
 
 class Damaged(Exception):
@@ -85,6 +88,10 @@ def from_data(data: bytes | None) -> Command | None:
     """
     if not data:
         raise Damaged("the job has no data")
+    return _read_short(data) if len(data) <= _SHORT_BYTES else _read(data)
+
+
+def _read(data: bytes) -> Command | None:
     call = inflated(data)
     if call[:1] == b"\x80":  # pickle, protocol 2 or later: RQ's default serialiser
         return None
@@ -98,3 +105,7 @@ def from_data(data: bytes | None) -> Command | None:
         return Command(tuple(map(str, document["argv"])), env, document.get("cwd"), template).checked()
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, UsageError) as exc:
         raise Damaged(f"the job's data cannot be read: {exc}") from exc
+
+
+#: tasks of an array, and most jobs of a loop, have the same
+_read_short = functools.lru_cache(maxsize=16)(_read)
