@@ -7,6 +7,7 @@ import selectors
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from fleet.logs import about
 from fleet.sidecar import Sidecar, SidecarGone
@@ -40,15 +41,15 @@ class Guard:
 
     def add(self, pgid: int) -> None:
         """Have a group killed should this worker die or lose its leases."""
-        self._tell(lambda sidecar: sidecar.add(pgid))
+        self._tell(Sidecar.add, pgid)
 
     def remove(self, pgid: int) -> None:
         """A group is gone; called before its leader is reaped."""
-        self._tell(lambda sidecar: sidecar.remove(pgid))
+        self._tell(Sidecar.remove, pgid)
 
     def renew(self, deadline: float) -> None:
         """Leases hold until `deadline`, seconds on the boot clock. Called by the heartbeat's thread."""
-        self._tell(lambda sidecar: sidecar.renew(deadline))
+        self._tell(Sidecar.renew, deadline)
 
     def is_late(self) -> bool:
         """Whether the leases may be gone: nothing must be started before they are renewed."""
@@ -57,7 +58,8 @@ class Guard:
     def killed(self) -> set[int]:
         """Groups that were killed since the last call because the leases were about to end."""
         with self._lock:
-            self._hear()
+            if self._sidecar.has_spoken():
+                self._hear()
             killed, self._killed = self._killed, set()
         return killed
 
@@ -71,11 +73,14 @@ class Guard:
         self._unwatch()
         self._sidecar.close()
 
-    def _tell(self, message: Callable[[Sidecar], None]) -> None:
-        # a message that does not arrive is remembered by the sidecar's own books, which its
-        # successor is given: the loop starts that one in its next turn
-        with self._lock, suppress(SidecarGone):
-            message(self._sidecar)
+    def _tell(self, message: Callable[[Sidecar, Any], None], value: float) -> None:
+        with self._lock:
+            try:
+                message(self._sidecar, value)
+            except SidecarGone:
+                # it is remembered by the sidecar's own books, which its successor is given: the loop
+                # starts that one in its next turn
+                return
 
     def _replace(self) -> None:
         log.warning("the sidecar died: starting another", extra=about("sidecar_died"))
