@@ -202,7 +202,7 @@ class CommandAttempt(Attempt):
         limit = context.limits.of(claim, grant)
         try:
             folder = None if command.cwd else context.working.enter(claim.job_id)
-            env = {**context.environ, **_encoded(job_variables(claim)), **_encoded(command.env)}
+            env = {**context.environ, **_encoded({**job_variables(claim), **command.env})}
             cwd, stdio = command.cwd or folder or "", (context.null, files.stdout, files.stderr)
             argv, cpu_ids = _limited(command.argv, env, cwd, limit)
             with process.bound_to(cpu_ids):

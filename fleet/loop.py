@@ -328,9 +328,11 @@ class WorkerLoop:
         """Report what ended and claim what there is room for, if it is time."""
         if not self._links.up:
             return
-        wanted, ahead = self._room()
         with self._linked():
             self._links.line.check()
+            if self._rounds.under_way:
+                return
+            wanted, ahead = self._room()
             # jobs are claimed ahead along with ends alone: where none end, none will be begun soon
             if self._rounds.is_due(wants_jobs=self._claim_due and wanted > 0):
                 self._send(wanted, ahead)
@@ -478,7 +480,7 @@ class WorkerLoop:
         """
         if not self._links.up or self._rounds.under_way:
             return
-        wants = self._room()[0] > 0
+        wants = self._slots.free > 0 and self._room()[0] > 0
         if wants and self._claim_due:
             return
         self._placement.count(len(self._slots))

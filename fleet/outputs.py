@@ -21,8 +21,8 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from broker.work import Claim, Tails
 from fleet.process import host_error
@@ -324,8 +324,7 @@ class Outputs:
         return True
 
 
-@dataclass(frozen=True)
-class OutputFiles:
+class OutputFiles(NamedTuple):
     """The two files of an attempt, open for as long as it runs."""
 
     stdout_path: str

@@ -9,10 +9,9 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -46,8 +45,7 @@ class CannotStart(Exception):
         self.host_fault = host_fault
 
 
-@dataclass(frozen=True)
-class Exit:
+class Exit(NamedTuple):
     """How a process ended: exit code or signal number, and what it used (seconds; bytes, 0: not known)."""
 
     code: int | None
@@ -61,15 +59,16 @@ def host_error(exc: OSError, doing: str) -> CannotStart:
     return CannotStart(f"{doing}: {exc.strerror or exc}", host_fault=exc.errno in _HOST_ERRORS)
 
 
-@contextmanager
-def bound_to(cpu_ids: tuple[int, ...]) -> Iterator[None]:
+def bound_to(cpu_ids: tuple[int, ...]) -> AbstractContextManager[None]:
     """What this thread starts inside may run on these CPUs alone; none: on all that the thread may.
 
     It is the thread that is bound, for that moment, so that no instruction of the child runs elsewhere.
     """
-    if not cpu_ids or not hasattr(os, "sched_setaffinity"):
-        yield
-        return
+    return _bound_to(cpu_ids) if cpu_ids and hasattr(os, "sched_setaffinity") else nullcontext()
+
+
+@contextmanager
+def _bound_to(cpu_ids: tuple[int, ...]) -> Iterator[None]:
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, cpu_ids)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import NamedTuple
 
 from broker import clock, command, template
@@ -181,7 +180,7 @@ class Slots:
         self._context.working.put_aside()  # the ends of their jobs are not reported yet
         if self._held and clock.monotonic() > self._patient_until():
             self._give_back()
-        if not any(map(_may_come_first_again, self._attempts.values())):
+        if self._waiting and not any(map(_may_come_first_again, self._attempts.values())):
             while self._waiting and self._line_up(self._waiting[0]):
                 self._waiting.popleft()
         self._pool.send()
@@ -200,8 +199,9 @@ class Slots:
 
     def _patient_until(self) -> float:
         """Until when all that is not begun may wait."""
-        first = [waiting.until for waiting, _ in islice(self._lined_up.values(), 1)]
-        return min(first + [waiting.until for waiting in islice(self._waiting, 1)], default=float("inf"))
+        for waiting, _ in self._lined_up.values():
+            return waiting.until  # it was claimed before those that are not in line
+        return self._waiting[0].until if self._waiting else float("inf")
 
     def hand_back_waiting(self) -> None:
         """Give back what was claimed and not begun."""
