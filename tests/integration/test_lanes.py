@@ -445,7 +445,8 @@ def test_sigterm_with_full_lines_runs_nothing_twice_and_keeps_the_order(workers,
     pid.write_text(str(worker.pid))
     assert worker.wait(60) == 0
     done = noted(path)
-    assert 300 <= len(done) == len(set(done)) < 4000
+    # of the 300 some may be in the other executor's line still, and go back
+    assert 200 <= len(done) == len(set(done)) < 4000
     states = jobs.states(workers.client, ids)
     assert {number for number, job_id in enumerate(ids) if states[job_id] == "finished"} == set(done)
     left = [one.decode() for one in workers.client.lrange(keys.queue("default"), 0, -1)]
