@@ -11,9 +11,8 @@ def wall() -> datetime:
     return datetime.now(UTC)
 
 
-def monotonic() -> float:
-    """Seconds for deadlines and durations within a process."""
-    return time.monotonic()
+#: seconds for deadlines and durations within a process; asked several times for each job
+monotonic = time.monotonic
 
 
 def boottime() -> float:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import redis
+from hiredis import pack_command
 from redis import exceptions
 
 from broker import clock
@@ -44,7 +45,9 @@ class Line:
     def send(self, script: Script, script_keys: Sequence[str], args: Sequence[Any]) -> None:
         """Ask; `receive` brings the answer."""
         self._asked, self._asked_at = (script, script_keys, args), clock.monotonic()
-        self._connection.send_command("EVALSHA", script.sha, len(script_keys), *script_keys, *args)
+        # as redis-py does it, which looks at each word beforehand
+        packed = pack_command(("EVALSHA", script.sha, len(script_keys), *script_keys, *args))
+        self._connection.send_packed_command([packed])
 
     def receive(self) -> Any:
         """The answer to what was asked; waits for it."""

@@ -302,4 +302,5 @@ def _claim(row: Sequence[Any], changed: Mapping[bytes, bytes]) -> Claim:
 
 
 def _pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
-    return dict(zip(flat[::2], flat[1::2], strict=True))
+    parts = iter(flat)
+    return dict(zip(parts, parts, strict=True))

@@ -37,15 +37,15 @@ class Outcome(NamedTuple):
     return_value_b64: str | None = None
     exc_string: str | None = None
     retry: tuple[int, list[int]] | None = None
-    exit_status: int | None = None
-    signal: int | None = None
     cpu_seconds: float | None = None
     peak_bytes: int = 0
-    could_not_start: bool = False
-    unbegun: bool = False
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     output_error: str | None = None
+    exit_status: int | None = None
+    signal: int | None = None
+    could_not_start: bool = False
+    unbegun: bool = False
 
 
 class Execution:
@@ -259,18 +259,18 @@ def _told(end: Mapping[str, Any], blobs: Mapping[bytes, bytes]) -> Outcome:
     """The outcome in an executor's own words."""
     value, exc_string, retry = blobs.get(b"return_value"), blobs.get(b"exc_string"), end.get("retry")
     cpu_seconds, peak_bytes = end.get("used", (None, 0))
-    outcome = Outcome(
-        kind=end["kind"],
-        duration_seconds=end["seconds"],
-        callback_seconds=end.get("callback_seconds", 0.0),
-        return_value_b64=value.decode() if value else None,
-        retry=(retry[0], retry[1]) if retry else None,
-        cpu_seconds=cpu_seconds,
-        peak_bytes=peak_bytes,
-        stdout_bytes=end.get("stdout", 0),
-        stderr_bytes=end.get("stderr", 0),
-        output_error=end.get("output_error"),
-        exc_string=exc_string.decode() if exc_string else None,
+    outcome = Outcome(  # by position: it is made for each job, and names take twice as long
+        end["kind"],
+        end["seconds"],
+        end.get("callback_seconds", 0.0),
+        value.decode() if value else None,
+        exc_string.decode() if exc_string else None,
+        (retry[0], retry[1]) if retry else None,
+        cpu_seconds,
+        peak_bytes,
+        end.get("stdout", 0),
+        end.get("stderr", 0),
+        end.get("output_error"),
     )
     return outcome._replace(**_death(end["status"])) if outcome.kind == "died" else outcome
 

@@ -243,10 +243,11 @@ class ExecutorPool:
         targets: tuple[str | Path | None, str | Path | None],
         timeout_seconds: float | None,
     ) -> Execution:
-        stdout, stderr = (None if path is None else str(path) for path in targets)
+        out, err = targets
+        stdout, stderr = None if out is None else str(out), None if err is None else str(err)
         limit = None if timeout_seconds is None else timeout_seconds + BACKSTOP_SECONDS
         execution = Execution(lane, job_id, (stdout, stderr), limit)
-        task |= {"id": job_id, "stdout": stdout, "stderr": stderr}
+        task["id"], task["stdout"], task["stderr"] = job_id, stdout, stderr
         lane.add(execution, task, fields)
         return execution
 
