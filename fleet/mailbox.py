@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from broker.work import Beat
 from fleet.beater import Denied
@@ -48,8 +48,5 @@ class Mailbox:
                 continue
         except BlockingIOError:
             pass
-        try:
-            while True:
-                yield self._letters.get_nowait()
-        except Empty:
-            return
+        while not self._letters.empty():  # nobody else takes any
+            yield self._letters.get()

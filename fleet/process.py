@@ -31,6 +31,8 @@ _DEFAULT_PATH = os.defpath
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 #: what a child must have had, as a multiple of what we had: the kernel counts each CPU's pages in batches
 _FLOOR = 1.02
+#: the most memory we had when we looked last, in units of ru_maxrss
+_had_ourselves = [0]
 #: where programs were found last, and how many of them are remembered; looked at again before use
 _resolved: dict[tuple[str, str], str] = {}
 _MOST_RESOLVED = 1000
@@ -225,8 +227,11 @@ def peak_bytes(usage: resource.struct_rusage) -> int:
     For then nobody can tell: until a child becomes another program it runs in our memory, and the most that
     this ever held counts as its own (exec_mmap in Linux's fs/exec.c).
     """
-    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage.ru_maxrss * _RSS_UNIT if usage.ru_maxrss > ours * _FLOOR else 0
+    had = usage.ru_maxrss
+    if had <= _had_ourselves[0] * _FLOOR:  # what we ever had only grows
+        return 0
+    _had_ourselves[0] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return had * _RSS_UNIT if had > _had_ourselves[0] * _FLOOR else 0
 
 
 def signal_group(pgid: int, signum: int) -> None:
