@@ -153,15 +153,13 @@ class Placement:
         if need.exclusive:
             return "x"
         if need.gpus:
-            return "g" if self._gpus_fit(need) else "G"
+            return "g" if self.room.gpus_fit(need, self._held_need()) else "G"
         return "r"
 
-    def _gpus_fit(self, need: Requirements) -> bool:
+    def _held_need(self) -> Requirements | None:
+        """What the job asks for that room is held for."""
         held = self._mine.get(self.held)
-        if not held or held.need == need or not held.need.gpus:
-            return self.room.gpus_fit(need)
-        whole = sum(share == 1 for share in self.room.free().gpus)
-        return self.room.gpus_fit(need) and need.gpus + held.need.gpus <= whole
+        return held.need if held else None
 
     def _free(self) -> str:
         """The first argument of place.begin."""
@@ -217,7 +215,7 @@ class Placement:
     def _is_open_to(self, need: Requirements) -> bool:
         if need.exclusive:
             return not self.room.is_used
-        return not need.gpus or self._gpus_fit(need)
+        return not need.gpus or self.room.gpus_fit(need, self._held_need())
 
     # --- jobs ------------------------------------------------------------------------------------
 
@@ -235,7 +233,7 @@ class Placement:
             return None
         self._forget_gpus()
         try:
-            return self.room.take(lease, need)
+            return self.room.take(lease, need, self._held_need())
         except ValueError as exc:
             raise NoRoom(str(exc)) from exc
 

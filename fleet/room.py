@@ -119,38 +119,42 @@ class Room:
         left = self._milli_cpus - self._taken_milli_cpus()
         return min(slots, left // self.plain_milli_cpus if self.plain_milli_cpus else slots)
 
-    def gpus_fit(self, need: Requirements) -> bool:
-        """Whether its GPUs alone are free."""
-        return self._choose_gpus(need) is not None
+    def gpus_fit(self, need: Requirements, held: Requirements | None = None) -> bool:
+        """Whether its GPUs alone are free; `held`: of a job for which some are kept."""
+        return self._choose_gpus(need, held) is not None
 
     # --- taking and giving back ------------------------------------------------------------------
 
-    def take(self, lease: str, need: Requirements) -> Grant:
-        """Give `lease` what it needs. Raises ValueError where that does not fit, or it holds some."""
+    def take(self, lease: str, need: Requirements, held: Requirements | None = None) -> Grant:
+        """Give `lease` what it needs, not the GPUs kept for a job that asks for `held` if others will do.
+
+        Raises ValueError where it does not fit, or the lease holds some.
+        """
         if lease in self._held or not self.fits(need):
             raise ValueError(f"no room for {lease}: {need.readable() or 'a plain job'}")
-        grant = self._whole_worker(need) if need.exclusive else self._grant(need)
+        gpus = (self._choose_gpus(need, held) or self._choose_gpus(need) or ()) if need.gpus else ()
+        grant = self._whole_worker(need, gpus) if need.exclusive else self._grant(need, gpus)
         share = _milli_gpus(need) if 0 < need.gpus < 1 else MILLI
-        held = _Holding(self.milli_cpus_of(need), mebibytes_of(need), share, need.exclusive, grant)
-        self._held = {**self._held, lease: held}
+        holding = _Holding(self.milli_cpus_of(need), mebibytes_of(need), share, need.exclusive, grant)
+        self._held = {**self._held, lease: holding}
         return grant
 
     def give_back(self, lease: str) -> None:
         """The job ended; one that holds nothing changes nothing."""
         self._held = {other: held for other, held in self._held.items() if other != lease}
 
-    def _grant(self, need: Requirements) -> Grant:
+    def _grant(self, need: Requirements, gpus: tuple[int, ...]) -> Grant:
         return Grant(
             need.cpus,
             self._choose_cpus(need),
             need.memory_bytes,
-            self._choose_gpus(need) or (),
+            gpus,
             need.gpus if 0 < need.gpus < 1 else 1,
         )
 
-    def _whole_worker(self, need: Requirements) -> Grant:
+    def _whole_worker(self, need: Requirements, gpus: tuple[int, ...]) -> Grant:
         """An exclusive job has all CPUs and GPUs, but where it asked for fewer."""
-        asked = self._grant(need)
+        asked = self._grant(need, gpus)
         return Grant(
             asked.cpus or self._milli_cpus / MILLI,
             self._cpu_ids if need.cpus is None else asked.cpu_ids,
@@ -172,21 +176,34 @@ class Room:
         taken = {cpu for held in self._held.values() for cpu in held.grant.cpu_ids}
         return tuple(cpu for cpu in self._cpu_ids if cpu not in taken)[: int(need.cpus)]
 
-    def _choose_gpus(self, need: Requirements) -> tuple[int, ...] | None:
-        """The GPUs for it, None where they are not free.
-
-        Best fit: of those that will do the ones with the least left, then with the least memory, so that
-        whole GPUs, and large ones, are kept for those who need them.
-        """
+    def _choose_gpus(self, need: Requirements, held: Requirements | None = None) -> tuple[int, ...] | None:
+        """The GPUs for it, None where they are not free: those alone that need not be kept for `held`."""
         share, count = _milli_gpus(need), math.ceil(need.gpus)
         left = self._free_gpus()
-        fit = [
+        kept = self._keep_gpus(held, left) if held and held != need else {}
+        fit = [index for index in self._suited_gpus(need, left) if left[index] - kept.get(index, 0) >= share]
+        return tuple(sorted(fit[:count])) if len(fit) >= count else None
+
+    def _keep_gpus(self, held: Requirements, left: dict[int, int]) -> dict[int, int]:
+        """How much of which GPUs is kept for a job that asks for `held`: of those that most is left of.
+
+        Nobody else takes of that, so it only ever grows.
+        """
+        suited = self._suited_gpus(held, left)
+        return dict.fromkeys(suited[max(0, len(suited) - math.ceil(held.gpus)) :], _milli_gpus(held))
+
+    def _suited_gpus(self, need: Requirements, left: dict[int, int]) -> list[int]:
+        """Those that will do for it, also where they are taken.
+
+        Best fit comes first: those with the least left, then with the least memory, so that whole GPUs, and
+        large ones, are kept for those who need them.
+        """
+        suited = (
             index
             for index, gpu in self._gpus.items()
-            if left[index] >= share and need.gpu_is_enough(gpu.memory_bytes, self._models[index])
-        ]
-        fit.sort(key=lambda index: (left[index], self._gpus[index].memory_bytes, index))
-        return tuple(sorted(fit[:count])) if len(fit) >= count else None
+            if need.gpu_is_enough(gpu.memory_bytes, self._models[index])
+        )
+        return sorted(suited, key=lambda index: (left[index], self._gpus[index].memory_bytes, index))
 
     def _free_gpus(self) -> dict[int, int]:
         left = dict.fromkeys(self._gpus, MILLI)

@@ -9,7 +9,7 @@ from broker.requirements import Offer, Requirements, parse
 from broker.sets import Known, News
 from broker.worker_settings import WorkerSettings
 from fleet.placement import Placement
-from fleet.resources import Resources
+from fleet.resources import Gpu, Resources
 from fleet.room import Room
 
 GIB = 2**30
@@ -82,6 +82,55 @@ def test_what_is_held_for_a_large_job_is_offered_to_no_other():
     assert waits_on(made) == set()
     assert made.hold("")
     assert waits_on(made) == {"q", one.queue_of("q")}
+
+
+def with_gpus(models: dict[str, int], *needs: Requirements) -> Placement:
+    """A worker with GPUs of these models, GiB of memory each, and these sets."""
+    names, sizes = tuple(models), tuple(size * GIB for size in models.values())
+    offer = Offer({}, 4, 8 * GIB, sizes, 4, gpu_names=names)
+    total = Resources(4, 8 * GIB, tuple(Gpu(*one) for one in zip(names, sizes, strict=True)))
+    made = Placement(["q"], offer, Room(total, 4), WorkerSettings())
+    made.learn(Known(1, {"q": {need.digest(): need for need in needs}}))
+    return made
+
+
+def test_a_gpu_that_the_held_job_could_not_use_is_given_to_another():
+    large, any_one = parse({"gpus": 1, "gpu_memory": "40G"}), parse({"gpus": 1})
+    made = with_gpus({"a": 80, "b": 16, "c": 24}, large, any_one)
+    assert made.take("1", large.queue_of("q")).gpu_ids == (0,)
+    made.hold(large.queue_of("q"))
+    assert waits_on(made) == {"q", any_one.queue_of("q")}
+    assert made.take("2", any_one.queue_of("q")).gpu_ids == (1,)
+    made.give_back("1")
+    assert waits_on(made) == {"q", any_one.queue_of("q"), large.queue_of("q")}
+    assert made.take("3", any_one.queue_of("q")).gpu_ids == (2,), "the large one is kept"
+    assert any_one.queue_of("q") not in waits_on(made)
+    assert made.take("4", large.queue_of("q")).gpu_ids == (0,)
+
+
+def test_a_gpu_that_is_shared_and_that_the_held_job_need_not_have_is_shared_further():
+    whole, half = parse({"gpus": 1}), parse({"gpus": 0.5})
+    made = with_gpus({"a": 16, "b": 16}, whole, half)
+    made.take("1", half.queue_of("q"))
+    made.take("2", whole.queue_of("q"))
+    made.hold(whole.queue_of("q"))
+    assert waits_on(made) == {"q"}, "the GPU that half a job has is the first to be whole again"
+    made.give_back("2")
+    assert half.queue_of("q") in waits_on(made)
+    assert made.take("3", half.queue_of("q")).gpu_ids == (0,)
+    assert half.queue_of("q") not in waits_on(made)
+    assert made.take("4", whole.queue_of("q")).gpu_ids == (1,)
+
+
+def test_two_halves_fit_beside_each_other_also_where_one_is_held():
+    half, quarter = parse({"gpus": 0.5}), parse({"gpus": 0.25})
+    made = with_gpus({"a": 16}, half, quarter)
+    made.hold(half.queue_of("q"))
+    made.take("1", quarter.queue_of("q"))
+    assert quarter.queue_of("q") in waits_on(made)
+    made.take("2", quarter.queue_of("q"))
+    assert quarter.queue_of("q") not in waits_on(made)
+    made.take("3", half.queue_of("q"))
 
 
 def test_labels_that_change_are_judged_anew():
