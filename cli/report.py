@@ -19,7 +19,8 @@ from cli.params import Duration, json_option
 from cli.tables import Cell, Column, duration, show, size, state
 
 if TYPE_CHECKING:
-    from fleet.report import Distribution, Report
+    from fleet.report import Report
+    from fleet.report_figures import Distribution
 
 #: rows of each table in the terminal
 _MOST_ROWS = 10

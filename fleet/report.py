@@ -8,7 +8,6 @@ of samples on the hosts' own.
 from __future__ import annotations
 
 import heapq
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,27 +17,18 @@ from typing import NamedTuple
 
 from broker.past import Attempt, Past, PastJob
 from fleet import series, usage_series
+from fleet.report_figures import INTERVALS, Distribution, Intervals, Memory, Peaks, distribution, memory_of
 from fleet.usage_series import Fleet
 from fleet.worker_config import default_output_dir
 
-#: intervals of a report's time
-_INTERVALS = 240
 #: rows of the Gantt chart; attempts up to which each is a bar of its own, and how many at once in one row
 _MOST_ROWS, _MOST_BARS, _MOST_LANES = 40, 1500, 16
 #: jobs, groups and ids that are listed
 _MOST_LISTED, _MOST_IDS = 20, 3
 #: characters of a name or a reason that are shown
 _MOST_CHARACTERS = 200
-#: of a group of jobs, for its memory to be judged by
-_MOST_PEAKS = 10_000
 #: seconds for which a job may be claimed and not begun, at most
 _AHEAD_SECONDS = 1.0
-#: what is suggested is so much above what nearly all jobs had, and a round number
-_MARGIN = 1.2
-_MIB = 2**20
-_STEPS = (1, 1.5, 2, 3, 4, 6, 8)
-#: bytes that nobody need ask for
-_LITTLE = 64 * _MIB
 
 
 class Bar(NamedTuple):
@@ -69,20 +59,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Distribution:
-    """Seconds: how many there are, those below which half, 90 % and 99 % lie, and `counts` below each of
-    `edges`, the last of them above all."""
-
-    count: int
-    p50: float
-    p90: float
-    p99: float
-    longest: float
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Slow:
     """One of the jobs that ran longest."""
 
@@ -108,25 +84,6 @@ class Failures:
     jobs: list[str] = field(default_factory=list)
     workers: set[str] = field(default_factory=set)
     names: set[str] = field(default_factory=set)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The jobs of one program that asked for as much: what they had at most, and what to ask for instead.
-
-    `asked_bytes`, `suggested_bytes` None: nothing was asked for; it is right as it is.
-    """
-
-    program: str
-    queue: str
-    asked_bytes: int | None
-    jobs: int
-    ran_out: int
-    p50_bytes: int
-    p99_bytes: int
-    most_bytes: int
-    suggested_bytes: int | None
-    verdict: str
 
 
 @dataclass(frozen=True)
@@ -171,7 +128,7 @@ def make(past: Past, samples: Iterable[Path], at: float, since: float | None = N
         found.take(job)
     report = found.report(past, at)
     fleet, memory = usage_series.read(
-        samples, report.began, report.ended, _INTERVALS, [job.job for job in report.slowest]
+        samples, report.began, report.ended, INTERVALS, [job.job for job in report.slowest]
     )
     slowest = tuple(replace(job, memory=memory.get(job.job, ())) for job in report.slowest)
     return replace(report, fleet=fleet, slowest=slowest)
@@ -204,7 +161,7 @@ class _Gathering:
         self._states: Counter[str] = Counter()
         self._slowest: list[tuple[float, int, PastJob]] = []
         self._failures: dict[str, Failures] = {}
-        self._peaks: dict[tuple[str, str, int | None], _Peaks] = defaultdict(_Peaks)
+        self._peaks: dict[tuple[str, str, int | None], Peaks] = defaultdict(Peaks)
         self._cpu_seconds = 0.0
         # one text for each worker and each program, however many jobs have it
         self._texts: dict[str, str] = {}
@@ -276,7 +233,7 @@ class _Gathering:
             waiting.add(queued, started)
         failures = sorted(self._failures.values(), key=lambda group: -group.count)
         memory = sorted(
-            _memory_of(self._peaks), key=lambda one: -one.jobs * (one.asked_bytes or one.p99_bytes)
+            memory_of(self._peaks), key=lambda one: -one.jobs * (one.asked_bytes or one.p99_bytes)
         )
         workers = {one.worker for one in self._ran}
         return Report(
@@ -371,47 +328,6 @@ def _most_at_once(edges: list[tuple[float, int]]) -> int:
     return most
 
 
-class Intervals:
-    """A time divided into equal parts, and how many things were there in each, on average."""
-
-    def __init__(self, began: float, ended: float, count: int = _INTERVALS) -> None:
-        self._began, self._count = began, count
-        self._width = max((ended - began) / count, 1e-9)
-        self._parts = [0.0] * (count + 1)
-        # by how much the number of those that fill an interval changes with it
-        self._steps = [0] * (count + 2)
-        self.marks = [0] * count
-
-    def add(self, began: float, ended: float) -> None:
-        """One more that was there from then to then."""
-        first, last = self._place(began), self._place(ended)
-        if last < 0 or first >= self._count:
-            return
-        first_at, last_at = math.floor(first), math.floor(last)
-        if first_at == last_at:
-            self._parts[first_at] += last - first
-            return
-        self._parts[first_at] += first_at + 1 - first
-        self._parts[last_at] += last - last_at
-        self._steps[first_at + 1] += 1
-        self._steps[last_at] -= 1
-
-    def mark(self, at: float) -> None:
-        """Something happened then."""
-        self.marks[min(math.floor(self._place(at)), self._count - 1)] += 1
-
-    def _place(self, at: float) -> float:
-        return min(max((at - self._began) / self._width, 0.0), float(self._count))
-
-    def means(self) -> tuple[float, ...]:
-        """How many there were in each interval."""
-        full, found = 0, []
-        for part, step in zip(self._parts[: self._count], self._steps, strict=False):
-            full += step
-            found.append(full + part)
-        return tuple(found)
-
-
 # --- single things -----------------------------------------------------------------------------------
 
 
@@ -472,89 +388,3 @@ def grouped(reason: str) -> str:
 def _natural(name: str) -> list[tuple[int, str]]:
     """host2 comes before host10."""
     return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
-
-
-# --- distributions -----------------------------------------------------------------------------------
-
-#: seconds: three steps in ten where people count so, else what they would say
-_EDGES: tuple[float, ...] = (
-    *(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
-    *(60.0, 180.0, 600.0, 1800.0, 3600.0, 10800.0, 36000.0, 86400.0, 259200.0, 604800.0, math.inf),
-)
-
-
-def distribution(seconds: Sequence[float]) -> Distribution | None:
-    """None of nothing."""
-    if not seconds:
-        return None
-    ordered = sorted(max(0.0, one) for one in seconds)
-    counts, at = [], 0
-    for edge in _EDGES:
-        start = at
-        while at < len(ordered) and ordered[at] < edge:
-            at += 1
-        counts.append(at - start)
-    used = [index for index, count in enumerate(counts) if count]
-    shown = slice(used[0], used[-1] + 1)
-    p50, p90, p99 = (quantile(ordered, share) for share in (0.5, 0.9, 0.99))
-    return Distribution(len(ordered), p50, p90, p99, ordered[-1], tuple(_EDGES[shown]), tuple(counts[shown]))
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """The smallest that is no less than that share of them."""
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-# --- memory ------------------------------------------------------------------------------------------
-
-
-class _Peaks:
-    """What the jobs of one kind had at most."""
-
-    def __init__(self) -> None:
-        self.jobs = self.ran_out = 0
-        self.bytes: list[int] = []
-
-    def take(self, job: PastJob) -> None:
-        self.jobs += 1
-        self.ran_out += job.state == "failed" and "OutOfMemory" in job.reason
-        if job.usage and job.usage.memory_bytes and len(self.bytes) < _MOST_PEAKS:
-            self.bytes.append(job.usage.memory_bytes)
-
-
-def _memory_of(peaks: Mapping[tuple[str, str, int | None], _Peaks]) -> Iterator[Memory]:
-    for (program, queue, asked), found in peaks.items():
-        if not found.bytes:
-            continue
-        ordered = sorted(found.bytes)
-        p50, p99 = int(quantile(ordered, 0.5)), int(quantile(ordered, 0.99))
-        suggested, verdict = suggestion(asked, p99, found.ran_out)
-        yield Memory(
-            program, queue, asked, found.jobs, found.ran_out, p50, p99, ordered[-1], suggested, verdict
-        )
-
-
-def suggestion(asked: int | None, p99: int, ran_out: int) -> tuple[int | None, str]:
-    """What to ask for, None: it is right as it is; and why."""
-    wanted = round_bytes(max(p99, asked or 0 if ran_out else 0) * _MARGIN)
-    if asked is None and wanted <= _LITTLE:
-        return None, "needs next to nothing"
-    if asked is None:
-        return wanted, "asked for nothing: nothing limits it, or keeps room for it"
-    if ran_out:
-        return wanted, f"{ran_out} ran out of memory"
-    if wanted < asked:
-        return wanted, f"{p99 / asked:.0%} of what it asked for is used"
-    if p99 * 1.05 > asked:
-        return wanted, "has next to no room left"
-    return None, "asks for what it needs"
-
-
-def round_bytes(size: float) -> int:
-    """The next of 64, 96, 128, 192, 256, 384, 512 MiB, 768 MiB, 1 GiB, 1.5 GiB and so on."""
-    unit = _LITTLE
-    while True:
-        for step in _STEPS:
-            if step * unit >= size:
-                return int(step * unit)
-        unit *= 8

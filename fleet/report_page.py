@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from broker import __version__
 from fleet import rendering
-from fleet.report import Bar, Distribution, Report, Row, Slow
+from fleet.report import Bar, Report, Row, Slow
+from fleet.report_figures import Distribution
 from fleet.usage_series import HostUse
 
 #: units of the x axis; pixels of a chart, of a row of the Gantt chart, and of a lane of bars in it

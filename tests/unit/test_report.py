@@ -16,7 +16,8 @@ from broker.past import Attempt, Past, PastJob
 from broker.requirements import Requirements
 from broker.usage import Usage
 from fleet import report, report_page
-from fleet.report import Intervals, Report, distribution, grouped, host_of, round_bytes, suggestion
+from fleet.report import Report, grouped, host_of
+from fleet.report_figures import Intervals, distribution, round_bytes, suggestion
 from fleet.resources import GpuUse
 from fleet.series import About, HostSample, JobSample, Series
 
