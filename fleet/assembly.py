@@ -192,19 +192,22 @@ def _work(
             renewed=guard.renew,
             post=parts.mail.post,
         )
-        chores = ChoreThread(
-            session,
-            _connect(config, session.settings),
-            folders,
-            all_done=partial(parts.mail.post, AllDone()) if config.until_done else None,
-            queues=config.served,
-        )
-        for thread in (loop.beater, chores, parts.sampler):
+        for thread in (loop.beater, _chores(config, session, folders, parts.mail), parts.sampler):
             with kept_from_threads():
                 thread.start()
             stack.callback(thread.stop)
         _collect_garbage_rarely()
         return loop.run()
+
+
+def _chores(config: WorkerConfig, session: Session, folders: Folders, mail: Mailbox) -> ChoreThread:
+    return ChoreThread(
+        session,
+        _connect(config, session.settings),
+        folders,
+        all_done=partial(mail.post, AllDone()) if config.until_done else None,
+        queues=config.served,
+    )
 
 
 def _collect_garbage_rarely() -> None:
@@ -235,17 +238,7 @@ def _parts(
     stack.callback(pool.close)
     links = Links(session, client, selector)
     stack.callback(links.close)
-    null, home = (os.open(path, os.O_RDONLY) for path in (os.devnull, "."))
-    working = WorkingFolders(folders, config.name)
-    stack.callback(working.close)
-    outputs = Outputs(folders)
-    stack.callback(outputs.clear)
-    encoded = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
-    limits = Limits()
-    stack.callback(limits.close)
-    context = CommandContext(
-        folders, outputs, working, encoded, null, home, Memory(), limits, settings.max_result_bytes
-    )
+    context = _command_context(stack, config, settings, folders, environ)
     share = offering.share
     placement = Placement(
         session.identity.queues,
@@ -260,6 +253,26 @@ def _parts(
         config.slots, settings, context, pool, guard, placement, sampler, may_hear_late=config.in_slurm
     )
     return Parts(session, selector, links, slots, pool, guard, mail, folders, offering, placement, sampler)
+
+
+def _command_context(
+    stack: ExitStack,
+    config: WorkerConfig,
+    settings: WorkerSettings,
+    folders: Folders,
+    environ: Mapping[str, str],
+) -> CommandContext:
+    null, home = (os.open(path, os.O_RDONLY) for path in (os.devnull, "."))
+    working = WorkingFolders(folders, config.name)
+    stack.callback(working.close)
+    outputs = Outputs(folders)
+    stack.callback(outputs.clear)
+    limits = Limits()
+    stack.callback(limits.close)
+    encoded = {os.fsencode(name): os.fsencode(value) for name, value in environ.items()}
+    return CommandContext(
+        folders, outputs, working, encoded, null, home, Memory(), limits, settings.max_result_bytes
+    )
 
 
 def _sampling(config: WorkerConfig, settings: WorkerSettings, folders: Folders) -> Sampling | None:
