@@ -23,6 +23,8 @@ from fleet import sidecar_main
 #: the variable that every process of a worker carries, and its sidecar and itself do not
 INCARNATION = "FLEET_INCARNATION"
 
+_COMMAND = (sys.executable, "-I", "-S", "-c", sidecar_main.START, sidecar_main.__file__)
+
 
 class SidecarGone(Exception):
     """The sidecar is dead or does not listen: start its `successor`."""
@@ -161,7 +163,7 @@ def _launch(token: str, lock_fd: int | None) -> tuple[subprocess.Popen[bytes], I
     with their_commands, their_reports:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", sidecar_main.__file__, *map(str, [*theirs, os.getpid()]), token],
+                [*_COMMAND, *map(str, [*theirs, os.getpid()]), token],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 # what it has to say in trouble is for the worker to log

@@ -6,6 +6,7 @@ Light: SIGTERM is to be heard before the imports of `fleet.assembly`, which take
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from fleet.signals import StopSignals
 
@@ -13,12 +14,18 @@ from fleet.signals import StopSignals
 def main() -> int:
     """Start from a file that a launcher wrote; returns the exit code."""
     signals = StopSignals().install()
-    from fleet.late import import_redis
+    from fleet.late import import_redis_of_worker
 
-    import_redis()
+    import_redis_of_worker(tls=_may_speak_tls(sys.argv))
     from fleet.assembly import main as run
 
     return run(signals)
+
+
+def _may_speak_tls(argv: list[str]) -> bool:
+    """Whether its configuration names such a Redis; what is wrong with it, who reads it in earnest tells."""
+    file = Path(argv[-1])
+    return not file.is_file() or b"rediss" in file.read_bytes()
 
 
 if __name__ == "__main__":

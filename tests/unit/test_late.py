@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 START = "from fleet.late import import_redis; import_redis()\nimport sys, redis\n"
+WORKER = START.replace("import_redis", "import_redis_of_worker").replace("()", "(tls=False)")
 
 
 def said(code: str) -> list[str]:
@@ -15,8 +18,8 @@ def said(code: str) -> list[str]:
 
 
 def test_a_worker_has_neither_the_asyncio_half_nor_what_reads_metadata() -> None:
-    heavy = ("redis.asyncio.client", "redis.asyncio.cluster", "email", "zipfile", "pickle", "csv")
-    code = f"{START}import fleet.assembly; print(*[name for name in {heavy} if name in sys.modules])"
+    heavy = ("redis.asyncio.client", "asyncio.base_events", "ssl", "email", "zipfile", "pickle", "csv")
+    code = f"{WORKER}import fleet.assembly; print(*[name for name in {heavy} if name in sys.modules])"
     assert said(code) == []
 
 
@@ -45,6 +48,40 @@ print(type(client) is redis.asyncio.client.Redis, type(redis.asyncio).__name__)
 from redis.asyncio import Redis
 print(Redis is type(client))"""
     assert said(code) == ["True", "True", "module", "True"]
+
+
+def test_asyncio_is_whole_for_who_asks_and_its_parts_are_the_same() -> None:
+    code = f"""{WORKER}import asyncio
+part = asyncio.StreamReader
+print(type(asyncio).__name__)
+async def five():
+    await asyncio.sleep(0)
+    return 5
+print(asyncio.run(five()))
+import asyncio
+print(asyncio.streams.StreamReader is part, asyncio.StreamReader is part, asyncio.events.__name__)
+print(type(sys.modules["asyncio"]).__name__)"""
+    assert said(code) == ["Late", "5", "True", "True", "asyncio.events", "module"]
+
+
+def test_without_tls_in_redis_py_others_have_it() -> None:
+    code = f"""{WORKER}import ssl
+import redis.connection
+print(redis.connection.ssl, ssl.OPENSSL_VERSION_INFO > (1,))"""
+    assert said(code) == ["None", "True"]
+
+
+@pytest.mark.parametrize(("scheme", "tls"), [("rediss", "True"), ("redis", "False")])
+def test_a_worker_has_tls_where_its_redis_has(tmp_path: Path, scheme: str, tls: str) -> None:
+    (tmp_path / "config").write_text(f'{{"redis_url": "{scheme}://h"}}')
+    arguments = ["--config", str(tmp_path / "config")]
+    code = f"""import sys
+sys.argv[1:] = {arguments}
+from fleet.worker import main
+main()
+import redis.connection
+print(redis.connection.ssl is not None)"""
+    assert said(code) == [tls]
 
 
 def test_a_version_that_must_have_it_first_is_imported_as_usual(tmp_path: Path) -> None:
