@@ -169,14 +169,16 @@ class Lane:
 
     def look(self) -> None:
         """Take in what the executor says, and notice if it is gone."""
+        heard = False
         for end, blobs in self.executor.receive():
+            heard = True
             if not self._line:  # who speaks unasked is not to be trusted
                 self.executor.channel.at_end = True
                 return
             self._end_first(_told(end, blobs))
             self.executor.jobs += 1
             self.executor.rss_bytes = end["rss"]
-        if self._line and (self.executor.channel.at_end or self.executor.has_exited()):
+        if self._line and (self.executor.channel.at_end or (not heard and self.executor.has_exited())):
             self._take_leave()
 
     def _take_leave(self) -> None:

@@ -117,9 +117,11 @@ class FunctionAttempt(Attempt):
 
     def _explained(self, outcome: Outcome, usage: Usage) -> Outcome:
         """A function that was refused memory says so itself."""
+        if outcome.kind != "failed" or not self.limit:
+            return outcome
         text = (outcome.exc_string or "").rstrip()
         last_words = text.split("\n")[-1]
-        if outcome.kind != "failed" or not self.limit or not last_words.startswith("MemoryError"):
+        if not last_words.startswith("MemoryError"):
             return outcome
         why = self.limit.explained(f"OutOfMemory: {last_words}", usage)
         return outcome._replace(exc_string=f"{text}\n{why}\n")
@@ -138,9 +140,13 @@ class FunctionAttempt(Attempt):
 
     def _final_tails(self, outcome: Outcome, limit: int) -> Tails:
         if not outcome.stdout_bytes and not outcome.stderr_bytes:
-            return Tails()
+            return _SILENT
         (out, out_end), (err, err_end) = (tail_of(path, limit) for path in self.paths)
         return Tails(out, err, out_end, err_end)
+
+
+#: of a function that wrote nothing
+_SILENT = Tails()
 
 
 def _work(claim: Claim) -> tuple[str, Mapping[bytes, bytes], str]:
