@@ -70,8 +70,22 @@ _HOMES = {"IncompleteReadError": "exceptions", "StreamReader": "streams", "Lock"
 def import_redis_of_worker(*, tls: bool) -> None:
     """The same with nothing of asyncio but what redis-py names; without `tls` it speaks no rediss://."""
     sys.modules.setdefault("asyncio", Late("asyncio", _folders("asyncio"), _HOMES))
+    _import_hashes()
     with nullcontext() if tls else _none_of("ssl"):
         import_redis()
+
+
+def _import_hashes() -> None:
+    """hashlib and hmac with the interpreter's own hashes, where it has all of them, and not OpenSSL."""
+    if any(map(_is_missing, ("_md5", "_sha1", "_sha3"))) or all(map(_is_missing, ("_sha2", "_sha256"))):
+        return
+    with _none_of("_hashlib"):
+        import hashlib  # noqa: F401
+        import hmac  # noqa: F401
+
+
+def _is_missing(name: str) -> bool:
+    return find_spec(name) is None
 
 
 def import_redis() -> None:

@@ -18,7 +18,16 @@ def said(code: str) -> list[str]:
 
 
 def test_a_worker_has_neither_the_asyncio_half_nor_what_reads_metadata() -> None:
-    heavy = ("redis.asyncio.client", "asyncio.base_events", "ssl", "email", "zipfile", "pickle", "csv")
+    heavy = (
+        "redis.asyncio.client",
+        "asyncio.base_events",
+        "ssl",
+        "_hashlib",
+        "email",
+        "zipfile",
+        "pickle",
+        "csv",
+    )
     code = f"{WORKER}import fleet.assembly; print(*[name for name in {heavy} if name in sys.modules])"
     assert said(code) == []
 
@@ -62,6 +71,13 @@ import asyncio
 print(asyncio.streams.StreamReader is part, asyncio.StreamReader is part, asyncio.events.__name__)
 print(type(sys.modules["asyncio"]).__name__)"""
     assert said(code) == ["Late", "5", "True", "True", "asyncio.events", "module"]
+
+
+def test_hashes_are_the_interpreters_own_and_the_same() -> None:
+    code = f"""{WORKER}import hashlib, _hashlib
+print(all(hashlib.new(n, b"x").digest() == _hashlib.new(n, b"x").digest() for n in ("md5", "sha1", "sha256")))
+print(len(hashlib.blake2b(b"x").digest()))"""
+    assert said(code) == ["True", "64"]
 
 
 def test_without_tls_in_redis_py_others_have_it() -> None:
