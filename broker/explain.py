@@ -7,7 +7,7 @@ of these has room, and what comes before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -337,10 +337,20 @@ def _those_that_match(
         or fitting.fits(need, offers[name], fitting.beside(held[name], offers[name], free[name]))
     ]
     if open_to_it:
-        words = f"there is room for it on {_some(open_to_it)}: it starts when its turn comes"
+        said = _when(worker for worker in ready if worker.name in open_to_it)
+        words = f"there is room for it on {_some(open_to_it)}{said}: it starts when its turn comes"
         yield Reason("room", words, {"workers": open_to_it})
     elif ready and not with_room:  # else who holds room is told with what comes before it
         yield fitting.without_room(need, [(offers[name], left) for name, left in free.items()])
+
+
+def _when(workers: Iterable[WorkerStatus]) -> str:
+    """How old their news are: what they have taken since is not in it."""
+    ages = [worker.heartbeat_age_seconds for worker in workers if worker.heartbeat_age_seconds is not None]
+    if not ages:
+        return ""
+    whose = "by its last heartbeat" if len(ages) == 1 else "by their last heartbeats"
+    return f" ({whose}, {max(ages):.0f} s ago{'' if len(ages) == 1 else ' at most'})"
 
 
 def _some(names: Sequence[str]) -> str:

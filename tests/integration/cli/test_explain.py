@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 
 import pytest
@@ -161,6 +162,19 @@ def test_others_come_first(submit, why, host, runs):
         "1 that ask for the same came before it",
         "2 of its queue have a higher priority",
     ]
+
+
+def test_room_is_told_with_the_age_of_the_news(submit, why, host, fleet):
+    host("w0")
+    fleet("pause", "default")
+    job = submit("true")
+    turn = "it starts when its turn comes"
+    assert re.fullmatch(
+        rf"there is room for it on w0 \(by its last heartbeat, \d+ s ago\): {turn}", why(job)[-1]
+    )
+    host("w1")
+    news = r"\(by their last heartbeats, \d+ s ago at most\)"
+    assert re.fullmatch(rf"there is room for it on w0, w1 {news}: {turn}", why(job)[-1])
 
 
 def test_room_is_held(submit, why, host, runs, redis_client):
