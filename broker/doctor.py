@@ -6,6 +6,7 @@ CONFIG, an ACL user may not ask) is `unknown`, never a failure.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -114,7 +115,7 @@ def check_clock(patient: Patient) -> Finding:
     found = f"this machine is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} Redis"
     if abs(skew) > _SKEW_SECONDS + error:
         return Finding("clock", "warning", found, "Let NTP (chrony, systemd-timesyncd) set both clocks.")
-    return Finding("clock", "ok", f"within {max(abs(skew), error):.1g} s of Redis")
+    return Finding("clock", "ok", f"within {math.ceil(1000 * max(abs(skew), error))} ms of Redis")
 
 
 def _skew(client: redis.Redis) -> tuple[float, float]:

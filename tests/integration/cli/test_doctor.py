@@ -41,6 +41,7 @@ def test_a_good_redis_is_called_good(checks, own_redis):
         (["--appendfsync", "no"], "persistence", "warning", "half minute"),
         (["--appendfsync", "everysec"], "persistence", "ok", "acknowledged in the last second"),
         ([], "failover", "ok", "no replica"),
+        ([], "clock", "ok", " ms of Redis"),
         (["--stream-node-max-bytes", "4096"], "memory", "ok", "each result takes 4 KiB"),
         (["--stream-node-max-bytes", "256"], "memory", "ok", "used, no limit"),
         (["--appendfsync", "always"], "persistence", "ok", "loses nothing"),
