@@ -21,6 +21,8 @@ from tests.chaos.story import TERMINAL, Change, JobState, Record, execution_of, 
 
 #: seconds by which two times that were taken by different means may disagree
 SLACK = 0.05
+#: seconds by which a command may have begun, or ended, later than it says: it reads hundredths, rounded down
+_TICK = 0.01
 #: the end of an attempt as its worker reports it -> as the job's record has it
 _RECORDED = {"retry": "failed"}
 
@@ -276,10 +278,13 @@ def _promised_twice(evidence: Evidence) -> Found:
             if run.job in evidence.intents and not _was_frozen(evidence, run):
                 runs[run.worker].append(run)
     for who, those in runs.items():
-        those.sort(key=lambda run: run.start)
-        for index, run in enumerate(those):
-            beside = [one for one in those[:index] if one.last_sign > run.start + SLACK]
-            yield from _too_much(evidence, workers.get(who), run, beside)
+        beside: list[Execution] = []
+        for run in sorted(those, key=lambda run: run.start):
+            beside = [one for one in beside if one.last_sign > run.start + SLACK]
+            # that it began first may be its clock's doing: then `run` was over before
+            surely = [one for one in beside if run.last_sign > one.start + _TICK]
+            yield from _too_much(evidence, workers.get(who), run, surely)
+            beside.append(run)
 
 
 def _too_much(evidence: Evidence, worker: Event | None, run: Execution, beside: Sequence[Execution]) -> Found:

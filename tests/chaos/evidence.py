@@ -41,8 +41,16 @@ class Evidence:
     dump: Dump = Dump()
     losses_limit: int = 3
 
-    def named(self, name: str) -> Iterator[Event]:
-        return (event for event in self.events if event["event"] == name)
+    def named(self, name: str) -> Sequence[Event]:
+        """The events of that name, in order."""
+        return self._by_name.get(name, ())
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Event]]:
+        found: dict[str, list[Event]] = defaultdict(list)
+        for event in self.events:
+            found[event["event"]].append(event)
+        return dict(found)
 
     @cached_property
     def intents(self) -> dict[str, Event]:

@@ -371,6 +371,12 @@ def test_6_what_a_worker_has_promised_to_two_jobs_at_once(asked: dict[str, Any])
     assert not objections(evidence([*base, *after], steps))
     assert objections(evidence([*base, *beside], steps)) == {6}
     assert not objections(evidence([*base, *elsewhere], steps))
+    tick = [*ran("a", 1, 1.1, 2.0), *ran("b", 2, 1.103, 1.107)]
+    assert not objections(evidence([*base, *tick], steps)), (
+        "a began at 1.1 by a clock of hundredths: after 1.107 as well"
+    )
+    short = [*ran("a", 1, 1.1, 2.0), *ran("b", 2, 1.5, 1.507)]
+    assert objections(evidence([*base, *short], steps)) == {6}
 
 
 # -- 7 to 10 ---------------------------------------------------------------------------------
