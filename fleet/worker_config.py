@@ -116,7 +116,7 @@ class WorkerConfig:
     def from_json(cls, text: str) -> WorkerConfig:
         """Read what `to_json` wrote. Raises UsageError for anything else."""
         try:
-            fields = json.loads(text)
+            fields = dict(json.loads(text))
             fields |= {name: tuple(fields.get(name, ())) for name in ("queues", "paths")}
             return cls(**fields).checked()
         except (ValueError, TypeError) as exc:
