@@ -72,7 +72,7 @@ def test_a_worker_with_a_time_limit_ends_in_time_and_hands_back(workers, tmp_pat
     late = workers.submit("true")
     workers.until(lambda: _ended(worker), "it has ended")
     assert worker.returncode == 0
-    assert time.monotonic() - began >= 9.5
+    assert time.monotonic() - began >= 9, "its job has until a second (kill_grace_seconds) before the end"
     assert [workers.state(one) for one in (job, late)] == ["queued", "queued"]
     workers.assert_clean()
 

@@ -38,4 +38,5 @@ def test_signals_are_ignored_that_were_before_the_worker_and_no_others(trap, ign
     shell = f'{trap}; exec "$@"'
     command = ["/bin/sh", "-c", shell, "sh", sys.executable, "-c", _SPAWNS]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(said.stdout.split()[1], 16) & ~_OF_THE_C_LIBRARY == ignored | ignored_here()
+    found = int(said.stdout.split()[1], 16)
+    assert found & ~_OF_THE_C_LIBRARY == (ignored | ignored_here()) & ~_OF_THE_C_LIBRARY
