@@ -183,6 +183,11 @@ _REFUSAL_CLASSES: dict[type[Exception], str] = {
 }
 
 
+def is_wrong_type(exc: Exception) -> bool:
+    """Whether Redis refused a command since its key holds something of another kind."""
+    return "WRONGTYPE" in str(exc)
+
+
 def replies(pipe: Pipeline) -> list[Any]:
     """Run `pipe` and return all replies; an error stands where a key holds something of another kind.
 
@@ -190,7 +195,7 @@ def replies(pipe: Pipeline) -> list[Any]:
     """
     found: list[Any] = pipe.execute(raise_on_error=False)
     for reply in found:
-        if isinstance(reply, Exception) and "WRONGTYPE" not in str(reply):
+        if isinstance(reply, Exception) and not is_wrong_type(reply):
             raise reply
     return found
 
@@ -215,7 +220,7 @@ def _reply(connection: Any) -> Any:
     try:
         return connection.read_response()
     except exceptions.ResponseError as exc:
-        if "WRONGTYPE" not in str(exc):
+        if not is_wrong_type(exc):
             raise
         return exc
 

@@ -15,7 +15,7 @@ import redis
 from redis import exceptions
 
 from broker import __version__, chores, clock, keys
-from broker.connection import one_line, replies
+from broker.connection import is_wrong_type, one_line, replies
 from broker.durability import check_eviction, check_failover, check_persistence
 from broker.findings import Finding, Patient, setting, some
 from broker.requirements import SEPARATOR, is_sublist
@@ -44,7 +44,7 @@ def _checked(check: Callable[[Patient], Finding], patient: Patient) -> Finding:
     except exceptions.NoPermissionError as exc:
         return Finding(name, "unknown", f"we may not ask: {one_line(exc)}", "See 'rights'.")
     except exceptions.ResponseError as exc:
-        if "WRONGTYPE" not in str(exc):
+        if not is_wrong_type(exc):
             raise
         return Finding(name, "unknown", "what it looks at is something else", "See 'keys'.")
 
