@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import backlog, harness
 from benchmarks.harness import REPOSITORY, Site, median, number
 from benchmarks.peers.base import NOOP, Peer
-from benchmarks.peers.fleet_worker import WORKER, Fleet
+from benchmarks.peers.fleet_worker import WORKER, FleetOfOneWorker
 from benchmarks.report import Bar, Section, Table
 from benchmarks.status import crowd
 from broker import keys
@@ -47,7 +47,7 @@ def growth(site: Site, peers: Sequence[Peer]) -> Section:
 def _costs(site: Site, depth: int, workers: int) -> list[float]:
     """Of a job at the front of a queue that deep, the worker being one of `workers`; some samples."""
     site.fresh()
-    fleet, jobs = Fleet(), min(_JOBS, depth * 9 // 10)
+    fleet, jobs = FleetOfOneWorker(), min(_JOBS, depth * 9 // 10)
     _hold(site)
     fleet.fill(site, NOOP, 1)
     backlog.take_model(site)
@@ -65,11 +65,12 @@ def _costs(site: Site, depth: int, workers: int) -> list[float]:
 def _cost(site: Site, depth: int, jobs: int) -> float:
     """Microseconds a job; the queue is filled up while nobody claims."""
     backlog.deepen(site, depth)
-    before = Fleet().done(site)
+    fleet = FleetOfOneWorker()
+    before = fleet.done(site)
     started = time.perf_counter()
     _release(site)
-    harness.until(lambda: Fleet().done(site) - before >= jobs, look=_LOOK_SECONDS)
-    cost = (time.perf_counter() - started) / (Fleet().done(site) - before) * 1e6
+    harness.until(lambda: fleet.done(site) - before >= jobs, look=_LOOK_SECONDS)
+    cost = (time.perf_counter() - started) / (fleet.done(site) - before) * 1e6
     _hold(site)
     harness.until(lambda: not site.client.zcard(keys.LEASES))
     return cost

@@ -7,11 +7,12 @@ from functools import partial
 
 from benchmarks.harness import Site, alternate, median, number, ratio
 from benchmarks.peers.base import COMMAND, NOOP, Peer
+from benchmarks.peers.fleet_worker import Fleet, FleetOfOneWorker
 from benchmarks.report import Bar, Section, Table
 
 _FEW, _MANY = 2, 4
 #: who is measured with four slots too
-_BOUNDS = ("fleet", "xargs", "hyperqueue")
+_BOUNDS = (Fleet.name, "xargs", "hyperqueue")
 
 
 def commands(site: Site, peers: Sequence[Peer]) -> Section:
@@ -45,10 +46,11 @@ def noops(site: Site, peers: Sequence[Peer]) -> Section:
 
 def _measured(site: Site, peers: Sequence[Peer], work: str, slots: int) -> dict[str, list[float]]:
     """Jobs a second of each, round by round."""
+    able = [peer for peer in peers if work in peer.paces]
+    if any(isinstance(peer, Fleet) for peer in able):
+        able.append(FleetOfOneWorker())
     measures = {
-        peer.name: partial(peer.rate, site, work, peer.jobs(work, site.seconds), slots)
-        for peer in peers
-        if work in peer.paces
+        peer.name: partial(peer.rate, site, work, peer.jobs(work, site.seconds), slots) for peer in able
     }
     return alternate(measures, site.rounds)
 
@@ -76,8 +78,8 @@ def _fastest(
     found: dict[str, list[float]], least: float, what: str, besides: Sequence[str] = ()
 ) -> Bar | None:
     """A bar beside whichever peer is the fastest."""
-    peers = {name: median(each) for name, each in found.items() if name not in ("fleet", *besides)}
-    rates = {name: rate for name, rate in peers.items() if rate == rate}
+    peers = {name: median(each) for name, each in found.items() if name not in besides}
+    rates = {name: rate for name, rate in peers.items() if rate == rate and not name.startswith(Fleet.name)}
     if not rates or "fleet" not in found:
         return None
     fastest = max(rates, key=lambda name: rates[name])

@@ -1,4 +1,7 @@
-"""This system: one worker with as many slots as asked for, its promise switched on in full.
+"""This system: the slots spread over two workers of one host, its promise switched on in full.
+
+Two, for the peers have two worker processes, and jobs as short as these keep one process busy with
+starting and reporting them: `workers=2 slots=1` of a hosts file.
 
 Promised: leases, fences, every end written once to Redis (append-only file, everysec); a job
 whose worker dies runs again elsewhere and only one result is accepted. Commands: output captured
@@ -20,7 +23,9 @@ from broker.command import Command
 from broker.submit import Options, submit_commands
 from fleet.worker_config import WorkerConfig
 
-WORKER = "bench"
+#: the only worker, or the first
+WORKER = "bench-0"
+_WORKERS = 2
 _FUNCTIONS = {NOOP: "benchmarks.work.noop", PROBE: "benchmarks.work.probe"}
 
 
@@ -28,6 +33,7 @@ class Fleet(Peer):
     name = "fleet"
     packages = ("rq-fleet", "rq")
     paces = {COMMAND: 1000, NOOP: 8000, PROBE: 50}
+    _workers = _WORKERS
 
     def fill(self, site: Site, work: str, jobs: int) -> None:
         if work == COMMAND:
@@ -56,13 +62,22 @@ class Fleet(Peer):
         return outputs.look(site.client, job).tails.stdout
 
     def workers(self, site: Site, work: str, slots: int) -> list[list[str]]:
-        return [worker_command(site, WORKER, slots=slots)]
+        count = min(slots, self._workers)
+        return [worker_command(site, f"bench-{index}", slots=slots // count) for index in range(count)]
 
     def done(self, site: Site) -> int:
         return int(site.client.zcard(keys.of("finished", "default")))
 
     def _queue(self, site: Site) -> rq.Queue:
         return Queue(connection=site.client)
+
+
+class FleetOfOneWorker(Fleet):
+    """All slots in one worker, as `fleet up` has it unless told otherwise."""
+
+    name = "fleet, one worker"
+    paces = {COMMAND: 1000, NOOP: 8000}
+    _workers = 1
 
 
 class FleetWithPlainProducer(Fleet):
