@@ -23,9 +23,10 @@ def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_ours_and_xargs_are_measured_and_reported(tmp_path):
     done = _run(tmp_path, "commands", "--peers", "xargs")
     found = json.loads((tmp_path / "figures.json").read_text())
-    (ours,), (theirs,) = found["sections"]["commands"]["two"].values()
-    assert 1 < ours < 100_000
-    assert 1 < theirs < 100_000
+    rates = found["sections"]["commands"]["two"]
+    assert list(rates) == ["fleet", "xargs", "fleet, one worker"]
+    assert all(1 < rate < 100_000 for (rate,) in rates.values())
+    (ours,), (theirs,) = rates["fleet"], rates["xargs"]
     bars = {bar["what"]: bar for bar in found["sections"]["commands"]["bars"]}
     bar = bars["commands, 2 slots, beside xargs -P2"]
     assert bar["reached"] == (ours / theirs >= 0.75)
