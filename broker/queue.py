@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import rq
@@ -52,10 +53,13 @@ class Queue(rq.Queue):
 
     def create_job(self, *args: Any, **fields: Any) -> Job:
         """As RQ; an id that nobody chose tells that the job comes with a token."""
-        if len(args) <= _JOB_ID_AT and not fields.get("job_id"):
+        is_new = len(args) <= _JOB_ID_AT and not fields.get("job_id")
+        if is_new:
             fields["job_id"] = names.new_uuid()
         job = super().create_job(*args, **fields)
         job.description = self.requirements.beside(job.description or "")
+        if is_new:
+            job.to_dict = partial(_first_fields, job)  # type: ignore[method-assign]
         self._make_known()
         return job
 
@@ -106,3 +110,13 @@ class Queue(rq.Queue):
         command = Command(tuple(argv), how.pop("env", {}), how.pop("cwd", None))
         options = Options(**how, requirements=self.requirements)
         return submit_commands(self.connection, self.base, [(job_id, command)], options)[0]
+
+
+def _first_fields(job: Job, **how: Any) -> dict[str, Any]:
+    """In place of `job.to_dict`, once: what that returns but for the empty fields, half of a new job's.
+
+    RQ takes one that is missing for empty. Under an id that somebody chose there may be an older job, all of
+    which is to be overwritten.
+    """
+    del job.to_dict
+    return {name: value for name, value in job.to_dict(**how).items() if value != ""}

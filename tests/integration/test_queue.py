@@ -50,6 +50,24 @@ def test_ids_are_uuids_that_tell_of_the_token_and_own_ids_are_kept(redis_client:
     assert second.id == "theirs"
 
 
+def test_a_new_job_is_saved_without_empty_fields_and_one_of_a_chosen_id_overwrites_all(
+    redis_client: redis.Redis,
+) -> None:
+    queue = Queue(connection=redis_client)
+    [many] = queue.enqueue_many([rq.Queue.prepare_data("os.getpid")])
+    for job in (queue.enqueue("os.getpid"), many):
+        fields = redis_client.hgetall(keys.job(job.id))
+        assert fields
+        assert all(fields.values())
+        stored = Job.fetch(job.id, connection=redis_client)
+        assert (stored.ended_at, stored.worker_name, stored.success_callback) == (None, None, None)
+        job.save()
+        assert redis_client.hget(keys.job(job.id), "ended_at") == b"", "a later save is RQ's own"
+    redis_client.hset(keys.job("mine"), mapping={"success_callback_name": "os.abort", "group_id": "g"})
+    queue.enqueue("os.getpid", job_id="mine")
+    assert redis_client.hmget(keys.job("mine"), "success_callback_name", "group_id") == [b"", b""]
+
+
 def test_a_job_that_waits_for_another_is_deferred_as_with_rq(redis_client: redis.Redis) -> None:
     queue = Queue(connection=redis_client)
     parent = queue.enqueue("os.getpid")
