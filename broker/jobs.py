@@ -13,7 +13,7 @@ from typing import Any
 
 import redis
 
-from broker import chores, command, failures, keys, outputs, tasks, template, usage
+from broker import attempts, chores, command, failures, keys, outputs, tasks, template, usage
 from broker.clock import from_iso
 from broker.connection import replies
 from broker.errors import NotFound
@@ -275,10 +275,10 @@ def failing(client: redis.Redis, ids: Sequence[str]) -> list[str]:
     return [job_id for job_id, row in found.items() if isinstance(row, list) and _is_failing(*row)]
 
 
-def _is_failing(status: bytes | None, attempts: bytes | None) -> bool:
+def _is_failing(status: bytes | None, record: bytes | None) -> bool:
     if status is None or _text(status) in ENDED:
         return False
-    told = _attempts(lambda name: _text(attempts) if name == "fleet_attempts" else "")
+    told = _attempts(lambda name: _text(record) if name == "fleet_attempts" else "")
     return any(attempt.outcome == "failed" for attempt in told)
 
 
@@ -417,10 +417,10 @@ def _what(
 
 
 def _attempts(text: Callable[[str], str]) -> Iterator[AttemptView]:
-    for line in text("fleet_attempts").splitlines():
+    for row in attempts.rows(text):
         try:
-            yield _attempt(json.loads(line))
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+            yield _attempt(row)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
             continue  # somebody's damage: show the others
     lease = text("fleet_lease")
     if lease and text("status") == "started":

@@ -6,14 +6,13 @@ jobs are read in lots, and each is as small as can be.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import redis
 
-from broker import chores, keys, sets, usage
+from broker import attempts, chores, keys, sets, usage
 from broker.clock import from_iso
 from broker.connection import replies
 from broker.requirements import SEPARATOR, Requirements, apart, base_of
@@ -147,9 +146,9 @@ def _job(job_id: str, row: Mapping[str, str], needs: Mapping[str, Mapping[str, R
 
 
 def _attempts(row: Mapping[str, str]) -> Iterator[Attempt]:
-    for line in row["fleet_attempts"].splitlines():
+    for told in attempts.rows(row.__getitem__):
         try:
-            yield from _attempt(json.loads(line))
+            yield from _attempt(told)
         except (ValueError, LookupError, TypeError, AttributeError):
             continue  # somebody's damage
     began = _seconds(row["started_at"])

@@ -294,7 +294,7 @@ def _claims(rows: Sequence[Any], given: Sequence[bytes]) -> tuple[Claim, ...]:
 
 
 def _claim(row: Sequence[Any], changed: Mapping[bytes, bytes]) -> Claim:
-    queue, job_id, lease, flat = row
+    *flat, queue, job_id, lease = row
     fields = _pairs(flat)
     fields.update(changed)
     fields[b"fleet_lease"], fields[b"origin"] = lease, queue

@@ -55,25 +55,27 @@ end
 local MOST_ARGUMENTS = 4000 -- of one call: Lua's stack holds some 8,000
 local gathered, order = {}, {}
 
+-- A new call of that kind.
 local function gather(command, where)
-  local calls = gathered[command]
-  if not calls then
-    calls = {}
-    gathered[command] = calls
-  end
-  local call = calls[where]
-  if not call or call.size > MOST_ARGUMENTS then
-    call = {command, where ~= '' and where or nil, size = where ~= '' and 2 or 1}
-    calls[where], order[#order + 1] = call, call
-  end
+  local call = {command, where ~= '' and where or nil, size = where ~= '' and 2 or 1}
+  local calls = gathered[command] or {}
+  gathered[command], calls[where], order[#order + 1] = calls, call, call
   return call
 end
 
 local function later(command, where, a, b)
-  local call = gather(command, where)
-  local size = call.size
-  call[size + 1], call[size + 2] = a, b
-  call.size = size + (b and 2 or 1)
+  local calls = gathered[command]
+  local call = calls and calls[where]
+  if not call or call.size > MOST_ARGUMENTS then
+    call = gather(command, where)
+  end
+  local size = call.size + 1
+  call[size] = a
+  if b then
+    size = size + 1
+    call[size] = b
+  end
+  call.size = size
 end
 
 local function delete_later(where)
@@ -311,7 +313,7 @@ local function unmirror(id, queue, execution)
 end
 
 local function execution_of(lease)
-  return string.match(lease, ':(.*)$') or ''
+  return string.sub(lease, (string.find(lease, ':', 1, true) or #lease) + 1)
 end
 
 -- Take the lease away from whoever holds it; the job's next state is the caller's to write, and with it
@@ -326,9 +328,14 @@ local function release(id, fields)
   delete_later(key('executions', id)) -- the only one: nobody runs a job but under its lease
 end
 
--- The job's record of its attempts, with what became of this one.
+-- The job's record of its attempts, with what became of this one. Of a job that finishes at its first it has the fence
+-- alone, for the rest is in the hash, until it is claimed anew: most jobs are no more than that, and so remain small.
 local function attempts(fields, outcome, reason, started_at)
-  local line = '{"fence":"' .. string.match(fields.fleet_lease, '^%d*') .. '","worker":' .. json(fields.worker_name) ..
+  local fence = string.match(fields.fleet_lease, '^%d*')
+  if outcome == 'finished' and not fields.fleet_attempts then
+    return '{"fence":"' .. fence .. '"}'
+  end
+  local line = '{"fence":"' .. fence .. '","worker":' .. json(fields.worker_name) ..
     ',"started_at":' .. json(started_at) .. ',"ended_at":"' .. NOW .. '","outcome":"' .. outcome ..
     (reason and '","reason":' .. cjson.encode(reason) .. '}' or '"}')
   local text = fields.fleet_attempts and (fields.fleet_attempts .. '\n' .. line) or line
@@ -445,7 +452,7 @@ local function stamp(id, fields, ended, status, outcome)
       'fleet_losses', 'fleet_stop', 'fleet_reason', 'fleet_exit_code', 'fleet_usage')
   end
   local changes = {'status', status, 'fleet_lease', '', 'ended_at', ended.ended_at,
-    'started_at', began or NOW, 'fleet_attempts', attempts(fields, outcome, ended.reason, began)}
+    'worker_name', fields.worker_name or '', 'started_at', began or NOW, 'fleet_attempts', attempts(fields, outcome, ended.reason, began)}
   local last = #changes
   if ended.usage and ended.usage ~= '' then
     changes[last + 1], changes[last + 2] = 'fleet_usage', ended.usage

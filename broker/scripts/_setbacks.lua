@@ -33,6 +33,16 @@ local function list(text)
   return found
 end
 
+-- A job is claimed that had these attempts: of one that had finished, what its hash says goes into their record now.
+local function complete_attempts(id, told)
+  local fence = string.match(told, '^{"fence":"(%d*)"}$')
+  if fence then
+    local own = redis.call('HMGET', key('job', id), 'worker_name', 'started_at', 'ended_at')
+    redis.call('HSET', key('job', id), 'fleet_attempts', cjson.encode({fence = fence, outcome = 'finished',
+      worker = own[1] or '', started_at = own[2] or cjson.null, ended_at = own[3] or cjson.null}))
+  end
+end
+
 -- The attempt is over and the job is not.
 local function leave(id, fields, outcome, ended)
   tell_times(ended)
@@ -124,6 +134,6 @@ local function lose(id, fields, ended, limit)
 end
 
 return {
-  give_back = give_back, repeat_it = repeat_it, settle_failed = settle_failed, retry = retry,
-  retry_returned = retry_returned, lose = lose,
+  complete_attempts = complete_attempts, give_back = give_back, repeat_it = repeat_it, settle_failed = settle_failed,
+  retry = retry, retry_returned = retry_returned, lose = lose,
 }

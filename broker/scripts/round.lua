@@ -15,7 +15,7 @@
 --       value or text of the exception, '' or JSON of what else there is, and '' or JSON of what it used;
 --       if the former has stdout_end, then tail of stdout, tail of stderr
 -- Returns {{outcome of each end: 1 accepted, 0 stale},
---          {{queue, job, lease, flat hash but for what was empty or is changed} of each claim},
+--          {{flat hash but for what was empty or is changed, then queue, job, lease} of each claim},
 --          {fields that all claims changed},
 --          1 if this incarnation is registered, 1 if draining, 1 if suspended,
 --          1 if more may fit at once, name of the list for whose first job it is to hold room, or ''}
@@ -139,19 +139,20 @@ local ENDED_OR_ELSEWHERE = {
 }
 
 local function is_id(id)
-  -- anything else is no id of RQ's: it cannot name a file ('/' is between '.' and '0'), nor be spoken of as text
-  return not string.find(id, '[^ -.0-~]')
+  -- anything else is no id of RQ's: it cannot name a file, nor be spoken of as text
+  return not (string.find(id, '/', 1, true) or string.find(id, '[^ -~]'))
 end
 
 -- Fields by which a claim is decided, and those that it writes: the worker knows these, and is not told.
 local DECIDING = {status = true, fleet_lease = true, fleet_losses = true, enqueued_at = true, fleet_array = true,
-  fleet_array_of = true}
+  fleet_array_of = true, fleet_attempts = true, ended_at = true, ttl = true}
 local WRITTEN = {status = true, fleet_lease = true, origin = true, worker_name = true, started_at = true,
   last_heartbeat = true}
 
--- What the hash of an id from a queue has for the worker, how often the job was lost, since when it waits (ms), and
--- whether it is an array, or of which, if it stands for a job that waits; else nil. Not if it was deleted, ended, or
--- is queued twice and already runs; but 'started' without a lease is a job that somebody's late save() painted.
+-- What the hash of an id from a queue has for the worker, how often the job was lost, since when it waits (ms),
+-- whether it is an array, or of which, and its past (see give), if it stands for a job that waits; else nil. Not if it
+-- was deleted, ended, or is queued twice and already runs; but 'started' without a lease is a job that somebody's late
+-- save() painted.
 local function look_up(queue, id)
   local flat = is_id(id) and redis.pcall('HGETALL', key('job', id))
   if not flat or flat.err then
@@ -161,7 +162,7 @@ local function look_up(queue, id)
     end
     return nil
   end
-  local status, lease, losses, since, is_array, array
+  local status, lease, losses, since, is_array, array, past
   local size, kept = #flat, 0
   for i = 1, size, 2 do
     local name, value = flat[i], flat[i + 1]
@@ -176,8 +177,12 @@ local function look_up(queue, id)
         losses = value
       elseif name == 'fleet_array' then
         is_array = true
-      else
+      elseif name == 'fleet_array_of' then
         array = value
+      elseif name == 'fleet_attempts' then
+        past = value
+      else
+        past = past or true
       end
     end
     if value ~= '' and not WRITTEN[name] then
@@ -191,23 +196,31 @@ local function look_up(queue, id)
   for i = size, kept + 1, -1 do
     flat[i] = nil
   end
-  return flat, number(losses, 0), ms_of(since), is_array, array
+  return flat, number(losses, 0), ms_of(since), is_array, array, past
 end
 
 local lease_until = digits[NOW_MS + lease_ms]
 -- What is true of every job that this call gives out; the worker knows the lease and the queue of each.
 local GIVEN = {'status', 'started', 'worker_name', worker, 'started_at', NOW, 'last_heartbeat', NOW}
 
--- Give a job to this worker; `flat` is what look_up returns.
-local function give(queue, id, flat, fence, execution)
+-- Give a job to this worker; `flat` is what look_up returns. `past`: nil of a job that was never given out, and has no
+-- time to live; else its attempts, if it had any, or true. Returns what is told of it.
+local function give(queue, id, flat, fence, execution, past)
   local job, lease = key('job', id), digits[fence] .. ':' .. execution
+  if past then
+    redis.call('PERSIST', job)
+    if past ~= true then
+      setbacks.complete_attempts(id, past)
+    end
+  end
   redis.call('HSET', job, 'status', 'started', 'worker_name', worker, 'started_at', NOW,
     'last_heartbeat', NOW, 'fleet_lease', lease, 'origin', queue)
-  redis.call('PERSIST', job)
   later('ZADD', K.LEASES, lease_until, id)
   later('HSET', KEYS[2], id, lease .. ' ' .. claim_number)
   mirror(id, queue, execution, worker)
-  return {queue, id, lease, flat}
+  local size = #flat
+  flat[size + 1], flat[size + 2], flat[size + 3] = queue, id, lease
+  return flat
 end
 
 local fence, last_fence = 0, 0
@@ -223,9 +236,9 @@ local function next_fence()
 end
 
 -- Claim a job that waits since then, ms; nil: nobody knows.
-local function claim(queue, id, flat, since, claims)
+local function claim(queue, id, flat, since, claims, past)
   observe(queue, 'waited', NOW_EXACT_MS - (since or NOW_EXACT_MS))
-  claims[#claims + 1] = give(queue, id, flat, next_fence(), prefix .. string.format('%04x', #claims))
+  claims[#claims + 1] = give(queue, id, flat, next_fence(), prefix .. string.format('%04x', #claims), past)
 end
 
 -- Claim the next tasks of an array; returns whether its entry is off the queue.
@@ -248,7 +261,7 @@ local function claim_these(queue, ids, claims, bounds)
       bounds.next = bounds.latest and lists.waits_since(id)
       return i - 1
     end
-    local flat, losses, since, is_array, array = look_up(queue, id)
+    local flat, losses, since, is_array, array, past = look_up(queue, id)
     if flat and bounds.latest and (since or NOW_MS) > bounds.latest then
       bounds.next = i > 1 and (since or NOW_MS) or nil -- the first was not the one that had been noted
       return i - 1
@@ -259,7 +272,7 @@ local function claim_these(queue, ids, claims, bounds)
     elseif flat and #claims >= bounds.now and losses > 0 then
       return i - 1
     elseif flat and (not array or arrays.may_run_again(id, queue, array)) then
-      claim(queue, id, flat, since, claims)
+      claim(queue, id, flat, since, claims, past)
     end
   end
   return #ids
@@ -364,10 +377,10 @@ if is_deaf and #claims < wanted then
 end
 -- Whether RQ's tools can read what a job runs. They look for that of a worker's current job, and fail as a whole
 -- where they cannot: commands are JSON, which broker/command.py compresses at level 1, as nobody else does.
-local function is_function(flat)
-  for i = 1, #flat, 2 do
-    if flat[i] == 'data' then
-      return string.sub(flat[i + 1], 1, 2) ~= '\120\1'
+local function is_function(told)
+  for i = 1, #told - 3, 2 do
+    if told[i] == 'data' then
+      return string.sub(told[i + 1], 1, 2) ~= '\120\1'
     end
   end
 end
@@ -375,8 +388,8 @@ end
 if alive and (#claims > 0 or #outcomes > 0) then
   local last = claims[#claims]
   try('HSET', KEYS[4], 'successful_job_count', finished, 'failed_job_count', failed,
-    'total_working_time', worked, unpack(last and {'state', 'busy', 'current_job', last[2]} or {}))
-  if last and not is_function(last[4]) then
+    'total_working_time', worked, unpack(last and {'state', 'busy', 'current_job', last[#last - 1]} or {}))
+  if last and not is_function(last) then
     try('HDEL', KEYS[4], 'current_job')
   elseif not last and redis.call('HLEN', KEYS[2]) == 0 then
     try('HSET', KEYS[4], 'state', 'idle')

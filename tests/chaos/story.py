@@ -138,6 +138,8 @@ class _Job:
     expiry: float | None = None
     last_expiry: float = 0.0
     newest: str | None = None
+    #: whom the lease was given to
+    worker: str = ""
     shown: JobState = JobState()
 
     def state(self) -> JobState:
@@ -306,17 +308,19 @@ class _Replay:
         job.fields.update((key, value) for key, value in pairs.items() if key in _FIELDS)
         if not job.fields.get(b"fleet_lease"):
             job.fields.pop(b"fleet_lease", None)
-        if b"fleet_attempts" in pairs:
-            self._record(name, job, pairs[b"fleet_attempts"])
+        if b"fleet_attempts" in pairs and len(pairs) > 1:  # alone it is what is known already, in full
+            self._record(name, job, pairs)
 
     def _give(self, name: bytes, job: _Job, pairs: dict[bytes, bytes]) -> None:
         lease, held = pairs[b"fleet_lease"].decode(), job.fields.get(b"fleet_lease")
         worker = pairs.get(b"worker_name", b"").decode()
         self._note(self._given, name, Given(lease, worker, held.decode() if held else None))
-        job.newest = lease
+        job.newest, job.worker = lease, worker
 
-    def _record(self, name: bytes, job: _Job, attempts: bytes) -> None:
-        row: dict[str, Any] = json.loads(attempts.rpartition(b"\n")[2])
+    def _record(self, name: bytes, job: _Job, pairs: dict[bytes, bytes]) -> None:
+        own = {"worker": job.worker, "outcome": pairs.get(b"status", b"").decode()}
+        own["ended_at"] = pairs.get(b"ended_at", b"").decode()
+        row: dict[str, Any] = own | json.loads(pairs[b"fleet_attempts"].rpartition(b"\n")[2])
         record = Record(
             fence=str(row.get("fence")),
             worker=str(row.get("worker")),

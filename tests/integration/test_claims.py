@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import redis
+import rq
 
-from broker import chores, control, history, jobs, keys
+from broker import Queue, chores, control, history, jobs, keys
 from broker.command import Command
 from broker.connection import connect
 from broker.line import Line
@@ -340,7 +341,45 @@ def test_a_job_painted_by_a_late_save_is_still_its_workers(redis_client: redis.R
     assert who.beat(redis_client, "{}", {mine.lease: job}, who.claims_settled).lost == frozenset()
     redis_client.hset(keys.job(job), "status", "finished")
     assert report(redis_client, who, End(mine, "finished"))
+    assert [(one.worker, one.outcome) for one in jobs.show(redis_client, job).attempts] == [
+        ("w0", "finished")
+    ]
     assert who.retire(redis_client), "nothing of it is left"
+
+
+def test_a_job_that_finished_and_is_queued_again_keeps_the_record_of_both_attempts(
+    redis_client: redis.Redis,
+) -> None:
+    queue = rq.Queue(connection=redis_client)
+    job = queue.enqueue("os.getpid", result_ttl=60)
+    first, second = session(redis_client, "w0"), session(redis_client, "w1")
+    [mine] = claim(redis_client, first)
+    assert report(redis_client, first, End(mine, "finished", duration_seconds=0.5))
+    once = jobs.show(redis_client, job.id)
+    [attempt] = once.attempts
+    assert (attempt.fence, attempt.worker, attempt.outcome) == (int(mine.fence), "w0", "finished")
+    assert (attempt.started_at, attempt.ended_at) == (once.started_at, once.ended_at)
+    assert redis_client.object("encoding", keys.job(job.id)) == b"listpack", "small, and there are many"
+
+    job.refresh()
+    queue.enqueue_job(job)
+    [again] = claim(redis_client, second)
+    assert jobs.show(redis_client, job.id).attempts[0] == attempt
+    assert redis_client.ttl(keys.job(job.id)) == -1, "while it runs it stays"
+    assert report(redis_client, second, End(again, "failed", "exit code 1", 0.1, 1))
+    told = jobs.show(redis_client, job.id).attempts
+    assert told[0] == attempt
+    assert [(one.worker, one.outcome, one.fence) for one in told[1:]] == [("w1", "failed", int(again.fence))]
+
+
+@pytest.mark.parametrize("queue", [Queue, rq.Queue])
+def test_a_job_that_would_expire_in_its_queue_does_not_once_it_is_claimed(
+    redis_client: redis.Redis, queue: type[rq.Queue]
+) -> None:
+    job = queue(connection=redis_client).enqueue("os.getpid", ttl=60)
+    assert redis_client.ttl(keys.job(job.id)) == 60
+    claim(redis_client, session(redis_client, "w0"))
+    assert redis_client.ttl(keys.job(job.id)) == -1
 
 
 def test_a_running_job_that_a_client_enqueued_again_is_no_longer_its_workers(
