@@ -15,9 +15,10 @@ from typing import Any, Protocol, TypeVar
 
 import redis
 
-from broker import dependents, failures, history, keys, names, scripts
+from broker import clock, dependents, failures, history, keys, names, scripts
 from broker.errors import UsageError
 from broker.requirements import base_of
+from broker.work import fence_of
 from broker.worker_settings import WorkerSettings
 
 #: ms for which one worker does the chores without saying so again
@@ -35,6 +36,8 @@ _SETS_AT_ONCE = 100
 _SAMPLE = 20
 #: leases and mirrors looked at by one script call
 _LOOKED_AT = 500
+#: seconds after which no further batch of lost jobs is recovered before the other chores have their turn
+_RECOVERY_SECONDS = 0.5
 #: due jobs of one queue moved by one call, and calls in a row before the other chores have their turn
 _DUE_OF_ONE_QUEUE = 25
 _MOST_CALLS = 100
@@ -118,14 +121,32 @@ class Recovery:
     interval_seconds: float = 1.0
 
     def run(self, client: redis.Redis) -> int:
+        """Those claimed last go first to the front, so that they are in their old order there."""
+        began = clock.monotonic()
+        lost = self._expired(client, began + _RECOVERY_SECONDS / 2)
+        lost.sort(key=lambda row: fence_of(_text(row[1])), reverse=True)
+        taken = 0
+        for some in _batches(lost, _BATCH):
+            taken += self._lose(client, some)
+            if clock.monotonic() >= began + _RECOVERY_SECONDS:
+                break
+        return taken
+
+    def _expired(self, client: redis.Redis, until: float) -> list[list[Any]]:
+        """Rows of expired.lua; of very many those whose leases ran out first."""
         lease_ms = _ms(self.settings.lease_seconds)
-        lost = scripts.EXPIRED(
-            client,
-            [keys.LEASES, keys.CHORES_SEEN, keys.RECOVERY_NOT_BEFORE, keys.LOSSES_NOT_BEFORE],
-            [lease_ms, _gap_ms(lease_ms), _BATCH, _LOOKED_AT],
-        )
-        if not lost:
-            return 0
+        names = [keys.LEASES, keys.CHORES_SEEN, keys.RECOVERY_NOT_BEFORE, keys.LOSSES_NOT_BEFORE]
+        lost: list[list[Any]] = []
+        passed = 0
+        while passed >= 0:
+            arguments = [lease_ms, _gap_ms(lease_ms), passed, _LOOKED_AT]
+            more, passed = scripts.EXPIRED(client, names, arguments)
+            lost += more
+            if clock.monotonic() >= until:
+                break
+        return lost
+
+    def _lose(self, client: redis.Redis, lost: list[list[Any]]) -> int:
         hosts = _hosts(client, {_text(row[2]) for row in lost})
         rows = [_lost_row(row, hosts) for row in lost]
         taken: int = scripts.LOSE(client, [keys.LEASES], [self.settings.losses_limit, 1, *rows])
@@ -133,7 +154,7 @@ class Recovery:
 
 
 def _lost_row(row: list[Any], hosts: dict[str, str]) -> str:
-    job, lease, worker, _, _, counted = row
+    job, lease, worker, counted = row
     where = hosts.get(_text(worker), "")
     reason = f"WorkerLost: worker {_text(worker)} {where}stopped beating while it ran the job"
     return failures.lost_row(_text(job), _text(lease), reason, uncounted=not counted)

@@ -20,7 +20,7 @@ from broker.errors import NotFound
 from broker.requirements import apart, base_of
 from broker.tasks import TaskCounts
 from broker.usage import Usage
-from broker.work import Tails
+from broker.work import Tails, fence_of
 
 #: the states of a job, RQ's own
 STATES = ("queued", "started", "finished", "failed", "deferred", "scheduled", "stopped", "canceled")
@@ -424,11 +424,8 @@ def _attempts(text: Callable[[str], str]) -> Iterator[AttemptView]:
             continue  # somebody's damage: show the others
     lease = text("fleet_lease")
     if lease and text("status") == "started":
-        fence = lease.partition(":")[0]
         started = from_iso(text("started_at"))
-        yield AttemptView(
-            int(fence) if fence.isdigit() else 0, text("worker_name"), started, None, None, None
-        )
+        yield AttemptView(fence_of(lease), text("worker_name"), started, None, None, None)
 
 
 def _attempt(row: Mapping[str, Any]) -> AttemptView:

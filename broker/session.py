@@ -17,7 +17,7 @@ import redis
 
 from broker import __version__, failures, keys, labels, scripts
 from broker.line import Line
-from broker.work import NO_PLACES, Beat, Claim, End, Exchange, Places, Round, Tails
+from broker.work import NO_PLACES, Beat, Claim, End, Exchange, Places, Round, Tails, fence_of
 from broker.worker_settings import WorkerSettings
 
 #: seconds the record of a worker that died stays: one that stays, and one that leaves after a job
@@ -239,7 +239,8 @@ class Session:
         `uncounted`: no job is to blame, so the losses count for none.
         """
         reason = f"WorkerLost: worker {self.identity.name} was restarted while it ran the job"
-        rows = [failures.lost_row(job, lease, reason, uncounted=uncounted) for job, lease in leases]
+        newest_first = sorted(leases, key=lambda held: fence_of(held[1]), reverse=True)
+        rows = [failures.lost_row(job, lease, reason, uncounted=uncounted) for job, lease in newest_first]
         reply: int = scripts.LOSE(client, [keys.LEASES], [self.settings.losses_limit, 0, *rows])
         return reply
 

@@ -18,6 +18,12 @@ _compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 Outcome = Literal["finished", "failed", "stopped", "retry", "handed-back", "lost"]
 
 
+def fence_of(lease: str) -> int:
+    """The fence of a lease as a number; 0 where somebody has damaged it."""
+    digits = lease.partition(":")[0]
+    return int(digits) if digits.isdecimal() else 0
+
+
 class Claim(NamedTuple):
     """A job given to this worker. `lease` is FENCE:EXECUTION; `fields` the job's hash as it is now."""
 

@@ -1,18 +1,19 @@
 -- Which attempts are lost: their lease ran out and their worker has no heartbeat.
 --
 -- KEYS  1 fleet:leases  2 fleet:chores:seen  3 fleet:recovery:not-before  4 fleet:losses:not-before
--- ARGV  1 lease ms  2 gap ms, as for elect.lua  3 most to return  4 most to look at
--- Returns {{job, lease, worker, queue, losses, 1 if it counts as a loss}, ...}; changes no job.
+-- ARGV  1 lease ms  2 gap ms, as for elect.lua  3 how many to pass over  4 most to look at
+-- Returns {{{job, lease, worker, 1 if it counts as a loss}, ...}, how many to pass over the next time, -1 where
+-- none is left}; changes no job.
 --
 -- Nothing is lost while recovery pauses, nor before elect.lua has judged what just happened.
 local lease_ms, gap_ms = tonumber(ARGV[1]), tonumber(ARGV[2])
-local most, looked_at = tonumber(ARGV[3]), tonumber(ARGV[4])
+local first, looked_at = tonumber(ARGV[3]), tonumber(ARGV[4])
 local seen = tonumber(string.match(redis.call('GET', KEYS[2]) or '', '^%d+') or 0)
 local not_before = tonumber(redis.call('GET', KEYS[3]) or 0)
 
 -- What the clock, set back, would keep for as long as it was set back.
 local function shorten()
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], NOW_MS + 2 * lease_ms, '+inf', 'LIMIT', 0, most)) do
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], NOW_MS + 2 * lease_ms, '+inf', 'LIMIT', 0, looked_at)) do
     redis.call('ZADD', KEYS[1], NOW_MS + lease_ms, id)
   end
 end
@@ -28,18 +29,19 @@ end
 
 shorten()
 if NOW_MS < not_before or NOW_MS < seen or NOW_MS - seen > gap_ms then
-  return {}
+  return {{}, -1}
 end
 local counted_from = tonumber(redis.call('GET', KEYS[4]) or 0)
-local lost = {}
-local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', NOW_MS, 'WITHSCORES', 'LIMIT', 0, looked_at)
+local lost, removed = {}, 0
+local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', NOW_MS, 'WITHSCORES', 'LIMIT', first, looked_at)
 for i = 1, #due, 2 do
   local id, f = due[i], job_fields(due[i])
   if not f or f.status ~= 'started' or not f.fleet_lease then
-    redis.call('ZREM', KEYS[1], id)
-  elseif #lost < most and not is_alive(f.worker_name or '') then
+    removed = removed + redis.call('ZREM', KEYS[1], id)
+  elseif not is_alive(f.worker_name or '') then
     local counts = tonumber(due[i + 1]) >= counted_from and 1 or 0
-    table.insert(lost, {id, f.fleet_lease, f.worker_name or '', f.origin or '', number(f.fleet_losses, 0), counts})
+    table.insert(lost, {id, f.fleet_lease, f.worker_name or '', counts})
   end
 end
-return lost
+local seen_all = #due < 2 * looked_at
+return {lost, seen_all and -1 or first + looked_at - removed}

@@ -195,6 +195,44 @@ def shift_seen_without_server(client: redis.Redis, ms: int) -> None:
     client.set(keys.CHORES_SEEN, int(client.get(keys.CHORES_SEEN).split()[0]) - ms)
 
 
+# -- many losses at once -----------------------------------------------------------------------
+
+
+def test_two_thousand_jobs_of_dead_workers_are_back_in_their_old_order_within_few_runs(
+    watched: redis.Redis,
+) -> None:
+    lost = {queue: submit(watched, 1000, queue) for queue in ("a", "b")}
+    running = submit(watched, 600, "else")
+    for number in range(10):
+        for queue in lost:
+            assert len(claim(watched, session(watched, f"dead-{queue}{number}", queue), 100)) == 100
+            watched.delete(keys.worker_beat(f"dead-{queue}{number}"))
+    assert len(claim(watched, session(watched, "alive", "else"), 600)) == 600
+    behind = {queue: submit(watched, 1, queue) for queue in lost}
+    # leases of a worker that beats, and may renew them yet, come first
+    watched.zadd(keys.LEASES, dict.fromkeys(running, 1) | {job: 2 for ids in lost.values() for job in ids})
+    runs = list(iter(lambda: recover(watched), 0))
+    assert sum(runs) == 2000
+    assert len(runs) <= 6, "one or two, where nobody else needs the processors"
+    for queue, ids in lost.items():
+        waiting = [job.decode() for job in watched.lrange(keys.queue(queue), 0, -1)]
+        assert waiting == ids + behind[queue]
+        assert {losses(watched, job) for job in ids} == {1}
+    assert recover(watched) == 0
+
+
+def test_a_run_of_recovery_ends_in_time_and_the_next_goes_on(
+    watched: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = submit(watched, 250)
+    claim(watched, session(watched, "dead"), 250)
+    watched.delete(keys.worker_beat("dead"))
+    watched.zadd(keys.LEASES, dict.fromkeys(ids, 1))
+    monkeypatch.setattr(chores, "_RECOVERY_SECONDS", 0.0)
+    assert [recover(watched) for _ in range(4)] == [100, 100, 50, 0]
+    assert [job.decode() for job in watched.lrange(keys.queue("default"), 0, -1)] == ids
+
+
 # -- jumps of Redis's clock --------------------------------------------------------------------
 
 

@@ -211,6 +211,16 @@ def test_leases_of_an_earlier_life_are_told_apart(redis_client: redis.Redis) -> 
     assert claim(redis_client, first) == [], "whose name was taken claims nothing"
 
 
+def test_what_an_earlier_life_held_is_back_in_its_old_order(redis_client: redis.Redis) -> None:
+    ids = submit(redis_client, 200)
+    first = session(redis_client, "w0")
+    assert len(claim(redis_client, first, 150)) == 150
+    second = Session(Identity("w0", "here", ("default",), 2, "3"), SETTINGS)
+    second.register(redis_client, "{}", replaces=first.identity.incarnation)
+    second.lose_foreign(redis_client, second.beat(redis_client, "{}", {}, 0).foreign)
+    assert [job.decode() for job in redis_client.lrange(keys.queue("default"), 0, -1)] == ids
+
+
 def test_a_claim_that_empties_a_queue_takes_its_tokens_and_one_that_does_not_rings(
     redis_client: redis.Redis,
 ) -> None:
