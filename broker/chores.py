@@ -6,7 +6,6 @@ repeated, or run twice at once, harmlessly: the scripts check what they change.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -147,38 +146,23 @@ class Recovery:
         return lost
 
     def _lose(self, client: redis.Redis, lost: list[list[Any]]) -> int:
-        hosts = _hosts(client, {_text(row[2]) for row in lost})
-        rows = [_lost_row(row, hosts) for row in lost]
+        seen = _last_seen(client, {_text(row[2]) for row in lost})
+        rows = [_lost_row(row, seen) for row in lost]
         taken: int = scripts.LOSE(client, [keys.LEASES], [self.settings.losses_limit, 1, *rows])
         return taken
 
 
-def _lost_row(row: list[Any], hosts: dict[str, str]) -> str:
+def _lost_row(row: list[Any], seen: dict[str, str]) -> str:
     job, lease, worker, counted = row
-    where = hosts.get(_text(worker), "")
-    reason = f"WorkerLost: worker {_text(worker)} {where}stopped beating while it ran the job"
+    reason = f"WorkerLost: worker {_text(worker)} {seen[_text(worker)]}stopped beating while it ran the job"
     return failures.lost_row(_text(job), _text(lease), reason, uncounted=not counted)
 
 
-def _hosts(client: redis.Redis, workers: Iterable[str]) -> dict[str, str]:
-    """For each worker that left a record: "(host h, last beat 2026-...) "."""
+def _last_seen(client: redis.Redis, workers: Iterable[str]) -> dict[str, str]:
+    """For each worker what `failures.last_seen` tells."""
     ordered = sorted(workers)
     records = client.mget([keys.worker_record(name) for name in ordered])
-    found = {}
-    for name, record in zip(ordered, records, strict=True):
-        fields = _fields(record)
-        if fields is not None:
-            found[name] = f"(host {fields.get('host')}, last beat {fields.get('at')}) "
-    return found
-
-
-def _fields(record: Any) -> dict[str, Any] | None:
-    """A worker's record, or None where there is none, or garbage."""
-    try:
-        fields = json.loads(record or b"")
-    except (ValueError, RecursionError):
-        return None
-    return fields if isinstance(fields, dict) else None
+    return dict(zip(ordered, map(failures.last_seen, records), strict=True))
 
 
 def _text(value: bytes) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from base64 import b64decode, b64encode
+from typing import Any
 
 
 def encoded(text: str) -> str:
@@ -21,6 +22,25 @@ def decoded(text: str | bytes) -> str:
         return zlib.decompress(b64decode(text)).decode("utf-8", "replace")
     except (ValueError, zlib.error):
         return ""
+
+
+def last_seen(record: bytes | str | None) -> str:
+    """Of a worker's record in Redis: "(host h, last beat 2026-...) "; '' where there is none, or garbage."""
+    fields = _fields(record)
+    return "" if fields is None else f"(host {fields.get('host')}, last beat {fields.get('at')}) "
+
+
+def is_of(record: bytes | str | None, incarnation: str) -> bool:
+    """Whether a worker's record in Redis is that of this life."""
+    return (_fields(record) or {}).get("incarnation") == incarnation
+
+
+def _fields(record: bytes | str | None) -> dict[str, Any] | None:
+    try:
+        fields = json.loads(record or b"")
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
 
 
 def lost_row(job_id: str, lease: str, reason: str, *, uncounted: bool) -> str:

@@ -76,6 +76,8 @@ class Session:
         self.finished = 0
         self.failed = 0
         self.seconds_worked = 0.0
+        #: the record that an earlier life of this worker left
+        self._left_behind: bytes | str | None = None
         name = identity.name
         self._round_keys = [
             keys.worker_beat(name),
@@ -98,6 +100,7 @@ class Session:
         }
         fields = who.rq_fields(_own_address(client)) | counts
         flat = [part for row in fields.items() for part in row]
+        self._look_back(client)
         reply: bytes = scripts.REGISTER(
             client,
             [
@@ -110,6 +113,12 @@ class Session:
             + [len(who.queues), *who.queues, *flat],
         )
         return reply.decode()
+
+    def _look_back(self, client: redis.Redis) -> None:
+        """Remember the record that an earlier life left, before it is overwritten."""
+        [record] = client.mget([keys.worker_record(self.identity.name)])
+        if record and not failures.is_of(record, self.identity.incarnation):
+            self._left_behind = record
 
     def retire(self, client: redis.Redis, *, known_seconds: int = 0) -> bool:
         """Leave the registry; False where leases are left, or another life has the name.
@@ -238,7 +247,8 @@ class Session:
 
         `uncounted`: no job is to blame, so the losses count for none.
         """
-        reason = f"WorkerLost: worker {self.identity.name} was restarted while it ran the job"
+        seen = failures.last_seen(self._left_behind)
+        reason = f"WorkerLost: worker {self.identity.name} {seen}was restarted while it ran the job"
         newest_first = sorted(leases, key=lambda held: fence_of(held[1]), reverse=True)
         rows = [failures.lost_row(job, lease, reason, uncounted=uncounted) for job, lease in newest_first]
         reply: int = scripts.LOSE(client, [keys.LEASES], [self.settings.losses_limit, 0, *rows])

@@ -211,6 +211,36 @@ def test_leases_of_an_earlier_life_are_told_apart(redis_client: redis.Redis) -> 
     assert claim(redis_client, first) == [], "whose name was taken claims nothing"
 
 
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (
+            '{"incarnation": "0", "host": "rack7", "at": "2026-11-22T03:24:07Z"}',
+            "(host rack7, last beat 2026-11-22T03:24:07Z) ",
+        ),
+        ("damage", ""),
+    ],
+)
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_job_lost_with_an_earlier_life_tells_its_host_and_last_beat(
+    redis_client: redis.Redis, record: str, said: str, beats: bool
+) -> None:
+    [job] = submit(redis_client)
+    first = session(redis_client, "w0")
+    claim(redis_client, first)
+    first.beat(redis_client, record, {}, 0)
+    if not beats:
+        redis_client.delete(keys.worker_beat("w0"))
+    second = Session(Identity("w0", "elsewhere", ("default",), 2, "3"), SETTINGS)
+    assert second.register(redis_client, "{}", replaces=first.identity.incarnation) == ""
+    own = f'{{"incarnation": "{second.identity.incarnation}"}}'
+    foreign = second.beat(redis_client, own, {}, 0).foreign
+    assert second.register(redis_client, own) == "", "its keys may lapse, and it comes back"
+    second.lose_foreign(redis_client, foreign)
+    [attempt] = jobs.show(redis_client, job).attempts
+    assert attempt.reason == f"WorkerLost: worker w0 {said}was restarted while it ran the job"
+
+
 def test_what_an_earlier_life_held_is_back_in_its_old_order(redis_client: redis.Redis) -> None:
     ids = submit(redis_client, 200)
     first = session(redis_client, "w0")
