@@ -28,6 +28,8 @@ _LEASES, _WIP = b"fleet:leases", b"rq:wip:"
 #: keys whose every change is told, and changes to them that move no job
 _TOLD = (_QUEUE, _JOB, _RESULTS, _LEASES, _WIP, *_REGISTRIES)
 _HARMLESS = (b"PEXPIREAT", b"PERSIST", b"SADD", b"SREM", b"ZREMRANGEBYSCORE", b"HINCRBY")
+#: what a record may lack, for it is written beside it
+_OF_THE_JOB = {"worker": b"worker_name", "outcome": b"status", "ended_at": b"ended_at"}
 #: fields of a job's hash that our scripts write the time of the step into
 _STAMPS = (b"enqueued_at", b"ended_at", b"started_at", b"last_heartbeat")
 
@@ -318,8 +320,8 @@ class _Replay:
         job.newest, job.worker = lease, worker
 
     def _record(self, name: bytes, job: _Job, pairs: dict[bytes, bytes]) -> None:
-        own = {"worker": job.worker, "outcome": pairs.get(b"status", b"").decode()}
-        own["ended_at"] = pairs.get(b"ended_at", b"").decode()
+        own = {field: pairs.get(name, b"").decode() for field, name in _OF_THE_JOB.items()}
+        own["worker"] = own["worker"] or job.worker
         row: dict[str, Any] = own | json.loads(pairs[b"fleet_attempts"].rpartition(b"\n")[2])
         record = Record(
             fence=str(row.get("fence")),
