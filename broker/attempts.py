@@ -1,27 +1,35 @@
-"""The lines of a job's `fleet_attempts`: what became of each of its attempts that is over."""
+"""The lines of a job's `fleet_attempts`: what became of each of its attempts that is over.
+
+Each is a JSON object, but of one that finished: `FENCE BEGAN ENDED WORKER`, times in seconds since 1970.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 
-def rows(text: Callable[[str], str]) -> Iterator[dict[str, Any]]:
-    """The rows, as the scripts wrote them: `fence`, `worker`, `started_at`, `ended_at`, `outcome`, `reason`.
+def rows(text: str) -> Iterator[dict[str, Any]]:
+    """The rows: `fence`, `worker`, `started_at`, `ended_at`, `outcome`, `reason`.
 
-    `text(field)` is a field of the job's hash. Of a job that finished at its first attempt the row has the
-    fence alone, and the rest is the job's own. Lines that somebody damaged are passed over.
+    Lines that somebody damaged are passed over.
     """
-    for line in text("fleet_attempts").splitlines():
+    for line in text.splitlines():
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = json.loads(line) if line.startswith("{") else _finished(line)
+        except (ValueError, ArithmeticError, OSError, RecursionError):
             continue
         if isinstance(row, dict):
-            yield row if "worker" in row else _own(text) | row
+            yield row
 
 
-def _own(text: Callable[[str], str]) -> dict[str, Any]:
-    times = {name: text(name) for name in ("started_at", "ended_at")}
-    return {"worker": text("worker_name"), "outcome": "finished", **times}
+def _finished(line: str) -> dict[str, Any]:
+    fence, began, ended, worker = line.split(" ", 3)
+    times = {"started_at": _iso(began), "ended_at": _iso(ended)}
+    return {"fence": fence, "worker": worker, "outcome": "finished", **times}
+
+
+def _iso(seconds: str) -> str:
+    return datetime.fromtimestamp(float(seconds), UTC).isoformat()

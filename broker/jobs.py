@@ -417,7 +417,7 @@ def _what(
 
 
 def _attempts(text: Callable[[str], str]) -> Iterator[AttemptView]:
-    for row in attempts.rows(text):
+    for row in attempts.rows(text("fleet_attempts")):
         try:
             yield _attempt(row)
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):

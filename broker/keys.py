@@ -95,7 +95,7 @@ Keys of RQ stay RQ's; ours begin with `fleet:`. Lua scripts get the same templat
     fleet_losses     times lost with a worker since it was submitted; gone when it ended
     fleet_stop       an operator's wish to stop it while it runs; gone when it ended
     fleet_retries    how many retries were asked for, known once one is used up; for `fleet retry`
-    fleet_attempts   one JSON object a line for each attempt that ended, the last 20: broker/attempts.py
+    fleet_attempts   a line for each attempt that ended, the last of them: broker/attempts.py
     fleet_exit_code, fleet_reason   how a command ended; why a job failed
     fleet_usage      JSON of what the last attempt used: broker/usage.py
     fleet_on_failed_dependency   fail or wait: what it does where a job that it waits for does not finish

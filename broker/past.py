@@ -146,10 +146,10 @@ def _job(job_id: str, row: Mapping[str, str], needs: Mapping[str, Mapping[str, R
 
 
 def _attempts(row: Mapping[str, str]) -> Iterator[Attempt]:
-    for told in attempts.rows(row.__getitem__):
+    for told in attempts.rows(row["fleet_attempts"]):
         try:
             yield from _attempt(told)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
             continue  # somebody's damage
     began = _seconds(row["started_at"])
     if row["status"] == "started" and row["fleet_lease"] and began is not None:

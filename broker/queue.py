@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import rq
+import rq.job
 
 from broker import clock, keys, names, sets
 from broker.command import Command
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from redis import Redis
     from redis.client import Pipeline
-    from rq.job import Job
-
 
 #: the place of `job_id` among what `rq.Queue.create_job` takes
 _JOB_ID_AT = 9
@@ -28,6 +26,37 @@ _JOB_ID_AT = 9
 _RQ_OPTIONS = {*inspect.signature(rq.Queue).parameters, "async"}
 #: seconds after which what jobs ask for is written down anew: what nobody uses is removed, after a while
 _KNOWN_SECONDS = 60.0
+#: fields that RQ writes empty, and takes for empty where they are missing: of a new job they are half
+_EMPTY = frozenset(
+    [
+        *(
+            "success_callback_name",
+            "failure_callback_name",
+            "stopped_callback_name",
+            "started_at",
+            "ended_at",
+        ),
+        *("last_heartbeat", "worker_name", "group_id"),
+    ]
+)
+
+
+class _Job(rq.job.Job):
+    """An `rq.job.Job` that is saved for the first time without empty fields, which every claim would read.
+
+    Not under an id that somebody chose: there may be an older job, all of which is to be overwritten.
+    """
+
+    #: its id, if that was made for it, until it is saved
+    new_id: str | None = None
+
+    def to_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """As RQ."""
+        fields: dict[str, Any] = super().to_dict(*args, **options)
+        if self.new_id != self.id:
+            return fields
+        self.new_id = None
+        return {name: value for name, value in fields.items() if value or name not in _EMPTY}
 
 
 class Queue(rq.Queue):
@@ -40,6 +69,8 @@ class Queue(rq.Queue):
     `priority`. Such jobs wait in a sublist of the queue, which is this queue's `name`. Raises UsageError.
     """
 
+    job_class = _Job
+
     def __init__(
         self, name: str = "default", connection: Redis | None = None, *args: Any, **options: Any
     ) -> None:
@@ -51,15 +82,15 @@ class Queue(rq.Queue):
             name = self.requirements.queue_of(names.queue_name(name))
         super().__init__(name, connection, *args, **options)
 
-    def create_job(self, *args: Any, **fields: Any) -> Job:
+    def create_job(self, *args: Any, **fields: Any) -> rq.job.Job:
         """As RQ; an id that nobody chose tells that the job comes with a token."""
         is_new = len(args) <= _JOB_ID_AT and not fields.get("job_id")
         if is_new:
             fields["job_id"] = names.new_uuid()
         job = super().create_job(*args, **fields)
         job.description = self.requirements.beside(job.description or "")
-        if is_new:
-            job.to_dict = partial(_first_fields, job)  # type: ignore[method-assign]
+        if is_new and isinstance(job, _Job):
+            job.new_id = job.id
         self._make_known()
         return job
 
@@ -71,12 +102,13 @@ class Queue(rq.Queue):
             self._known_at = now
 
     def enqueue_job(
-        self, job: Job, pipeline: Pipeline | None = None, at_front: bool = False, unique: bool = False
-    ) -> Job:
+        self, job: rq.job.Job, pipeline: Pipeline | None = None, at_front: bool = False, unique: bool = False
+    ) -> rq.job.Job:
         """As RQ, but in one round trip where the job waits for no other."""
         self._make_known()
         if pipeline is not None or unique or job._dependency_ids or not self.is_async:
-            return super().enqueue_job(job, pipeline=pipeline, at_front=at_front, unique=unique)
+            only_once = {"unique": True} if unique else {}  # RQ knows it since 2.7
+            return super().enqueue_job(job, pipeline=pipeline, at_front=at_front, **only_once)
         with self.connection.pipeline() as pipe:
             super().enqueue_job(job, pipeline=pipe, at_front=at_front)
             pipe.execute()
@@ -96,7 +128,7 @@ class Queue(rq.Queue):
                 pipe.zadd(heads, {self.requirements.digest(): clock.wall().timestamp() * 1000}, nx=True)
             own.execute()
 
-    def schedule_job(self, job: Job, datetime: datetime, *args: Any, **options: Any) -> Job:
+    def schedule_job(self, job: rq.job.Job, datetime: datetime, *args: Any, **options: Any) -> rq.job.Job:
         """As RQ."""
         self._make_known()
         return super().schedule_job(job, datetime, *args, **options)
@@ -110,13 +142,3 @@ class Queue(rq.Queue):
         command = Command(tuple(argv), how.pop("env", {}), how.pop("cwd", None))
         options = Options(**how, requirements=self.requirements)
         return submit_commands(self.connection, self.base, [(job_id, command)], options)[0]
-
-
-def _first_fields(job: Job, **how: Any) -> dict[str, Any]:
-    """In place of `job.to_dict`, once: what that returns but for the empty fields, half of a new job's.
-
-    RQ takes one that is missing for empty. Under an id that somebody chose there may be an older job, all of
-    which is to be overwritten.
-    """
-    del job.to_dict
-    return {name: value for name, value in job.to_dict(**how).items() if value != ""}

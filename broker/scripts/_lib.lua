@@ -328,16 +328,18 @@ local function release(id, fields)
   delete_later(key('executions', id)) -- the only one: nobody runs a job but under its lease
 end
 
--- The job's record of its attempts, with what became of this one. Of a job that finishes at its first it has the fence
--- alone, for the rest is in the hash, until it is claimed anew: most jobs are no more than that, and so remain small.
-local function attempts(fields, outcome, reason, started_at)
-  local fence = string.match(fields.fleet_lease, '^%d*')
-  if outcome == 'finished' and not fields.fleet_attempts then
-    return '{"fence":"' .. fence .. '"}'
+-- The job's record of its attempts, with what became of this one; see broker/attempts.py. One that finished takes
+-- less than 64 bytes: with a longer value Redis makes the job's hash a table, three times as large.
+local function attempts(fields, outcome, ended)
+  local fence, line = string.match(fields.fleet_lease, '^%d*'), nil
+  if outcome == 'finished' then
+    line = fence .. ' ' .. ended.began_unix .. ' ' .. ended.ended_unix .. ' ' .. (fields.worker_name or '')
+  else
+    line = '{"fence":"' .. fence .. '","worker":' .. json(fields.worker_name) ..
+      ',"started_at":' .. json(ended.began_at or fields.started_at) .. ',"ended_at":"' .. NOW ..
+      '","outcome":"' .. outcome ..
+      (ended.reason and '","reason":' .. cjson.encode(ended.reason) .. '}' or '"}')
   end
-  local line = '{"fence":"' .. fence .. '","worker":' .. json(fields.worker_name) ..
-    ',"started_at":' .. json(started_at) .. ',"ended_at":"' .. NOW .. '","outcome":"' .. outcome ..
-    (reason and '","reason":' .. cjson.encode(reason) .. '}' or '"}')
   local text = fields.fleet_attempts and (fields.fleet_attempts .. '\n' .. line) or line
   while #text > ATTEMPTS_BYTES and string.find(text, '\n', 1, true) do
     text = string.sub(text, string.find(text, '\n', 1, true) + 1)
@@ -452,7 +454,7 @@ local function stamp(id, fields, ended, status, outcome)
       'fleet_losses', 'fleet_stop', 'fleet_reason', 'fleet_exit_code', 'fleet_usage')
   end
   local changes = {'status', status, 'fleet_lease', '', 'ended_at', ended.ended_at,
-    'worker_name', fields.worker_name or '', 'started_at', began or NOW, 'fleet_attempts', attempts(fields, outcome, ended.reason, began)}
+    'started_at', began or NOW, 'fleet_attempts', attempts(fields, outcome, ended)}
   local last = #changes
   if ended.usage and ended.usage ~= '' then
     changes[last + 1], changes[last + 2] = 'fleet_usage', ended.usage

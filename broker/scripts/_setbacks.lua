@@ -33,22 +33,11 @@ local function list(text)
   return found
 end
 
--- A job is claimed that had these attempts: of one that had finished, what its hash says goes into their record now.
-local function complete_attempts(id, told)
-  local fence = string.match(told, '^{"fence":"(%d*)"}$')
-  if fence then
-    local own = redis.call('HMGET', key('job', id), 'worker_name', 'started_at', 'ended_at')
-    redis.call('HSET', key('job', id), 'fleet_attempts', cjson.encode({fence = fence, outcome = 'finished',
-      worker = own[1] or '', started_at = own[2] or cjson.null, ended_at = own[3] or cjson.null}))
-  end
-end
-
 -- The attempt is over and the job is not.
 local function leave(id, fields, outcome, ended)
   tell_times(ended)
   release(id, fields)
-  redis.call('HSET', key('job', id), 'fleet_lease', '',
-    'fleet_attempts', attempts(fields, outcome, ended.reason, ended.began_at or fields.started_at))
+  redis.call('HSET', key('job', id), 'fleet_lease', '', 'fleet_attempts', attempts(fields, outcome, ended))
   task_moves(id, fields, 'running', 'waiting')
 end
 
@@ -134,6 +123,6 @@ local function lose(id, fields, ended, limit)
 end
 
 return {
-  complete_attempts = complete_attempts, give_back = give_back, repeat_it = repeat_it, settle_failed = settle_failed,
-  retry = retry, retry_returned = retry_returned, lose = lose,
+  give_back = give_back, repeat_it = repeat_it, settle_failed = settle_failed, retry = retry,
+  retry_returned = retry_returned, lose = lose,
 }

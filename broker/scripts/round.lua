@@ -150,9 +150,9 @@ local WRITTEN = {status = true, fleet_lease = true, origin = true, worker_name =
   last_heartbeat = true}
 
 -- What the hash of an id from a queue has for the worker, how often the job was lost, since when it waits (ms),
--- whether it is an array, or of which, and its past (see give), if it stands for a job that waits; else nil. Not if it
--- was deleted, ended, or is queued twice and already runs; but 'started' without a lease is a job that somebody's late
--- save() painted.
+-- whether it is an array, or of which, and whether it may have a time to live - one that waits for so long or that has
+-- ended before - if it stands for a job that waits; else nil. Not if it was deleted, ended, or is queued twice and
+-- already runs; but 'started' without a lease is a job that somebody's late save() painted.
 local function look_up(queue, id)
   local flat = is_id(id) and redis.pcall('HGETALL', key('job', id))
   if not flat or flat.err then
@@ -162,7 +162,8 @@ local function look_up(queue, id)
     end
     return nil
   end
-  local status, lease, losses, since, is_array, array, past
+  local status, lease, losses, since, is_array, array
+  local may_expire = false
   local size, kept = #flat, 0
   for i = 1, size, 2 do
     local name, value = flat[i], flat[i + 1]
@@ -179,10 +180,8 @@ local function look_up(queue, id)
         is_array = true
       elseif name == 'fleet_array_of' then
         array = value
-      elseif name == 'fleet_attempts' then
-        past = value
       else
-        past = past or true
+        may_expire = true
       end
     end
     if value ~= '' and not WRITTEN[name] then
@@ -196,22 +195,18 @@ local function look_up(queue, id)
   for i = size, kept + 1, -1 do
     flat[i] = nil
   end
-  return flat, number(losses, 0), ms_of(since), is_array, array, past
+  return flat, number(losses, 0), ms_of(since), is_array, array, may_expire
 end
 
 local lease_until = digits[NOW_MS + lease_ms]
 -- What is true of every job that this call gives out; the worker knows the lease and the queue of each.
 local GIVEN = {'status', 'started', 'worker_name', worker, 'started_at', NOW, 'last_heartbeat', NOW}
 
--- Give a job to this worker; `flat` is what look_up returns. `past`: nil of a job that was never given out, and has no
--- time to live; else its attempts, if it had any, or true. Returns what is told of it.
-local function give(queue, id, flat, fence, execution, past)
+-- Give a job to this worker; `flat` is what look_up returns. Returns what is told of it.
+local function give(queue, id, flat, fence, execution, may_expire)
   local job, lease = key('job', id), digits[fence] .. ':' .. execution
-  if past then
+  if may_expire then
     redis.call('PERSIST', job)
-    if past ~= true then
-      setbacks.complete_attempts(id, past)
-    end
   end
   redis.call('HSET', job, 'status', 'started', 'worker_name', worker, 'started_at', NOW,
     'last_heartbeat', NOW, 'fleet_lease', lease, 'origin', queue)
@@ -236,9 +231,9 @@ local function next_fence()
 end
 
 -- Claim a job that waits since then, ms; nil: nobody knows.
-local function claim(queue, id, flat, since, claims, past)
+local function claim(queue, id, flat, since, claims, may_expire)
   observe(queue, 'waited', NOW_EXACT_MS - (since or NOW_EXACT_MS))
-  claims[#claims + 1] = give(queue, id, flat, next_fence(), prefix .. string.format('%04x', #claims), past)
+  claims[#claims + 1] = give(queue, id, flat, next_fence(), prefix .. string.format('%04x', #claims), may_expire)
 end
 
 -- Claim the next tasks of an array; returns whether its entry is off the queue.
@@ -261,7 +256,7 @@ local function claim_these(queue, ids, claims, bounds)
       bounds.next = bounds.latest and lists.waits_since(id)
       return i - 1
     end
-    local flat, losses, since, is_array, array, past = look_up(queue, id)
+    local flat, losses, since, is_array, array, may_expire = look_up(queue, id)
     if flat and bounds.latest and (since or NOW_MS) > bounds.latest then
       bounds.next = i > 1 and (since or NOW_MS) or nil -- the first was not the one that had been noted
       return i - 1
@@ -272,7 +267,7 @@ local function claim_these(queue, ids, claims, bounds)
     elseif flat and #claims >= bounds.now and losses > 0 then
       return i - 1
     elseif flat and (not array or arrays.may_run_again(id, queue, array)) then
-      claim(queue, id, flat, since, claims, past)
+      claim(queue, id, flat, since, claims, may_expire)
     end
   end
   return #ids

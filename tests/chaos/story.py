@@ -28,8 +28,6 @@ _LEASES, _WIP = b"fleet:leases", b"rq:wip:"
 #: keys whose every change is told, and changes to them that move no job
 _TOLD = (_QUEUE, _JOB, _RESULTS, _LEASES, _WIP, *_REGISTRIES)
 _HARMLESS = (b"PEXPIREAT", b"PERSIST", b"SADD", b"SREM", b"ZREMRANGEBYSCORE", b"HINCRBY")
-#: what a record may lack, for it is written beside it
-_OF_THE_JOB = {"worker": b"worker_name", "outcome": b"status", "ended_at": b"ended_at"}
 #: fields of a job's hash that our scripts write the time of the step into
 _STAMPS = (b"enqueued_at", b"ended_at", b"started_at", b"last_heartbeat")
 
@@ -140,8 +138,6 @@ class _Job:
     expiry: float | None = None
     last_expiry: float = 0.0
     newest: str | None = None
-    #: whom the lease was given to
-    worker: str = ""
     shown: JobState = JobState()
 
     def state(self) -> JobState:
@@ -310,19 +306,22 @@ class _Replay:
         job.fields.update((key, value) for key, value in pairs.items() if key in _FIELDS)
         if not job.fields.get(b"fleet_lease"):
             job.fields.pop(b"fleet_lease", None)
-        if b"fleet_attempts" in pairs and len(pairs) > 1:  # alone it is what is known already, in full
-            self._record(name, job, pairs)
+        if b"fleet_attempts" in pairs:
+            self._record(name, job, pairs[b"fleet_attempts"].rpartition(b"\n")[2].decode())
 
     def _give(self, name: bytes, job: _Job, pairs: dict[bytes, bytes]) -> None:
         lease, held = pairs[b"fleet_lease"].decode(), job.fields.get(b"fleet_lease")
         worker = pairs.get(b"worker_name", b"").decode()
         self._note(self._given, name, Given(lease, worker, held.decode() if held else None))
-        job.newest, job.worker = lease, worker
+        job.newest = lease
 
-    def _record(self, name: bytes, job: _Job, pairs: dict[bytes, bytes]) -> None:
-        own = {field: pairs.get(name, b"").decode() for field, name in _OF_THE_JOB.items()}
-        own["worker"] = own["worker"] or job.worker
-        row: dict[str, Any] = own | json.loads(pairs[b"fleet_attempts"].rpartition(b"\n")[2])
+    def _record(self, name: bytes, job: _Job, line: str) -> None:
+        if line.startswith("{"):
+            row: dict[str, Any] = json.loads(line)
+            at = _seconds(str(row["ended_at"]))
+        else:
+            fence, _, ended, worker = line.split(" ", 3)
+            row, at = {"fence": fence, "worker": worker, "outcome": "finished"}, float(ended)
         record = Record(
             fence=str(row.get("fence")),
             worker=str(row.get("worker")),
@@ -330,7 +329,7 @@ class _Replay:
             reason=str(row.get("reason") or ""),
             newest=job.newest,
             expiry=job.last_expiry,
-            at=_seconds(str(row["ended_at"])),
+            at=at,
         )
         self._note(self._records, name, record)
 

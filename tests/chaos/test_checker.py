@@ -56,11 +56,13 @@ def claimed(job: str, fence: int, at: float = 1.0, worker: str = "w1") -> Transa
 
 
 def over(job: str, fence: int, outcome: str, status: str, at: float, worker: str = "w1") -> list[str]:
-    """The attempt ends: the lease goes, and its record is written; of one that finished it is the fence alone."""
-    row = {"fence": str(fence)}
-    if outcome != "finished":
-        row |= {"worker": worker, "outcome": outcome, "ended_at": iso(at)}
-    attempts = json.dumps(row).replace(" ", "~")
+    """The attempt ends: the lease goes, and its record is written."""
+    row = {"fence": str(fence), "worker": worker, "outcome": outcome, "ended_at": iso(at)}
+    attempts = (
+        f"{fence}~{BEGIN + at}~{BEGIN + at}~{worker}"
+        if outcome == "finished"
+        else json.dumps(row).replace(" ", "~")
+    )
     return [
         f"ZREM fleet:leases {job}",
         f"HDEL rq:job:{job} fleet_lease",

@@ -399,10 +399,9 @@ def test_a_job_that_finished_and_is_queued_again_keeps_the_record_of_both_attemp
     [attempt] = once.attempts
     assert (attempt.fence, attempt.worker, attempt.outcome) == (int(mine.fence), "w0", "finished")
     assert (attempt.started_at, attempt.ended_at) == (once.started_at, once.ended_at)
-    assert redis_client.object("encoding", keys.job(job.id)) == b"listpack", "small, and there are many"
+    assert redis_client.object("encoding", keys.job(job.id)) in (b"listpack", b"ziplist"), "small"
 
-    job.refresh()
-    queue.enqueue_job(job)
+    queue.enqueue_job(job)  # it knows nothing of its first attempt, and empties what tells of it
     [again] = claim(redis_client, second)
     assert jobs.show(redis_client, job.id).attempts[0] == attempt
     assert redis_client.ttl(keys.job(job.id)) == -1, "while it runs it stays"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import redis
 import rq
@@ -63,9 +65,28 @@ def test_a_new_job_is_saved_without_empty_fields_and_one_of_a_chosen_id_overwrit
         assert (stored.ended_at, stored.worker_name, stored.success_callback) == (None, None, None)
         job.save()
         assert redis_client.hget(keys.job(job.id), "ended_at") == b"", "a later save is RQ's own"
-    redis_client.hset(keys.job("mine"), mapping={"success_callback_name": "os.abort", "group_id": "g"})
+    older = {"success_callback_name": "os.abort", "group_id": "g"}
+    redis_client.hset(keys.job("mine"), mapping=older)
     queue.enqueue("os.getpid", job_id="mine")
-    assert redis_client.hmget(keys.job("mine"), "success_callback_name", "group_id") == [b"", b""]
+    assert redis_client.hmget(keys.job("mine"), *older) == [b"", b""]
+    renamed = queue.create_job("os.getpid")
+    renamed.id = "ours"
+    redis_client.hset(keys.job("ours"), mapping=older)
+    queue.enqueue_job(renamed)
+    assert redis_client.hmget(keys.job("ours"), *older) == [b"", b""]
+
+
+def test_a_job_class_of_the_users_own_is_saved_as_it_says(redis_client: redis.Redis) -> None:
+    class Tenants(Job):
+        def to_dict(self, *args: bool, **options: bool) -> dict[str, object]:
+            return {**super().to_dict(*args, **options), "tenant": ""}
+
+    queue = Queue(connection=redis_client, job_class=Tenants)
+    job = queue.enqueue("os.getpid")
+    assert isinstance(job, Tenants)
+    assert redis_client.hget(keys.job(job.id), "tenant") == b""
+    twin = copy.copy(Queue(connection=redis_client).create_job("os.getpid"))
+    assert Queue(connection=redis_client).enqueue_job(twin).id == twin.id
 
 
 def test_a_job_that_waits_for_another_is_deferred_as_with_rq(redis_client: redis.Redis) -> None:
