@@ -14,6 +14,7 @@ local HOLDERS = 40 -- of so many workers one at most holds room for jobs of a li
 
 local left            -- what the worker has free, as far as this call knows: slots, ahead, cpus (1/1000), mebibytes
 local touched = {}    -- lists that were looked at: since when their first job waits, or false
+local quiet = {}      -- lists of which this worker met no job but those that are for others
 local needs = {}
 
 -- What a job counts, as fleet/placement.py packs it: MILLICPUS,MIB,KIND. Kinds: a as a plain job, begun or claimed
@@ -148,7 +149,8 @@ end
 -- Up to `most` jobs of a list, none that came after `latest`. Returns how many, and since when the next waits.
 local function take(list, most, latest)
   local now = fitting(list.need)
-  local given, since = left.claim(list.queue, math.min(most, now + ahead_of(list.need)), now, latest)
+  local given, since, is_for_others = left.claim(list.queue, math.min(most, now + ahead_of(list.need)), now, latest)
+  quiet[list.queue] = is_for_others
   if given > 0 then
     left.has_given_gpus = left.has_given_gpus or list.need.kind == 'g'
     left.gpus_changed = left.gpus_changed or list.need.kind == 'g'
@@ -366,7 +368,9 @@ end
 local function finish()
   local filled, bells = {}, {}
   for queue, since in pairs(touched) do
-    if since then
+    if since and quiet[queue] then
+      -- to ring would wake this worker again, for nothing
+    elseif since then
       filled[#filled + 1], bells[#bells + 1] = queue, key('wake', queue)
     else
       redis.call('DEL', key('wake', queue))

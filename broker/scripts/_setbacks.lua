@@ -41,8 +41,32 @@ local function leave(id, fields, outcome, ended)
   task_moves(id, fields, 'running', 'waiting')
 end
 
+-- For good: `status` is failed or stopped, `kind` what RQ calls the result.
+local function settle_failed(id, fields, ended, status, kind, outcome)
+  local ttl = number(fields.failure_ttl, RQ_FAILURE_TTL)
+  release(id, fields)
+  stamp(id, fields, ended, status, outcome or status)
+  tally(fields.origin, 'failed:' .. kind_of_failure(status, ended))
+  add_result(id, fields, kind, ended)
+  task_moves(id, fields, 'running', status == 'failed' and 'failed' or 'canceled')
+  add_to(key('failed', fields.origin), id, ttl)
+  keep(id, fields, ttl, ended, enqueue_dependents(id, status))
+end
+
+-- Whether an attempt that would be run again was the last, for somebody wants the job stopped; then it is.
+local function stops(id, fields, outcome, ended)
+  if not fields.fleet_stop or fields.fleet_stop == '' then
+    return false
+  end
+  settle_failed(id, fields, ended, 'stopped', 'stopped', outcome)
+  return true
+end
+
 -- Back to a queue, to be run again.
 local function give_back(id, fields, outcome, ended, front)
+  if stops(id, fields, outcome, ended) then
+    return
+  end
   leave(id, fields, outcome, ended)
   if outcome == 'handed-back' then
     tally(fields.origin, 'handed_back')
@@ -61,18 +85,6 @@ local function repeat_it(id, fields, left)
   end
 end
 
--- For good: `status` is failed or stopped, `kind` what RQ calls the result.
-local function settle_failed(id, fields, ended, status, kind, outcome)
-  local ttl = number(fields.failure_ttl, RQ_FAILURE_TTL)
-  release(id, fields)
-  stamp(id, fields, ended, status, outcome or status)
-  tally(fields.origin, 'failed:' .. kind_of_failure(status, ended))
-  add_result(id, fields, kind, ended)
-  task_moves(id, fields, 'running', status == 'failed' and 'failed' or 'canceled')
-  add_to(key('failed', fields.origin), id, ttl)
-  keep(id, fields, ttl, ended, enqueue_dependents(id, status))
-end
-
 local function run_again(id, fields, ended, delay, front)
   tally(fields.origin, 'retried:' .. kind_of_failure('failed', ended))
   if delay > 0 then
@@ -85,6 +97,9 @@ end
 
 -- A failure with retries left: rq.job.Job.retry.
 local function retry(id, fields, ended)
+  if stops(id, fields, 'failed', ended) then
+    return
+  end
   local left = number(fields.retries_left, 0)
   local intervals = list(fields.retry_intervals)
   local delay = intervals[math.max(#intervals - left, 0) + 1] or 0
@@ -98,6 +113,8 @@ local function retry_returned(id, fields, ended)
   local done = number(fields.number_of_retries, 0)
   if done > 0 and done >= ended.retry_max then
     settle_failed(id, fields, ended, 'failed', 'exhausted')
+    return
+  elseif stops(id, fields, 'failed', ended) then
     return
   end
   local intervals = list(cjson.encode(ended.retry_intervals or {}))
@@ -115,7 +132,7 @@ local function lose(id, fields, ended, limit)
   tally(fields.origin, 'lost')
   if losses > limit then
     settle_failed(id, fields, ended, 'failed', 'failed', 'lost')
-  else
+  elseif not stops(id, fields, 'lost', ended) then
     observe(fields.origin, 'recovered', NOW_MS - tonumber(redis.call('ZSCORE', K.LEASES, id) or NOW_MS))
     redis.call('HSET', key('job', id), 'fleet_losses', losses)
     give_back(id, fields, 'lost', ended, true)

@@ -23,7 +23,8 @@
 -- An end whose lease is not the job's newest changes nothing; one that the worker reports again, since
 -- the reply to the last round was lost, is accepted without another change. A claim that finds a queue
 -- empty takes its tokens away; one that leaves jobs behind rings for the next worker. A job that was
--- lost before is not claimed ahead: it may be what kills workers, and its neighbours must not suffer.
+-- lost before is not claimed ahead: it may be what kills workers, and its neighbours must not suffer. Of those that
+-- would fail if they were lost once more a worker has one at a time: the innocent among them outlive the others.
 local worker, incarnation = ARGV[1], ARGV[2]
 local lease_ms, result_ttl, limit = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local claim_number, wanted, ahead, prefix = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
@@ -249,7 +250,23 @@ end
 -- `now` ahead of the slots; and no further than jobs that wait since `latest`, ms, if that is given. Then `next`
 -- says at last since when the first job that is left waits; false: none is left; nil: that is not known.
 
--- Claim the first of `ids`, as many as are for us; returns how many of them are off the queue.
+local MOST_KEPT = 16 -- that one call passes by
+local has_one, gave_one = nil, false -- whether this worker has a job that is at its last, and whether since this call
+
+-- Whether this worker has a job that fails if it is lost once more; asked only where another is met.
+local function has_a_last()
+  if has_one == nil then
+    has_one = false
+    for _, id in ipairs(redis.call('HKEYS', KEYS[2])) do
+      local losses = number(try('HGET', key('job', id), 'fleet_losses'), 0)
+      has_one = has_one or losses > 0 and losses >= limit
+    end
+  end
+  return has_one
+end
+
+-- Claim the first of `ids`, as many as are for us; returns how many of them are off the queue. Those that it passes by
+-- for another time are among them, and in `bounds.kept`.
 local function claim_these(queue, ids, claims, bounds)
   for i, id in ipairs(ids) do
     if #claims >= bounds.most then
@@ -266,8 +283,16 @@ local function claim_these(queue, ids, claims, bounds)
       end
     elseif flat and #claims >= bounds.now and losses > 0 then
       return i - 1
+    elseif flat and losses > 0 and losses >= limit and has_a_last() then
+      if #bounds.kept == MOST_KEPT then
+        return i - 1
+      end
+      bounds.kept[#bounds.kept + 1] = id
     elseif flat and (not array or arrays.may_run_again(id, queue, array)) then
       claim(queue, id, flat, since, claims, may_expire)
+      if losses > 0 and losses >= limit then
+        has_one, gave_one = true, true
+      end
     end
   end
   return #ids
@@ -276,6 +301,7 @@ end
 -- Returns false where it is no list.
 local function claim_within(bounds, queue, jobs, claims)
   local taken, ids = 0, {}
+  bounds.kept = {}
   local one_more = bounds.latest and 1 or 0
   while #claims < bounds.most and taken == #ids do
     local count_asked = bounds.most - #claims + one_more
@@ -293,18 +319,23 @@ local function claim_within(bounds, queue, jobs, claims)
       break
     end
   end
+  for i = #bounds.kept, 1, -1 do
+    redis.call('LPUSH', jobs, bounds.kept[i])
+    bounds.next = nil
+  end
   return true
 end
 
 local function claim_from(index, claims)
   local queue, jobs, bell = ARGV[15 + 2 * index], KEYS[4 + 2 * index], KEYS[5 + 2 * index]
-  if not claim_within({most = wanted + ahead, now = wanted}, queue, jobs, claims) then
+  local bounds = {most = wanted + ahead, now = wanted}
+  if not claim_within(bounds, queue, jobs, claims) then
     return
   end
   local length = try('LLEN', jobs)
   if length == 0 then
     redis.call('DEL', bell)
-  elseif length then
+  elseif length and (length > #bounds.kept or gave_one) then -- for those kept the others are rung for once
     ring(queue)
   end
 end
@@ -334,12 +365,13 @@ end
 
 local claims, more, reserved = {}, 0, ''
 
--- For place: returns how many jobs were claimed, and since when the next waits, as `bounds` have it.
+-- For place: returns how many jobs were claimed, since when the next waits, as `bounds` have it, and whether all that
+-- was met is for others.
 local function claim_some(queue, most, now, latest)
   local before = #claims
   local bounds = {most = before + most, now = before + now, latest = latest}
   claim_within(bounds, queue, key('queue', queue), claims)
-  return #claims - before, bounds.next
+  return #claims - before, bounds.next, bounds.kept[1] and not gave_one
 end
 
 local function claim_all()

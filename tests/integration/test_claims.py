@@ -10,14 +10,18 @@ import pytest
 import redis
 import rq
 
-from broker import Queue, chores, control, history, jobs, keys
+from broker import Queue, chores, control, history, jobs, keys, sets
 from broker.command import Command
 from broker.connection import connect
 from broker.line import Line
+from broker.requirements import NOTHING, Offer, parse
 from broker.session import Identity, Session
 from broker.submit import Options, submit_commands
-from broker.work import Claim, End, Round
+from broker.work import NO_PLACES, Claim, End, Places, Round
 from broker.worker_settings import WorkerSettings
+from fleet.placement import Placement
+from fleet.resources import Resources
+from fleet.room import Room
 
 SETTINGS = WorkerSettings(heartbeat_seconds=1, lease_seconds=30)
 
@@ -32,11 +36,27 @@ def submit(client: redis.Redis, count: int = 1, queue: str = "default", **option
     return submit_commands(client, queue, [(None, Command(("true",)))] * count, Options(**options))
 
 
-def send(client: redis.Redis, who: Session, ends: Sequence[End], wanted: int, ahead: int = 0) -> Round:
+def told(client: redis.Redis) -> Places:
+    """What a worker says with a claim that has room for jobs of all sets that there are."""
+    offer = Offer({"gpu": "yes"}, 4, 1 << 30, (), 4)
+    placement = Placement(["default"], offer, Room(Resources(4, 1 << 30), 4), SETTINGS)
+    placement.learn(sets.known(client, ["default"]))
+    placement.count(0)
+    return placement.places(set())
+
+
+def send(
+    client: redis.Redis,
+    who: Session,
+    ends: Sequence[End],
+    wanted: int,
+    ahead: int = 0,
+    places: Places = NO_PLACES,
+) -> Round:
     """One round, of which the worker never learns that it was settled."""
     line = Line(client)
     line.connect()
-    exchange = who.begin(ends, wanted, ahead)
+    exchange = who.begin(ends, wanted, ahead, places=places)
     who.send(line, exchange)
     done = who.complete(exchange, line.receive())
     line.close()
@@ -455,3 +475,53 @@ def test_jobs_are_claimed_ahead_only_as_asked_and_never_one_that_was_lost(redis_
     assert [one.job_id for one in send(redis_client, who, [], 1, 4).claims] == ids[:3]
     assert [one.job_id for one in send(redis_client, who, [], 0, 4).claims] == []
     assert [one.job_id for one in send(redis_client, who, [], 1, 1).claims] == ids[3:]
+
+
+@pytest.mark.parametrize("asked", ["", "labels"])
+def test_of_jobs_that_may_be_lost_no_more_a_worker_has_one_at_a_time(
+    redis_client: redis.Redis, asked: str
+) -> None:
+    fits = parse({"labels": {"gpu": "yes"}}) if asked else NOTHING
+    ids = submit(redis_client, 4, requirements=fits)
+    for job in ids[:2]:
+        redis_client.hset(keys.job(job), "fleet_losses", SETTINGS.losses_limit)
+    bell, waiting = keys.wake(fits.queue_of("default")), keys.queue(fits.queue_of("default"))
+    redis_client.delete(bell)
+    first, second = session(redis_client, "w0"), session(redis_client, "w1")
+    places = told(redis_client) if asked else NO_PLACES
+
+    done = send(redis_client, first, [], 2, places=places)
+    assert [one.job_id for one in done.claims] == [ids[0], ids[2]], "past the other, which stays the first"
+    assert redis_client.lrange(waiting, 0, -1) == [ids[1].encode(), ids[3].encode()]
+    assert redis_client.lpop(bell) == b"1", "somebody else may take it"
+    assert [one.job_id for one in send(redis_client, first, [], 1, places=places).claims] == [ids[3]]
+    assert send(redis_client, first, [], 1, places=places).claims == ()
+    redis_client.delete(bell)
+    assert send(redis_client, first, [], 1, places=places).claims == ()
+    assert redis_client.llen(bell) == 0, "it would wake itself again and again"
+    [theirs] = send(redis_client, second, [], 1, places=places).claims
+    assert theirs.job_id == ids[1]
+    assert report(redis_client, second, End(theirs, "handed-back"))
+
+    ended = End(done.claims[0], "finished", duration_seconds=0.1)
+    assert [one.job_id for one in send(redis_client, first, [ended], 1, places=places).claims] == [ids[1]]
+
+
+@pytest.mark.parametrize("way", ["lost", "failed", "handed-back", "retry"])
+def test_a_job_that_somebody_stops_is_not_run_again(redis_client: redis.Redis, way: str) -> None:
+    [job] = submit(redis_client, retries=3)
+    who = session(redis_client, "w0")
+    [mine] = claim(redis_client, who)
+    assert control.cancel(redis_client, job) == "stopping"
+    if way == "lost":
+        redis_client.delete(keys.worker_beat("w0"))
+        expire_lease(redis_client, job)
+        assert recover(redis_client) == 1
+    else:
+        end = End(mine, way, "exit code 1", 0.1, retry=(3, [0]) if way == "retry" else None)  # type: ignore[arg-type]
+        assert report(redis_client, who, end)
+    shown = jobs.show(redis_client, job)
+    assert shown.state == "stopped"
+    assert len(shown.attempts) == 1
+    assert redis_client.lrange(keys.queue("default"), 0, -1) == []
+    assert not redis_client.exists(keys.LEASES)

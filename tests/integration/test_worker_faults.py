@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,7 +16,7 @@ import pytest
 import redis
 import rq
 
-from broker import control, keys
+from broker import control, jobs, keys
 from broker.command import Command
 from broker.connection import connect
 from broker.submit import Options, submit_commands
@@ -355,3 +356,26 @@ def test_a_sidecar_that_was_stopped_for_long_kills_no_job_of_a_living_worker(
     gate.touch()
     [shown] = workers.wait([job])
     assert [a.outcome for a in shown.attempts] == ["finished"]
+
+
+@pytest.mark.parametrize("fleet", [1, 4])
+def test_the_neighbour_of_a_job_that_kills_its_workers_survives_it(
+    workers: Workers, runs: Path, fleet: int
+) -> None:
+    """Both are lost together, time and again, for the neighbour takes longer; each worker has two slots."""
+    poison = workers.submit("sh", "-c", "sleep 0.5; kill -9 $PPID; sleep 300")
+    good = workers.submit("sh", "-c", f"echo run >> {runs}; sleep 1.5")
+    running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def both_have_ended() -> bool:
+        for name in (f"w{number}" for number in range(fleet)):
+            if name not in running or running[name].poll() is not None:
+                running[name] = workers.start(name, slots=2, settings=HASTY)
+        return all(workers.state(job) in jobs.ENDED for job in (poison, good))
+
+    workers.until(both_have_ended, "both have ended", 90)
+    killer, neighbour = (jobs.show(workers.client, job) for job in (poison, good))
+    assert (killer.state, neighbour.state) == ("failed", "finished")
+    assert killer.reason is not None
+    assert killer.reason.startswith("WorkerLost: ")
+    assert [attempt.outcome for attempt in killer.attempts] == ["lost"] * 4
