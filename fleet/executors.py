@@ -38,7 +38,7 @@ CALLBACK_TIMEOUT_SECONDS = 60
 #: seconds an executor without work gets to leave by itself
 LEAVE_SECONDS = 5.0
 #: jobs that may wait in line for one executor
-LINE = 64
+LINE = 128
 
 
 def _ignore(pgid: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 AHEAD_SECONDS = 0.05
 _WORK_SECONDS = 0.025
 #: jobs for each slot that may be claimed ahead, however short they are
-MOST_AHEAD = 64
+MOST_AHEAD = 128
 #: what the newest job counts for
 _WEIGHT = 0.2
 _UNKNOWN = float("inf")

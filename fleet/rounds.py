@@ -25,7 +25,7 @@ _CUTS = 5
 _LARGE_BYTES = 1 << 20
 #: how many ends are enough company, and jobs enough to claim ahead at once, lest one round be long; and how
 #: many seconds the first end waits for company
-_COMPANY = 32
+_COMPANY = 64
 _GATHER_SECONDS = 0.01
 
 
