@@ -134,7 +134,7 @@ class Recovery:
     def _expired(self, client: redis.Redis, until: float) -> list[list[Any]]:
         """Rows of expired.lua; of very many those whose leases ran out first."""
         lease_ms = _ms(self.settings.lease_seconds)
-        names = [keys.LEASES, keys.CHORES_SEEN, keys.RECOVERY_NOT_BEFORE, keys.LOSSES_NOT_BEFORE]
+        names = [keys.LEASES, keys.CHORES_SEEN, keys.RECOVERY_NOT_BEFORE]
         lost: list[list[Any]] = []
         passed = 0
         while passed >= 0:
@@ -148,14 +148,16 @@ class Recovery:
     def _lose(self, client: redis.Redis, lost: list[list[Any]]) -> int:
         seen = _last_seen(client, {_text(row[2]) for row in lost})
         rows = [_lost_row(row, seen) for row in lost]
-        taken: int = scripts.LOSE(client, [keys.LEASES], [self.settings.losses_limit, 1, *rows])
+        taken: int = scripts.LOSE(
+            client, [keys.LEASES, keys.LOSSES_NOT_BEFORE], [self.settings.losses_limit, 1, *rows]
+        )
         return taken
 
 
 def _lost_row(row: list[Any], seen: dict[str, str]) -> str:
-    job, lease, worker, counted = row
-    reason = f"WorkerLost: worker {_text(worker)} {seen[_text(worker)]}stopped beating while it ran the job"
-    return failures.lost_row(_text(job), _text(lease), reason, uncounted=not counted)
+    job, lease, worker = map(_text, row)
+    reason = f"WorkerLost: worker {worker} {seen[worker]}stopped beating while it ran the job"
+    return failures.lost_row(job, lease, reason)
 
 
 def _last_seen(client: redis.Redis, workers: Iterable[str]) -> dict[str, str]:

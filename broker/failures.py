@@ -43,7 +43,7 @@ def _fields(record: bytes | str | None) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) else None
 
 
-def lost_row(job_id: str, lease: str, reason: str, *, uncounted: bool) -> str:
+def lost_row(job_id: str, lease: str, reason: str, *, uncounted: bool = False) -> str:
     """One argument of lose.lua: an attempt that was lost with its worker."""
     row = {"job": job_id, "lease": lease, "reason": reason, "exc_string": encoded(reason)}
     return json.dumps(row | ({"uncounted": True} if uncounted else {}))

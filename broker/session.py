@@ -245,13 +245,16 @@ class Session:
     ) -> int:
         """Count as lost what an earlier life of this worker held; its processes must be gone.
 
-        `uncounted`: no job is to blame, so the losses count for none.
+        `uncounted`: no job is to blame, so the losses count for none. Nor do they where `chores.elect`
+        knows that Redis was away.
         """
         seen = failures.last_seen(self._left_behind)
         reason = f"WorkerLost: worker {self.identity.name} {seen}was restarted while it ran the job"
         newest_first = sorted(leases, key=lambda held: fence_of(held[1]), reverse=True)
         rows = [failures.lost_row(job, lease, reason, uncounted=uncounted) for job, lease in newest_first]
-        reply: int = scripts.LOSE(client, [keys.LEASES], [self.settings.losses_limit, 0, *rows])
+        reply: int = scripts.LOSE(
+            client, [keys.LEASES, keys.LOSSES_NOT_BEFORE], [self.settings.losses_limit, 0, *rows]
+        )
         return reply
 
     def save_output(self, client: redis.Redis, claim: Claim, tails: Tails) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import redis
 
-from broker import __version__, clock, keys
+from broker import __version__, chores, clock, keys
 from broker.errors import Conflict, UsageError
 from broker.session import Session
 from broker.work import Beat
@@ -202,10 +202,12 @@ def inherit(session: Session, client: redis.Redis, record: str, *, uncounted: bo
 
     They are over: `enter` has seen to it, and their jobs were killed with them or before their leases
     ran out. It must be done before the first look at the queues, which would seem empty without those jobs.
-    `uncounted`: they ended through no fault of a job.
+    `uncounted`: they ended through no fault of a job. That Redis was started anew since, nobody may have
+    noticed yet: with its host the last of the fleet may have ended.
     """
     beat = session.beat(client, record, {}, session.claims_settled)
     if beat.foreign:
+        chores.elect(client, session.identity.incarnation, session.settings, troubled=False)
         session.lose_foreign(client, beat.foreign, uncounted=uncounted)
     return beat
 

@@ -1,8 +1,8 @@
 -- Which attempts are lost: their lease ran out and their worker has no heartbeat.
 --
--- KEYS  1 fleet:leases  2 fleet:chores:seen  3 fleet:recovery:not-before  4 fleet:losses:not-before
+-- KEYS  1 fleet:leases  2 fleet:chores:seen  3 fleet:recovery:not-before
 -- ARGV  1 lease ms  2 gap ms, as for elect.lua  3 how many to pass over  4 most to look at
--- Returns {{{job, lease, worker, 1 if it counts as a loss}, ...}, how many to pass over the next time, -1 where
+-- Returns {{{job, lease, worker}, ...}, how many to pass over the next time, -1 where
 -- none is left}; changes no job.
 --
 -- Nothing is lost while recovery pauses, nor before elect.lua has judged what just happened.
@@ -31,17 +31,15 @@ shorten()
 if NOW_MS < not_before or NOW_MS < seen or NOW_MS - seen > gap_ms then
   return {{}, -1}
 end
-local counted_from = tonumber(redis.call('GET', KEYS[4]) or 0)
 local lost, removed = {}, 0
-local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', NOW_MS, 'WITHSCORES', 'LIMIT', first, looked_at)
-for i = 1, #due, 2 do
-  local id, f = due[i], job_fields(due[i])
+local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', NOW_MS, 'LIMIT', first, looked_at)
+for _, id in ipairs(due) do
+  local f = job_fields(id)
   if not f or f.status ~= 'started' or not f.fleet_lease then
     removed = removed + redis.call('ZREM', KEYS[1], id)
   elseif not is_alive(f.worker_name or '') then
-    local counts = tonumber(due[i + 1]) >= counted_from and 1 or 0
-    table.insert(lost, {id, f.fleet_lease, f.worker_name or '', counts})
+    table.insert(lost, {id, f.fleet_lease, f.worker_name or ''})
   end
 end
-local seen_all = #due < 2 * looked_at
+local seen_all = #due < looked_at
 return {lost, seen_all and -1 or first + looked_at - removed}

@@ -80,6 +80,33 @@ def incarnation(client: redis.Redis, worker: str) -> bytes:
     return bytes(client.get(keys.worker_beat(worker)))
 
 
+def test_a_host_that_dies_with_its_redis_is_no_fault_of_its_jobs_and_a_worker_that_dies_alone_may_be(
+    workers_of: Callable[[str], Workers], own_redis: Callable[..., Any], runs: Path
+) -> None:
+    server = own_redis("--appendfsync", "always")
+    workers = workers_of(server.url)
+    job = workers.submit(*appending(runs, "x", "sleep 300"))
+    for number, server_dies_too in enumerate((True, True, False), start=1):
+        worker = workers.start("w0", settings={"losses_limit": 0})
+        workers.until(lambda n=number: workers.state(job) == "failed" or len(lines(runs)) == n, "it runs")
+        assert workers.state(job) == "started"
+        workers.until(lambda: knows_server(workers.client), "somebody has asked for the chores")
+        if server_dies_too:
+            server.kill()
+        workers.kill(worker)
+        if server_dies_too:
+            server.start()
+    workers.start("w0", settings={"losses_limit": 0})
+    [shown] = workers.wait([job])
+    assert [attempt.outcome for attempt in shown.attempts] == ["lost"] * 3
+    assert shown.reason.startswith("WorkerLost: worker w0 (host here, last beat ")
+
+
+def knows_server(client: redis.Redis) -> bool:
+    """Whether the chores would tell this server from one that is started later."""
+    return str(client.info("server")["run_id"]) in (client.get(keys.CHORES_SEEN) or b"").decode()
+
+
 @pytest.mark.needs("faketime")
 @pytest.mark.parametrize("jump", ["+3600", "-3600"])
 def test_a_jump_of_redis_clock_loses_nothing(
