@@ -200,7 +200,7 @@ def _chunks(items: Sequence[bytes]) -> Iterator[bytes]:
 def cancel(client: redis.Redis, array: str, chosen: Ranges | None = None) -> str:
     """Cancel an array, or some of its tasks: what is not begun never will be, what runs is ended.
 
-    Returns 'canceled', 'stopping' where something runs (its workers end it within two seconds), the state
+    Returns 'canceled', 'stopping' where something runs (its workers are told within two seconds), the state
     in which they had ended, or '' for no such array.
     """
     outcome, dropped = "", 0

@@ -33,8 +33,11 @@ _WORKERS_AT_ONCE = 500
 
 
 def cancel(client: redis.Redis, job_id: str) -> str:
-    """Cancel a job, wherever it is. Returns 'canceled', 'stopping' where it runs (a worker ends its
-    whole process group within two seconds), or the state in which it had ended already.
+    """Cancel a job, wherever it is. Returns 'canceled', 'stopping' where it runs, or the state in which it
+    had ended already.
+
+    What runs is told within two seconds: a command's process group gets SIGTERM, and SIGKILL if it has not
+    ended after worker.kill_grace_seconds; a function is killed.
 
     Raises NotFound.
     """
