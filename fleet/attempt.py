@@ -23,6 +23,8 @@ from fleet.meters import JobMeter
 from fleet.outputs import Folders, OutputFiles, Outputs, WorkingFolders
 from fleet.processes import Process
 from fleet.room import Grant
+from fleet.sidecar import INCARNATION
+from fleet.strays import Marks
 
 #: why an attempt was interrupted: its time ran out, an operator or RQ's stop-job, RQ's kill-horse,
 #: it has more memory than it asked for, its lease is gone, or this worker leaves
@@ -44,6 +46,10 @@ _LIMITS: Mapping[int, str] = {
 _HANDED_BACK = "the worker stopped before the job ended"
 #: bytes of output shown with a failure
 _SHOWN_BYTES = 2000
+#: variables that no two attempts have in common
+_MARKS = (os.fsencode(INCARNATION), b"FLEET_JOB_ID", b"FLEET_FENCE")
+#: seconds between looks at what an interrupted command's group still does, once its first process is gone
+_LOOK_SECONDS = 0.05
 
 
 @dataclass
@@ -56,6 +62,8 @@ class Attempt(ABC):
     started: float = field(default_factory=clock.monotonic)
     cause: Cause | None = None
     kill_at: float | None = None
+    #: when `has_ended` may have another answer, though no child of this process ended
+    look_at: float | None = None
     #: lost while Redis was away: nobody's fault
     uncounted: bool = False
     #: what it is held to, if it asked for something of its worker
@@ -99,7 +107,7 @@ class Attempt(ABC):
     def interrupted_end(self, cause: Cause, tails: Tails, usage: Usage | None = None) -> End:
         """The end of an attempt that was interrupted."""
         reason = self._reason(cause, usage)
-        text = failures.encoded(reason) if cause != "hand-back" else None
+        text = failures.encoded(self._told(reason, tails)) if cause != "hand-back" else None
         return End(
             self.claim,
             _OUTCOMES[cause],
@@ -132,6 +140,10 @@ class Attempt(ABC):
             "lost": "WorkerLost: the worker was paused or cut off for longer than its lease",
             "hand-back": _HANDED_BACK,
         }[cause]
+
+    def _told(self, reason: str, tails: Tails) -> str:
+        """The text of the error."""
+        return reason
 
     @property
     def is_unmetered(self) -> bool:
@@ -191,6 +203,8 @@ class CommandAttempt(Attempt):
     outputs: Outputs = field(kw_only=True)
     working: WorkingFolders = field(kw_only=True)
     memory: Memory = field(kw_only=True)
+    #: one of its group that lived when that was looked at last; 0: none
+    _member: int = field(default=0, init=False)
 
     @classmethod
     def start(
@@ -230,7 +244,22 @@ class CommandAttempt(Attempt):
         return self.limit is None or self.limit.memory_bytes is None
 
     def has_ended(self) -> bool:
-        return process.has_exited(self.pgid)
+        return process.has_exited(self.pgid) and not self._is_saving()
+
+    def _is_saving(self) -> bool:
+        """Whether others of its group have been asked to end, have not, and have time left for that."""
+        now = clock.monotonic()
+        if self.kill_at is None or now >= self.kill_at:
+            return False
+        if self.look_at is None or now >= self.look_at:
+            self._member = process.member_of(self.pgid, self._member)
+            self.look_at = now + _LOOK_SECONDS if self._member else None
+        return self._member != 0
+
+    def marks(self, environ: Mapping[bytes, bytes]) -> Marks:
+        """What its processes carry, and those of no other attempt; `environ`: of all jobs of this worker."""
+        carried = {**environ, **_encoded(job_variables(self.claim))}
+        return frozenset(b"%b=%b" % (name, carried[name]) for name in _MARKS)
 
     def collect(self, tail_bytes: int) -> End:
         # what it left in the background goes with it; the zombie keeps the group's number ours
@@ -251,9 +280,13 @@ class CommandAttempt(Attempt):
         if reason and self.limit:
             reason = self.limit.explained(reason, usage)
         reason = reason or _how(ended)
-        text = failures.encoded(_with_output(reason, tails))
+        text = failures.encoded(self._told(reason, tails))
         code = ended.code if ended.signal is None else 128 + ended.signal
         return End(self.claim, "failed", reason, duration, code, exc_string=text, tails=tails, usage=usage)
+
+    def _told(self, reason: str, tails: Tails) -> str:
+        shown = (tails.stderr or tails.stdout)[-_SHOWN_BYTES:].decode("utf-8", "replace").strip()
+        return f"{reason}\n\nIts last output:\n{shown}" if shown else reason
 
     def output_ends(self) -> tuple[int, int]:
         return self.files.ends()
@@ -309,8 +342,3 @@ def handed_back(end: End) -> End:
 def never_started(claim: Claim, reason: str, *, outcome: Outcome = "failed") -> End:
     """The end of an attempt that could not be begun."""
     return End(claim, outcome, reason, exc_string=failures.encoded(reason))
-
-
-def _with_output(reason: str, tails: Tails) -> str:
-    shown = (tails.stderr or tails.stdout)[-_SHOWN_BYTES:].decode("utf-8", "replace").strip()
-    return f"{reason}\n\nIts last output:\n{shown}" if shown else reason

@@ -27,6 +27,7 @@ _HOST_ERRORS = {
     errno.EAGAIN,
 }
 _DEFAULT_PATH = os.defpath
+_DEAD = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 #: of ru_maxrss, bytes
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 #: what a child must have had, as a multiple of what we had: the kernel counts each CPU's pages in batches
@@ -242,6 +243,24 @@ def signal_group(pgid: int, signum: int) -> None:
         os.killpg(pgid, signum)
     except (ProcessLookupError, PermissionError):
         return
+
+
+def member_of(pgid: int, seen: int = 0) -> int:
+    """A process of that group that lives, 0: none does. `seen`, one found before, is looked at first.
+
+    A group may have zombies for long, which no signal tells from others: its leader until we reap it, and
+    where nobody reaps what has lost its parent, as in many containers, all the rest.
+    """
+    if _lives_in(pgid, seen):
+        return seen
+    return next((pid for pid in psutil.pids() if _lives_in(pgid, pid)), 0)
+
+
+def _lives_in(pgid: int, pid: int) -> bool:
+    try:
+        return os.getpgid(pid) == pgid and psutil.Process(pid).status() not in _DEAD
+    except (OSError, psutil.Error):
+        return False
 
 
 def signal_name(signum: int) -> str:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from broker import clock, command, template
 from broker.work import Claim, End, Outcome
 from broker.worker_settings import WorkerSettings
+from fleet import strays
 from fleet.attempt import Attempt, Cause, CommandAttempt, CommandContext, handed_back, never_started
 from fleet.executors import Execution, ExecutorPool
 from fleet.function_attempt import FunctionAttempt
@@ -298,6 +299,7 @@ class Slots:
         ended = [(lease, attempt) for lease, attempt in self._attempts.items() if attempt.has_ended()]
         if ended:
             self._mark_killed(uncounted=redis_is_away)
+            self._kill_strays(attempt for _, attempt in ended if attempt.cause)
         for lease, attempt in ended:
             self._finish(lease, attempt)
         return bool(ended)
@@ -350,10 +352,10 @@ class Slots:
     # -- interruptions ---------------------------------------------------------------------
 
     def next_time(self) -> float:
-        """When an attempt has run too long, or its grace ends; monotonic seconds."""
+        """When an attempt has run too long, its grace ends or it is to be looked at; monotonic seconds."""
         if self._overlooked:
             return clock.monotonic()
-        times = [at for attempt in self for at in (attempt.timeout_at, attempt.kill_at) if at is not None]
+        times = [at for attempt in self for at in _times(attempt) if at is not None]
         if self._doubtful:
             times.append(self._doubtful[0][0])
         return min([*times, self._patient_until()])
@@ -420,11 +422,20 @@ class Slots:
             attempt.kill(cause)
             self._overlooked |= attempt.has_ended()
 
+    def _kill_strays(self, interrupted: Iterable[Attempt]) -> None:
+        """What these left outside their groups, which are dead by now."""
+        commands = [attempt for attempt in interrupted if isinstance(attempt, CommandAttempt)]
+        strays.kill([attempt.marks(self._context.environ) for attempt in commands])
+
     def _mark_killed(self, *, uncounted: bool) -> None:
         killed = self._guard.killed()
         for attempt in self._begun() if killed else ():
             if attempt.pgid in killed:
                 attempt.cause, attempt.uncounted = "lost", uncounted
+
+
+def _times(attempt: Attempt) -> tuple[float | None, ...]:
+    return attempt.timeout_at, attempt.kill_at, attempt.look_at
 
 
 def _tell_of(end: End) -> None:
