@@ -33,6 +33,7 @@ from fleet.outputs import Folders
 from fleet.placement import Placement
 from fleet.rounds import Rounds
 from fleet.sampler import Sampler, TooLarge
+from fleet.signals import leave_within
 from fleet.slots import Slots
 from fleet.worker_config import WorkerConfig
 
@@ -42,6 +43,8 @@ log = logging.getLogger("fleet.worker")
 _OUTPUT_SECONDS = 1.0
 #: seconds between looks at the disk
 _DISK_SECONDS = 1.0
+#: seconds that a worker told twice to stop has, though the network be silent
+_HURRY_SECONDS = 10.0
 #: longest a turn waits, seconds
 _LONGEST_WAIT = 5.0
 
@@ -138,6 +141,8 @@ class WorkerLoop:
         """Finish what runs, within the grace; asked a second time, at once. Safe in a signal handler."""
         now = clock.monotonic()
         self._stop_by(now if self._was_told else now + self._settings.stop_grace_seconds)
+        if self._was_told:
+            leave_within(_HURRY_SECONDS)
         self._was_told = True
 
     def end_with_allocation(self) -> None:

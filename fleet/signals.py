@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -26,6 +27,22 @@ def kept_from_threads() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_within(seconds: float) -> None:
+    """End this process after so long, whatever it waits for; only in the main thread.
+
+    Its jobs the sidecar ends then, and what Redis was not told recovery finds, as after a crash.
+    """
+    signal.signal(signal.SIGALRM, lambda *_: _leave_now())
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _leave_now() -> None:
+    import logging
+
+    logging.getLogger("fleet.worker").error("told twice to stop, and it takes too long: leaving as it is")
+    os._exit(1)
 
 
 def _tell_unless_leaving(dropped: sys.UnraisableHookArgs) -> None:

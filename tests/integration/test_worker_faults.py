@@ -20,7 +20,9 @@ from broker import control, jobs, keys
 from broker.command import Command
 from broker.connection import connect
 from broker.submit import Options, submit_commands
+from tests.conftest import RedisServer
 from tests.integration.conftest import HASTY, Workers
+from tests.integration.proxy import proxy_to
 from tests.integration.test_worker import appending, enqueue, lines, runs, waiting_for
 
 __all__ = ["runs"]
@@ -379,3 +381,26 @@ def test_the_neighbour_of_a_job_that_kills_its_workers_survives_it(
     assert killer.reason is not None
     assert killer.reason.startswith("WorkerLost: ")
     assert [attempt.outcome for attempt in killer.attempts] == ["lost"] * 4
+
+
+def test_a_worker_told_twice_to_stop_is_soon_gone_though_the_network_is_silent(
+    workers_of: Callable[[str], Workers], redis_server: RedisServer, runs: Path
+) -> None:
+    with proxy_to(redis_server.port) as proxy:
+        workers = workers_of(f"redis://127.0.0.1:{proxy.port}/0")
+        worker = workers.start("w0", settings={"heartbeat_seconds": 20, "lease_seconds": 60})
+        job = submit_commands(
+            connect(redis_server.url),
+            "default",
+            [(None, Command(appending(runs, "$$", "exec sleep 300")))],
+            Options(),
+        )
+        workers.until(lambda: lines(runs), f"{job} runs")
+        proxy.cut()
+        workers.kill(worker, signal.SIGTERM)
+        workers.until(lambda: "stopping" in workers.log("w0"), "it has heard")
+        workers.kill(worker, signal.SIGTERM)
+        began = time.monotonic()
+        assert worker.wait(30) == 1
+        assert time.monotonic() - began < 20
+        workers.until(lambda: not psutil.pid_exists(int(lines(runs)[0])), "its job is gone, too", 5)
