@@ -638,3 +638,30 @@ def test_a_queue_whose_name_ends_in_a_number_is_served_and_weights_are_told(
     assert "by weight" not in workers.log("w0")
     workers.start("w1", queues=("mail:2", "proj:3:1"))
     eventually(lambda: "queues by weight: mail 2, proj:3 1\n" in workers.log("w1"))
+
+
+def test_a_job_wakes_one_worker_of_many(workers: Workers) -> None:
+    def waits() -> int:
+        """How often a worker has begun to wait; once more when it has answered a token."""
+        return int(workers.client.info("commandstats").get("cmdstat_blpop", {"calls": 0})["calls"])
+
+    def idle() -> bool:
+        return sum(one["cmd"] == "blpop" for one in workers.client.client_list()) == 6
+
+    for number in range(6):
+        workers.start(f"w{number}", settings={"heartbeat_seconds": 20.0, "lease_seconds": 60.0})
+    workers.until(idle, "all wait")
+    workers.wait([workers.submit("true")])
+    workers.until(idle, "all wait again")
+    before = waits()
+    for _ in range(12):
+        workers.wait([workers.submit("true")])
+        workers.until(idle, "all wait again")
+    assert waits() - before <= 12 * 2, "all six would be 72"
+
+
+def test_a_job_that_is_silent_for_longer_than_its_lease_keeps_it(workers: Workers, runs: Path) -> None:
+    workers.start("w0", settings={"heartbeat_seconds": 0.5, "lease_seconds": 5.0})
+    [shown] = workers.wait([workers.submit(*appending(runs, "x", "exec sleep 8"))])
+    assert [attempt.outcome for attempt in shown.attempts] == ["finished"]
+    assert lines(runs) == ["x"]
