@@ -22,6 +22,8 @@ class Passage:
     def close(self) -> None:
         self._listener.close()
         for one in self._sockets:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)  # or who waits to read from it keeps it open
             one.close()
 
     def _accept(self) -> None:

@@ -389,13 +389,10 @@ def test_a_worker_told_twice_to_stop_is_soon_gone_though_the_network_is_silent(
     with proxy_to(redis_server.port) as proxy:
         workers = workers_of(f"redis://127.0.0.1:{proxy.port}/0")
         worker = workers.start("w0", settings={"heartbeat_seconds": 20, "lease_seconds": 60})
-        job = submit_commands(
-            connect(redis_server.url),
-            "default",
-            [(None, Command(appending(runs, "$$", "exec sleep 300")))],
-            Options(),
-        )
-        workers.until(lambda: lines(runs), f"{job} runs")
+        command = Command(appending(runs, "$$", "exec sleep 300"))
+        with connect(redis_server.url) as client:
+            submit_commands(client, "default", [(None, command)], Options())
+        workers.until(lambda: lines(runs), "it runs")
         proxy.cut()
         workers.kill(worker, signal.SIGTERM)
         workers.until(lambda: "stopping" in workers.log("w0"), "it has heard")
